@@ -1,0 +1,122 @@
+"""What a method is: a generator that asks for gradients near the weights and returns a direction.
+
+    g = yield HERE                       the gradient at the weights
+    g = yield displacement               the gradient at W + displacement
+    yield Probe(displacement, weight=c)  add c times that gradient to a running sum; nothing is handed back
+    return direction                     what the base optimizer gets; None means the running sum
+
+With g the gradient at the weights, and r = rho g / |g|:
+
+    base         g = yield HERE; return g
+    SAM          g = yield HERE; return (yield r)
+    NSO          yield Probe(u, weight=1/2); yield Probe(-u, weight=1/2)
+
+A rule never touches a parameter, never calls a loss, and does not know the base optimizer. So it can be run on a
+paper function (`drive`) as well as inside a training step (`flatmin.optim.engine`).
+
+The weighted form exists because it needs no memory: the gradients of several probes add up where backward leaves
+them, so that a step has one unscaling, one clipping and one all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from flatmin.vectors import Vector
+
+
+class Displacement(Protocol):
+    """Something that can add itself to parameters in place: a Vector, or noise drawn from a seed."""
+
+    @property
+    def support(self) -> list[int]:
+        """The indices of the parameters that are moved."""
+        ...
+
+    def add_to(self, params: Sequence[Tensor], sign: float = 1.0) -> None:
+        """Adds `sign` times the displacement to `params` in place."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Probe:
+    """A request for one gradient: at this displacement, on this part of the batch.
+
+    Attributes:
+        displacement: where, relative to the weights; `None` is at the weights.
+        weight: `None` hands the gradient to the rule; a number adds `weight` times the gradient to the sum
+            that becomes the direction.
+        at_weights: whether this probe evaluates at the unperturbed weights.
+    """
+
+    displacement: Displacement | None = None
+    weight: float | None = None
+    at_weights: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.at_weights = self.displacement is None
+
+    def release(self) -> Displacement | None:
+        """Gives the displacement away: while the caller evaluates, nobody should hold its memory."""
+        displacement, self.displacement = self.displacement, None
+        return displacement
+
+    def take(self, *tensors):
+        """The part of the batch that this probe is evaluated on (here: all of it).
+
+        One argument comes back as it is, several as a tuple.
+        """
+        return tensors[0] if len(tensors) == 1 else tensors
+
+
+HERE = Probe()
+
+Rule = Generator[Probe | Displacement, Vector, Vector | None]
+
+
+def plain() -> Rule:
+    """The base optimizer: direction `g(W)`. One gradient."""
+    return (yield HERE)
+
+
+def as_probe(request: Probe | Displacement) -> Probe:
+    """A bare displacement is a probe that hands its gradient to the rule."""
+    return request if isinstance(request, Probe) else Probe(request)
+
+
+def drive(rule: Rule, point: Sequence[Tensor], gradient: Callable[[list[Tensor]], Vector]) -> Vector:
+    """Runs a rule on a function instead of a network and returns its direction.
+
+    Args:
+        rule: the generator, e.g. `sam(Radii([0.05]))`.
+        point: the tensors of the point W; they are not changed.
+        gradient: maps a list of tensors (a point) to the gradient there.
+
+    Example:
+        >>> import torch
+        >>> from flatmin.optim.sam import sam
+        >>> from flatmin.vectors import Radii, Vector
+        >>> direction = drive(sam(Radii([1.0])), [torch.tensor([3.0, 4.0])], Vector)  # f = |W|^2 / 2
+        >>> direction.tensors[0]  # W + W / |W|
+        tensor([3.6000, 4.8000])
+    """
+    total: Vector | None = None
+    try:
+        probe = as_probe(next(rule))
+        while True:
+            there = [t.clone() for t in point]
+            if (displacement := probe.release()) is not None:
+                displacement.add_to(there)
+            found = gradient(there)
+            if probe.weight is not None:
+                part = found * probe.weight
+                total = part if total is None else total + part
+            probe = as_probe(rule.send(found))
+    except StopIteration as stop:
+        direction = stop.value if stop.value is not None else total
+    assert direction is not None, "the rule returned no direction and collected none"
+    return direction

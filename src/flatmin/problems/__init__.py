@@ -1,0 +1,16 @@
+"""Functions whose gradient, Hessian, spectrum and smoothed value are known in closed form.
+
+Tests, documentation and claims share them. A problem is a function of one vector `x` of shape (dim,); all formulas
+work in the dtype of `x`. `module()` turns it into an `nn.Module` for optimizers and measures.
+"""
+
+from flatmin.problems.analytic import (
+    Problem,
+    hyperbola,
+    ill_conditioned,
+    quadratic,
+    quartic,
+    rank_deficient,
+)
+
+__all__ = ["Problem", "hyperbola", "ill_conditioned", "quadratic", "quartic", "rank_deficient"]

@@ -1,0 +1,206 @@
+"""Points and directions in parameter space.
+
+    Vector   a list of tensors, one per parameter, with the arithmetic of one long vector and *the* global norm
+    Radii    one number per parameter: how far a method may move it
+
+A missing entry (`None`) is a zero that takes no memory: a parameter that the loss does not use, or one that a
+method leaves alone. This module is the only one that knows about `foreach` kernels, sparse gradients and low
+precision; it knows nothing of models, losses or optimizers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class Vector:
+    """A point or direction: `tensors[i]` belongs to parameter `i`, and `None` is zero.
+
+    Supports `+`, `-`, multiplication by a number or a 0-dim tensor (which stays on its device: no host
+    synchronisation), `dot`, `norm`. They return new vectors and leave
+    their operands alone.
+    """
+
+    __slots__ = ("tensors",)
+
+    def __init__(self, tensors: Iterable[Tensor | None]):
+        self.tensors: tuple[Tensor | None, ...] = tuple(tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __repr__(self) -> str:
+        shapes = [None if t is None else tuple(t.shape) for t in self.tensors]
+        return f"Vector({shapes})"
+
+    @property
+    def support(self) -> list[int]:
+        """The indices of the entries that are present."""
+        return [i for i, t in enumerate(self.tensors) if t is not None]
+
+    @property
+    def present(self) -> list[Tensor]:
+        """The entries that are present, in order."""
+        return [t for t in self.tensors if t is not None]
+
+    def with_present(self, tensors: Iterable[Tensor]) -> Vector:
+        """A vector with the same support as this one and the given entries."""
+        entries = iter(tensors)
+        return Vector(None if t is None else next(entries) for t in self.tensors)
+
+    def __mul__(self, scalar: float | Tensor) -> Vector:
+        return self.with_present(_scaled(self.present, scalar))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, scalar: float | Tensor) -> Vector:
+        return self * (1.0 / scalar)
+
+    def __neg__(self) -> Vector:
+        return self * -1.0
+
+    def __add__(self, other: Vector) -> Vector:
+        return self._plus(other, 1.0)
+
+    def __sub__(self, other: Vector) -> Vector:
+        return self._plus(other, -1.0)
+
+    def _plus(self, other: Vector, alpha: float) -> Vector:
+        _same_length(self, other)
+        pairs = [(a, b) for a, b in zip(self.tensors, other.tensors, strict=True)]
+        both = [(a, b) for a, b in pairs if a is not None and b is not None]
+        sums = iter(_added([a for a, _ in both], [b for _, b in both], alpha))
+        return Vector(
+            next(sums) if a is not None and b is not None else a if a is not None else None if b is None else b * alpha
+            for a, b in pairs
+        )
+
+    def dot(self, other: Vector) -> Tensor:
+        """The inner product over the common support, a 0-dim tensor (fp32 or wider)."""
+        _same_length(self, other)
+        terms = [
+            (_widened(a) * _widened(b)).sum()
+            for a, b in zip(self.tensors, other.tensors, strict=True)
+            if a is not None and b is not None
+        ]
+        return _total(terms)
+
+    def norm(self) -> Tensor:
+        """The Euclidean norm over all present entries together, a 0-dim tensor (fp32 or wider)."""
+        tensors = [_values(t) for t in self.present]
+        if not tensors:
+            return torch.zeros(())
+        dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+        norms = torch._foreach_norm(tensors, 2, dtype)
+        device = norms[0].device
+        return torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
+
+    def add_to(self, params: Sequence[Tensor], sign: float = 1.0) -> None:
+        """Adds `sign` times this vector to `params` in place (the Displacement protocol)."""
+        moved = [params[i] for i in self.support]
+        if any(t.layout != torch.strided for t in self.present):
+            for param, t in zip(moved, self.present, strict=True):
+                param.add_(t, alpha=sign)
+        elif moved:
+            torch._foreach_add_(moved, self.present, alpha=sign)
+
+    def copy_to(self, params: Sequence[Tensor]) -> None:
+        """Overwrites `params` with this vector in place, where it has an entry."""
+        if self.support:
+            torch._foreach_copy_([params[i] for i in self.support], self.present)
+
+    def scale_(self, factor: float) -> None:
+        """Multiplies the entries by `factor` in place: the one method that changes its vector."""
+        if self.support and factor != 1.0:
+            torch._foreach_mul_(self.present, factor)
+
+
+class Radii:
+    """One non-negative number per parameter; 0 leaves that parameter alone.
+
+    `radii * vector` scales entry by entry and drops the entries whose radius is 0.
+    """
+
+    __slots__ = ("values",)
+
+    def __init__(self, values: Iterable[float]):
+        self.values: tuple[float, ...] = tuple(values)
+
+    def __repr__(self) -> str:
+        return f"Radii({list(self.values)})"
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is moved at all."""
+        return any(value > 0 for value in self.values)
+
+    def select(self, vector: Vector) -> Vector:
+        """The entries of `vector` that these radii move; nothing is copied."""
+        _same_length(self.values, vector)
+        return Vector(t if value > 0 else None for value, t in zip(self.values, vector.tensors, strict=True))
+
+    def __mul__(self, vector: Vector) -> Vector:
+        return self._scale(self.select(vector), 1.0)
+
+    def along(self, vector: Vector) -> Vector:
+        """`r v / |v|`, entry by entry, with one global norm over the moved entries; a zero vector stays zero."""
+        moved = self.select(vector)
+        norm = moved.norm()
+        return self._scale(moved, torch.where(norm > 0, 1.0 / norm, torch.zeros_like(norm)))
+
+    def _scale(self, moved: Vector, factor: float | Tensor) -> Vector:
+        # One pass over the memory, so that a gradient and its multiple never need a third copy.
+        radii = [self.values[i] for i in moved.support]
+        if len(set(radii)) == 1:
+            return moved * (factor * radii[0])
+        return moved.with_present(
+            entry for t, r in zip(moved.present, radii, strict=True) for entry in _scaled([t], factor * r)
+        )
+
+
+def check_radius(name: str, value: float) -> float:
+    """Returns `value` if it can be a radius, else raises a `ValueError` that says what it is for."""
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+        raise ValueError(
+            f"{name} must be a finite number >= 0, got {value!r}. It is the size of the perturbation in "
+            "the units of the weights; 0 turns the method into its base optimizer."
+        )
+    return float(value)
+
+
+def _same_length(a: object, b: object) -> None:
+    assert len(a) == len(b), f"{len(a)} entries against {len(b)}"  # type: ignore[arg-type]
+
+
+def _scaled(tensors: list[Tensor], scalar: float | Tensor) -> Sequence[Tensor]:
+    if not tensors:
+        return tensors
+    if isinstance(scalar, Tensor) and any(t.device != scalar.device for t in tensors):
+        return [t * scalar.to(t.device) for t in tensors]
+    if any(t.layout != torch.strided for t in tensors):
+        return [t * scalar for t in tensors]
+    return torch._foreach_mul(tensors, scalar)
+
+
+def _added(a: list[Tensor], b: list[Tensor], alpha: float) -> Sequence[Tensor]:
+    if any(t.layout != torch.strided for t in (*a, *b)):
+        return [torch.add(x, y, alpha=alpha) for x, y in zip(a, b, strict=True)]
+    return torch._foreach_add(a, b, alpha=alpha) if a else []
+
+
+def _values(tensor: Tensor) -> Tensor:
+    return tensor.coalesce().values() if tensor.is_sparse else tensor
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _total(terms: list[Tensor]) -> Tensor:
+    if not terms:
+        return torch.zeros(())
+    return torch.stack([t.to(terms[0].device) for t in terms]).sum()
