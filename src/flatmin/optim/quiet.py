@@ -21,6 +21,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 _RandomState = dict[torch.device, Tensor]
 
@@ -30,7 +31,7 @@ class Quiet:
 
     def __init__(self, devices: Iterable[torch.device], model: nn.Module | None = None):
         self._devices = [d for d in devices if d.type != "cpu"]
-        self._model = model
+        self._buffers = _KeptBuffers(model)
         self._before: _RandomState | None = None
         self._after: _RandomState | None = None
 
@@ -43,11 +44,15 @@ class Quiet:
             self._after = self._random_state()
             return
         self._set_random_state(self._before)
-        with _buffers_kept(self._model):
+        try:
+            self._buffers.keep()
             yield
+        finally:
+            self._buffers.put_back()
 
     def end(self) -> None:
-        """Leaves the random state where the first probe left it."""
+        """Leaves the random state where the first probe left it, and no hook behind."""
+        self._buffers.put_back()  # again, if an interrupt cut the first time short
         if self._after is not None:
             self._set_random_state(self._after)
 
@@ -63,33 +68,36 @@ class Quiet:
                 torch.get_device_module(device).set_rng_state(state, device)
 
 
-@contextmanager
-def _buffers_kept(model: nn.Module | None) -> Iterator[None]:
-    """Puts back, on leaving, every buffer of every module that runs inside (or of `model`, if given)."""
-    seen: set[nn.Module] = set()
-    kept: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+class _KeptBuffers:
+    """Copies of the buffers of every module that has run since `keep()` (or of `model`, if given)."""
 
-    def keep(module: nn.Module, _args: object = None) -> None:
-        if module in seen:
+    def __init__(self, model: nn.Module | None):
+        self._model = model
+        self._hook: RemovableHandle | None = None
+        self._seen: set[nn.Module] = set()
+        self._kept: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+
+    def keep(self) -> None:
+        if self._model is not None:
+            self._copy(self._model)
+        else:
+            self._hook = register_module_forward_pre_hook(self._copy)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        for module, name, buffer, value in self._kept:
+            buffer.copy_(value)
+            module._buffers[name] = buffer
+        self._seen, self._kept = set(), []
+
+    def _copy(self, module: nn.Module, _args: object = None) -> None:
+        if module in self._seen:
             return
         for part in module.modules():
-            if part not in seen:
-                seen.add(part)
+            if part not in self._seen:
+                self._seen.add(part)
                 for name, buffer in part._buffers.items():
                     if buffer is not None:
-                        kept.append((part, name, buffer, buffer.detach().clone()))
-
-    handle = None
-    if model is not None:
-        keep(model)
-    else:
-        handle = register_module_forward_pre_hook(keep)
-    try:
-        yield
-    finally:
-        if handle is not None:
-            handle.remove()
-        with torch.no_grad():
-            for module, name, buffer, value in kept:
-                buffer.copy_(value)
-                module._buffers[name] = buffer
+                        self._kept.append((part, name, buffer, buffer.detach().clone()))

@@ -1,0 +1,176 @@
+"""Contract 2: weights are restored, always: in place, exact bits, whatever happens in between."""
+
+import signal
+import sys
+
+import pytest
+import torch
+from torch.nn.modules.module import _global_forward_pre_hooks
+
+from tests.contracts.cases import MODELS, Case, Sometimes, assert_same, each_base, each_method, each_model
+
+MODELS_HERE = {**MODELS, "sometimes": Sometimes}
+
+
+class Boom(Exception):
+    pass
+
+
+@each_method
+@each_model
+def test_at_learning_rate_zero_nothing_moves(method, model_name):
+    case = Case(method, model_name=model_name)
+    case.optimizer.param_groups[0].update(lr=0.0, weight_decay=0.0)
+    before = {k: v.detach().clone() for k, v in case.model.named_parameters()}
+    case.run(10)
+    assert_same(dict(case.model.named_parameters()), before)
+
+
+@each_method
+def test_bf16_weights_do_not_drift_in_a_thousand_steps(method):
+    case = Case(method, dtype=torch.bfloat16)
+    case.optimizer.param_groups[0].update(lr=0.0, weight_decay=0.0)
+    before = case.snapshot()
+    case.run(1000)
+    del before["rng"]
+    assert_same({k: v for k, v in case.snapshot().items() if k != "rng"}, before)
+
+
+@each_method
+@each_base
+def test_parameters_stay_in_place(method, base):
+    case = Case(method, base)
+    pointers = [p.data_ptr() for p in case.model.parameters()]
+    case.run(3)
+    case.loop_step()
+    assert [p.data_ptr() for p in case.model.parameters()] == pointers
+
+
+@each_method
+def test_a_parameter_without_a_gradient_in_a_later_probe_is_restored(method, monkeypatch):
+    monkeypatch.setitem(MODELS, "sometimes", Sometimes)
+    case = Case(method, model_name="sometimes")
+    case.optimizer.param_groups[0].update(lr=0.0, weight_decay=0.0)
+    before = {k: v.detach().clone() for k, v in case.model.named_parameters()}
+    case.run(4)
+    assert_same(dict(case.model.named_parameters()), before)
+
+
+@each_method
+@pytest.mark.parametrize("failing_call", [1, 2])
+@pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
+@pytest.mark.parametrize("form", ["closure", "loop"])
+def test_weights_are_restored_when_the_body_raises(method, failing_call, error, form):
+    case = Case(method)
+    if failing_call > case.optimizer.gradients_per_step:
+        pytest.skip("the rule asks for one gradient only")
+    before = {k: v.detach().clone() for k, v in case.model.named_parameters()}
+    calls = 0
+
+    def body():
+        nonlocal calls
+        calls += 1
+        loss = case.closure() if form == "closure" else case.loss()
+        if calls == failing_call:
+            raise error
+        if form == "loop":
+            loss.backward()
+        return loss
+
+    def run():
+        if form == "closure":
+            case.optimizer.step(body)
+        for _ in case.optimizer.probes():
+            body()
+
+    with pytest.raises(error):
+        run()
+    assert calls == failing_call
+    assert_same(dict(case.model.named_parameters()), before)
+    case.step()  # and the optimizer is usable again
+    assert case.optimizer.num_steps == 1
+
+
+@each_method
+def test_weights_are_restored_when_the_loop_is_left(method):
+    case = Case(method)
+    before = {k: v.detach().clone() for k, v in case.model.named_parameters()}
+    for _ in case.optimizer.probes():
+        break
+    assert_same(dict(case.model.named_parameters()), before)
+
+
+@each_method
+def test_a_real_interrupt_signal_leaves_whole_weights(method):
+    case = Case(method)
+    before = {k: v.detach().clone() for k, v in case.model.named_parameters()}
+
+    def closure():
+        loss = case.closure()
+        signal.raise_signal(signal.SIGINT)
+        return loss
+
+    with pytest.raises(KeyboardInterrupt):
+        case.optimizer.step(closure)
+    assert_same(dict(case.model.named_parameters()), before)
+
+
+class InterruptAt:
+    """Raises KeyboardInterrupt at the n-th line that runs in flatmin's training code, as a signal might."""
+
+    def __init__(self, line: int):
+        self.remaining = line
+
+    def __call__(self, frame, event, arg):
+        name = frame.f_globals.get("__name__", "")
+        if not name.startswith(("flatmin.optim", "flatmin.vectors", "flatmin.noise")):
+            return None
+        if event == "line":
+            self.remaining -= 1
+            if self.remaining == 0:
+                raise KeyboardInterrupt
+        return self
+
+    def __enter__(self):
+        self.outer = sys.gettrace()
+        sys.settrace(self)
+
+    def __exit__(self, *_):
+        sys.settrace(self.outer)
+
+
+@each_method
+@pytest.mark.parametrize("form", ["closure", "loop"])
+def test_an_interrupt_at_any_line_leaves_whole_weights(method, form):
+    interrupted, hooks = 0, len(_global_forward_pre_hooks)
+    done = Case(method, batch_size=4)
+    (done.step if form == "closure" else done.loop_step)()
+    after = dict(done.model.named_parameters())
+    for line in range(1, 2000):
+        case = Case(method, batch_size=4)
+        before = {k: v.detach().clone() for k, v in case.model.named_parameters()}
+        trace = InterruptAt(line)
+        try:
+            with trace:
+                (case.step if form == "closure" else case.loop_step)()
+        except KeyboardInterrupt:
+            interrupted += 1
+        if trace.remaining > 0:
+            break
+        assert len(_global_forward_pre_hooks) == hooks, f"a forward hook is left behind after line {line}"
+        expected = after if case.optimizer.base.state else before  # whether the base optimizer had stepped
+        for name, value in case.model.named_parameters():
+            assert torch.equal(value, expected[name]), f"{name} is displaced after an interrupt at line {line}"
+    assert 50 < interrupted < 1999  # it began, and it ran to the end of the step
+
+
+@each_method
+def test_recompute_restores_to_rounding_when_the_body_raises(method):
+    case = Case(method, options={"restore": "recompute"})
+    before = {k: v.detach().clone() for k, v in case.model.named_parameters()}
+    for probe in case.optimizer.probes():
+        if not probe.at_weights:
+            break
+        case.loss().backward()
+    for name, value in case.model.named_parameters():
+        assert (value - before[name]).abs().max() < 1e-7  # an ulp of W + U; the displacement is 0.01 and more

@@ -1,0 +1,30 @@
+"""Contract 4: `step` returns the loss at the unperturbed weights where the rule evaluates there, else the mean."""
+
+import torch
+
+from tests.contracts.cases import Case, each_method
+
+
+@each_method
+def test_the_returned_loss(method):
+    case = Case(method)
+    here = case.loss().detach()
+    twin, at_weights = Case(method), []
+    for probe in twin.optimizer.probes():
+        at_weights.append(probe.at_weights)
+        twin.loss().backward()
+
+    seen = []
+
+    def closure():
+        loss = case.closure()
+        seen.append(loss.detach())
+        return loss
+
+    returned = case.optimizer.step(closure)
+    if any(at_weights):
+        assert torch.equal(returned, here)
+    else:
+        torch.testing.assert_close(returned, torch.stack(seen).mean())
+        assert not torch.equal(returned, here)
+    assert not returned.requires_grad  # a kept loss must not keep the graph
