@@ -118,14 +118,14 @@ class Noise:
             self._scaled_draw().add_to(params, sign * self._sign)
         else:
             for i, z in self._draws():
-                params[i].add_(z, alpha=sign * self._sign * self._sigma.values[i])
+                params[i].add_(z, alpha=sign * self._sign)
 
     def _scaled_draw(self) -> Vector:
         if self._drawn:
             return self._drawn[0]
         entries: list[Tensor | None] = [None] * len(self._like)
         for i, z in self._draws():
-            entries[i] = z.mul_(self._sigma.values[i])
+            entries[i] = z
         vector = Vector(entries)
         if self._keep:
             self._drawn.append(vector)
@@ -140,4 +140,5 @@ class Noise:
                 # The count keeps the streams of several devices apart.
                 generator.manual_seed(mix_seeds(self._seed, len(generators)))
                 generators[device] = generator
-            yield i, draw_like(self._like[i], self._law, generators[device])
+            z = draw_like(self._like[i], self._law, generators[device])
+            yield i, z.mul_(self._sigma.values[i])

@@ -22,7 +22,7 @@ class Vector:
 
     Supports `+`, `-`, multiplication by a number or a 0-dim tensor (which stays on its device: no host
     synchronisation), `dot`, `norm`. They return new vectors and leave
-    their operands alone.
+    their operands alone; methods that end in an underscore do not.
     """
 
     __slots__ = ("tensors",)
@@ -113,8 +113,16 @@ class Vector:
         if self.support:
             torch._foreach_copy_([params[i] for i in self.support], self.present)
 
+    def add_(self, other: Vector) -> Vector:
+        """The sum, in the memory of the two operands, which must not be used afterwards."""
+        _same_length(self, other)
+        pairs = list(zip(self.tensors, other.tensors, strict=True))
+        both = [(a, b) for a, b in pairs if a is not None and b is not None]
+        Vector(b for _, b in both).add_to([a for a, _ in both])
+        return Vector(b if a is None else a for a, b in pairs)
+
     def scale_(self, factor: float) -> None:
-        """Multiplies the entries by `factor` in place: the one method that changes its vector."""
+        """Multiplies the entries by `factor` in place."""
         if self.support and factor != 1.0:
             torch._foreach_mul_(self.present, factor)
 

@@ -29,6 +29,10 @@ BASES: dict[str, Callable[[Any], Optimizer]] = {
 class Normalizer(nn.Module):
     """A home-made normalisation: one buffer updated in place, one replaced, and a counter."""
 
+    mean: Tensor
+    scale: Tensor
+    count: Tensor
+
     def __init__(self, dim: int):
         super().__init__()
         self.register_buffer("mean", torch.zeros(dim))
@@ -116,8 +120,10 @@ class Case:
         self.y = torch.randint(3, (self.batch_size,), generator=generator)
 
     @property
-    def radius_name(self) -> str | None:
-        return flatmin.methods()[self.method].radius_name
+    def radius_name(self) -> str:
+        name = flatmin.methods()[self.method].radius_name
+        assert name is not None, "the control has no radius"
+        return name
 
     def loss(self, rows: slice = slice(None)) -> Tensor:
         return F.cross_entropy(self.model(self.x[rows]), self.y[rows])

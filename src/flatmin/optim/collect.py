@@ -40,8 +40,8 @@ class Collector:
             return self._take()
         if not self._in_grad:
             part = self._take()
-            part = part if probe.weight == 1.0 else part * probe.weight
-            self._sum = part if self._sum is None else self._sum + part
+            part.scale_(probe.weight)
+            self._sum = part if self._sum is None else self._sum.add_(part)
         return Vector(())
 
     def install(self, direction: Vector | None) -> None:

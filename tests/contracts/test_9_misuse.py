@@ -1,0 +1,206 @@
+"""Contract 9: quietly wrong use raises and names the fix; a non-finite loss changes nothing."""
+
+import pytest
+import torch
+from torch.optim import LBFGS, SGD
+
+import flatmin
+from tests.contracts.cases import Case, assert_same, each_method
+
+
+@each_method
+def test_step_before_any_gradient(method):
+    case = Case(method)
+    with pytest.raises(ValueError, match=r"step\(\) before any gradient(.|\n)*for probe in opt.probes"):
+        case.optimizer.step()
+    case.loss().backward()  # a backward outside the loop is not a direction of this rule
+    with pytest.raises(ValueError, match="before any gradient"):
+        case.optimizer.step()
+
+
+@each_method
+def test_a_closure_without_backward(method):
+    case = Case(method)
+    before = case.snapshot()
+    with pytest.raises(ValueError, match=r"must call loss.backward\(\)"):
+        case.optimizer.step(lambda: case.loss())
+    assert_same(case.snapshot(), before)
+
+
+@each_method
+def test_a_closure_without_return(method):
+    case = Case(method)
+    with pytest.raises(ValueError, match="return loss"):
+        case.optimizer.step(lambda: case.loss().backward())
+
+
+@each_method
+def test_a_loop_left_half_way_then_step(method):
+    case = Case(method)
+    for _ in case.optimizer.probes():
+        case.loss().backward()
+        break
+    with pytest.raises(ValueError, match="left half-way"):
+        case.optimizer.step()
+    case.optimizer.zero_grad()
+    case.loop_step()
+
+
+@each_method
+def test_step_inside_the_loop(method):
+    case = Case(method)
+
+    def run():
+        for _ in case.optimizer.probes():
+            case.loss().backward()
+            case.optimizer.step()
+
+    with pytest.raises(ValueError, match="move it after the loop"):
+        run()
+
+
+@each_method
+def test_a_loop_whose_direction_is_never_used(method):
+    case = Case(method)
+    for _ in case.optimizer.probes():
+        case.loss().backward()
+    with pytest.raises(ValueError, match="was not called"):
+        next(iter(case.optimizer.probes()))
+    with pytest.raises(ValueError, match="was not called"):
+        case.step()
+    case.optimizer.zero_grad()
+    case.step()
+
+
+@each_method
+@pytest.mark.parametrize("which", ["optimizer", "model"])
+def test_clearing_gradients_inside_the_loop(method, which):
+    case = Case(method)
+
+    def run():
+        for number, _ in enumerate(case.optimizer.probes()):
+            if which == "optimizer" or number:
+                getattr(case, which).zero_grad()
+            case.loss().backward()
+        raise ValueError("gradients were cleared: nothing to lose for this rule")
+
+    with pytest.raises(ValueError, match="gradients were cleared"):
+        run()
+
+
+@each_method
+def test_a_step_inside_a_step(method):
+    case = Case(method)
+
+    def closure():
+        return case.optimizer.step(case.closure)
+
+    before = case.snapshot()
+    with pytest.raises(ValueError, match="already under way"):
+        case.optimizer.step(closure)
+    assert_same(case.snapshot(), before)
+
+
+@each_method
+@pytest.mark.parametrize("bad_call", [1, 2])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(method, bad_call, bad, base):
+    case = Case(method, base).run(2)
+    if bad_call > case.optimizer.gradients_per_step:
+        pytest.skip("the rule asks for one gradient only")
+    before, state = case.snapshot(), repr(case.optimizer.base.state_dict()["state"])
+    calls = 0
+
+    def closure():
+        nonlocal calls
+        calls += 1
+        case.optimizer.zero_grad()
+        loss = case.loss() * (bad if calls == bad_call else 1.0)
+        loss.backward()
+        return loss
+
+    with pytest.warns(RuntimeWarning, match="loss is not finite. The weights are unchanged"):
+        case.optimizer.step(closure)
+    assert_same(case.snapshot(), before)
+    assert repr(case.optimizer.base.state_dict()["state"]) == state
+    assert case.optimizer.num_skipped == 1
+    case.run(1)
+    assert case.optimizer.num_steps == 4
+
+
+@each_method
+def test_a_gradient_that_is_not_finite_is_skipped_in_the_loop_too(method):
+    case = Case(method)
+    before = case.snapshot()
+    for _ in case.optimizer.probes():
+        (case.loss() * float("nan")).backward()
+    with pytest.warns(RuntimeWarning, match="direction is not finite"):
+        case.optimizer.step()
+    assert_same(case.snapshot(), before)
+
+
+@each_method
+def test_without_the_guard_nothing_is_checked(method):
+    case = Case(method, options={"guard": False})
+    case.run(2)
+    for _ in case.optimizer.probes():
+        (case.loss() * float("nan")).backward()
+    case.optimizer.step()
+    assert case.optimizer.num_skipped == 0
+    assert all(p.isnan().all() for p in case.model.parameters())
+
+
+@each_method
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "0.1"])
+def test_a_bad_radius(method, value):
+    entry = flatmin.methods()[method]
+    name = entry.radius_name
+    assert name is not None
+    with pytest.raises(ValueError, match=f"{name} must be a finite number >= 0"):
+        Case(method, options={name: value})
+    case = Case(method)
+    with pytest.raises(ValueError, match=name):
+        case.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], name: value})
+    assert len(case.optimizer.param_groups) == 1
+    case.optimizer.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=name):
+        case.step()
+
+
+@each_method
+def test_a_base_that_is_no_optimizer_instance(method):
+    build = flatmin.methods()[method].build
+    params = [torch.nn.Parameter(torch.zeros(1))]
+    with pytest.raises(ValueError, match=r"instance, got the class SGD. Write .*SGD\(model.parameters\(\), lr="):
+        build(SGD)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="got list"):
+        build(params)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="LBFGS, which evaluates"):
+        build(LBFGS(params))
+    with pytest.raises(ValueError, match="cannot wrap SAM"):
+        build(flatmin.SAM(SGD(params, lr=0.1)))
+
+
+@each_method
+@pytest.mark.parametrize("options", [{"every": 0}, {"start": -1}, {"start": 5, "stop": 4}])
+def test_a_bad_window(method, options):
+    with pytest.raises(ValueError, match="every must be >= 1"):
+        Case(method, options=options)
+
+
+@each_method
+def test_a_zero_gradient_is_not_a_nan(method):
+    case = Case(method)
+    for p in case.model.parameters():
+        torch.nn.init.zeros_(p)
+
+    def closure():
+        case.optimizer.zero_grad()
+        loss = (case.model(case.x) ** 2).sum() * 0
+        loss.backward()
+        return loss
+
+    case.optimizer.step(closure)
+    assert all(torch.isfinite(p).all() for p in case.model.parameters())
+    assert case.optimizer.num_skipped == 0

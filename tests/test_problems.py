@@ -1,0 +1,47 @@
+"""The closed forms against autograd, and the smoothed values against a large sample."""
+
+import pytest
+import torch
+
+from flatmin import problems
+
+ALL = [
+    problems.quadratic(torch.tensor([[2.0, 1.0], [1.0, 3.0]]).double(), torch.tensor([1.0, -1.0]).double()),
+    problems.ill_conditioned(),
+    problems.rank_deficient(),
+    problems.quartic(),
+    problems.hyperbola(),
+]
+each_problem = pytest.mark.parametrize("problem", ALL, ids=lambda p: p.name)
+
+
+@each_problem
+def test_gradient_and_hessian_agree_with_autograd(problem):
+    x = (problem.start + 0.3).requires_grad_()
+    (gradient,) = torch.autograd.grad(problem.value(x), x)
+    torch.testing.assert_close(problem.gradient(x.detach()), gradient)
+    hessian = torch.autograd.functional.hessian(problem.value, x.detach())
+    torch.testing.assert_close(problem.hessian(x.detach()), hessian)
+    torch.testing.assert_close(problem.trace(x.detach()), problem.spectrum(x.detach()).sum())
+
+
+@each_problem
+def test_the_smoothed_value(problem):
+    n, sigma = 200_000, 0.3
+    u = sigma * torch.randn(n, problem.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = problem.start
+    values = torch.vmap(problem.value)(x + u)
+    assert abs(values.mean() - problem.smoothed(x, sigma)) < 4 * values.std() / n**0.5
+
+
+def test_spectra():
+    spectrum = problems.rank_deficient(8, 3).spectrum(torch.zeros(8).double())
+    torch.testing.assert_close(spectrum, torch.tensor([0.0, 0, 0, 0, 0, 1, 2, 3]).double())
+    spectrum = problems.ill_conditioned(6, 1e4).spectrum(torch.zeros(6).double())
+    torch.testing.assert_close(spectrum[-1] / spectrum[0], torch.tensor(1e4).double(), rtol=1e-8, atol=0)
+
+
+def test_the_hyperbola_starts_at_a_sharp_minimum():
+    problem = problems.hyperbola()
+    assert problem.value(problem.start) == 0
+    assert problem.trace(problem.start) == 2 * (16 + 1 / 16)

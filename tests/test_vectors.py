@@ -1,0 +1,116 @@
+"""Vector and Radii against the same arithmetic on one concatenated float64 vector."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flatmin.vectors import Radii, Vector, check_radius
+
+
+@st.composite
+def vectors(draw, count=1):
+    shapes = draw(st.lists(st.sampled_from([(), (1,), (3,), (2, 3)]), min_size=1, max_size=4))
+    seed = draw(st.integers(0, 2**31))
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        present = draw(st.lists(st.booleans(), min_size=len(shapes), max_size=len(shapes)))
+        made.append(
+            Vector(
+                torch.randn(shape, generator=generator, dtype=torch.float64) if here else None
+                for shape, here in zip(shapes, present, strict=True)
+            )
+        )
+    return made, shapes
+
+
+def flat(vector: Vector, shapes) -> torch.Tensor:
+    parts = [
+        torch.zeros(shape, dtype=torch.float64) if t is None else t
+        for t, shape in zip(vector.tensors, shapes, strict=True)
+    ]
+    return torch.cat([t.flatten() for t in parts])
+
+
+@given(vectors(2), st.floats(-3, 3))
+@settings(deadline=None, max_examples=60)
+def test_arithmetic_is_that_of_one_long_vector(made, c):
+    (a, b), shapes = made
+    x, y = flat(a, shapes), flat(b, shapes)
+    close = torch.testing.assert_close
+    close(flat(a + b, shapes), x + y)
+    close(flat(a - b, shapes), x - y)
+    close(flat(-a, shapes), -x)
+    close(flat(c * a, shapes), c * x)
+    close(flat(a * torch.tensor(c, dtype=torch.float64), shapes), c * x)
+    close(a.dot(b).double(), x @ y)
+    close(a.norm().double(), x.norm())
+
+
+@given(vectors(1), st.lists(st.sampled_from([0.0, 0.5, 2.0]), min_size=4, max_size=4))
+@settings(deadline=None, max_examples=60)
+def test_radii_scale_the_moved_entries_and_the_norm_is_over_them_only(made, values):
+    (v,), shapes = made
+    radii = Radii(values[: len(shapes)])
+    moved = radii.select(v)
+    assert all(t is None for t, r in zip(moved.tensors, radii.values, strict=True) if r == 0)
+    norm = flat(moved, shapes).norm()
+    along = radii.along(v)
+    for t, a, r in zip(v.tensors, along.tensors, radii.values, strict=True):
+        if t is not None and r > 0:
+            assert a is not None
+            torch.testing.assert_close(a, r * t / norm)
+        else:
+            assert a is None
+
+
+def test_the_zero_vector_stays_zero():
+    along = Radii([1.0]).along(Vector([torch.zeros(3)]))
+    assert torch.equal(along.present[0], torch.zeros(3))
+
+
+def test_a_tiny_vector_still_has_its_direction():
+    along = Radii([1.0]).along(Vector([torch.tensor([3e-15, 4e-15])]))
+    torch.testing.assert_close(along.present[0], torch.tensor([0.6, 0.8]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_norms_are_taken_in_single_precision(dtype):
+    v = Vector([torch.full((4096,), 1.0, dtype=dtype), torch.full((4096,), 1.0, dtype=dtype)])
+    assert v.norm().dtype == torch.float32
+    assert v.norm() == 8192**0.5
+    assert v.dot(v) == 8192
+    assert (v * v.norm()).present[0].dtype == dtype
+
+
+def test_sparse_entries():
+    dense = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]])
+    v = Vector([dense.to_sparse(1), torch.ones(2)])
+    torch.testing.assert_close(v.norm(), torch.tensor(27.0).sqrt())
+    params = [torch.zeros(3, 2), torch.zeros(2)]
+    Radii([2.0, 2.0]).along(v).add_to(params)
+    torch.testing.assert_close(params[0], 2 * dense / 27**0.5)
+
+
+def test_the_empty_vector():
+    v = Vector([None, None])
+    assert v.norm() == 0
+    assert v.dot(v) == 0
+    v.add_to([torch.zeros(1), torch.zeros(1)])
+    assert (v + Vector([torch.ones(1), None])).present == [torch.ones(1)]
+
+
+def test_copying_and_adding_in_place():
+    params = [torch.zeros(2), torch.zeros(2)]
+    Vector([torch.ones(2), None]).copy_to(params)
+    Vector([torch.ones(2), None]).add_to(params, sign=-3.0)
+    assert torch.equal(params[0], torch.full((2,), -2.0))
+    total = Vector([torch.ones(2), None]).add_(Vector([torch.ones(2), torch.ones(2)]))
+    assert torch.equal(torch.cat(total.present), torch.tensor([2.0, 2, 1, 1]))
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "1", None])
+def test_a_bad_radius_is_named(value):
+    with pytest.raises(ValueError, match="sigma must be a finite number >= 0"):
+        check_radius("sigma", value)
