@@ -1,7 +1,7 @@
-"""Extra probes leave no trace: buffers move once per step, and every probe sees the same random numbers.
+"""Leaving no trace: random state, buffers and mode are as they were.
 
-A step that evaluates the model several times would update batch-norm statistics several times and draw several
-dropout masks. Here the first probe is an ordinary forward; for each later one
+Training. A step that evaluates the model several times would update batch-norm statistics several times and draw
+several dropout masks. With `Quiet` the first probe is an ordinary forward; for each later one
 
     random state   is put back to where the first probe began, so that all probes share their dropout masks; after the
                    step it is where one forward would have left it (torch's CPU generator and those of the devices
@@ -11,6 +11,8 @@ dropout masks. Here the first probe is an ordinary forward; for each later one
 
 Modules are found without the caller's help, by a forward hook that lives only inside a probe. A compiled model does
 not run such hooks for its parts, so there the model must be named (`model=`).
+
+Measuring. Inside `undisturbed(model)` anything may be run; afterwards random state, buffers and mode are restored.
 """
 
 from __future__ import annotations
@@ -23,27 +25,60 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-_RandomState = dict[torch.device, Tensor]
+RandomState = dict[torch.device, Tensor]
+
+
+def random_state(devices: Iterable[torch.device]) -> RandomState:
+    """The state of torch's CPU generator and of the generators of `devices`."""
+    others = {d: torch.get_device_module(d).get_rng_state(d) for d in devices if d.type != "cpu"}
+    return {torch.device("cpu"): torch.get_rng_state(), **others}
+
+
+def set_random_state(states: RandomState) -> None:
+    """Puts back what `random_state` gave."""
+    for device, state in states.items():
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+@contextmanager
+def undisturbed(model: nn.Module, *, eval_mode: bool = True) -> Iterator[None]:
+    """Restores random state, buffers and train/eval mode of `model` on leaving; switches to eval inside if asked."""
+    modes = [(module, module.training) for module in model.modules()]
+    states = random_state({p.device for p in model.parameters()})
+    buffers = KeptBuffers(model)
+    buffers.keep()
+    try:
+        if eval_mode:
+            model.eval()
+        yield
+    finally:
+        buffers.put_back(only_changed=True)
+        set_random_state(states)
+        for module, training in modes:
+            module.training = training
 
 
 class Quiet:
     """Keeps the probes of one step quiet; `probe()` wraps each evaluation, `end()` closes the step."""
 
     def __init__(self, devices: Iterable[torch.device], model: nn.Module | None = None):
-        self._devices = [d for d in devices if d.type != "cpu"]
-        self._buffers = _KeptBuffers(model)
-        self._before: _RandomState | None = None
-        self._after: _RandomState | None = None
+        self._devices = list(devices)
+        self._buffers = KeptBuffers(model)
+        self._before: RandomState | None = None
+        self._after: RandomState | None = None
 
     @contextmanager
     def probe(self) -> Iterator[None]:
         """Wraps one evaluation. The first passes through; later ones are undone on leaving, raised or not."""
         if self._before is None:
-            self._before = self._random_state()
+            self._before = random_state(self._devices)
             yield
-            self._after = self._random_state()
+            self._after = random_state(self._devices)
             return
-        self._set_random_state(self._before)
+        set_random_state(self._before)
         try:
             self._buffers.keep()
             yield
@@ -54,21 +89,10 @@ class Quiet:
         """Leaves the random state where the first probe left it, and no hook behind."""
         self._buffers.put_back()  # again, if an interrupt cut the first time short
         if self._after is not None:
-            self._set_random_state(self._after)
-
-    def _random_state(self) -> _RandomState:
-        states = {d: torch.get_device_module(d).get_rng_state(d) for d in self._devices}
-        return {torch.device("cpu"): torch.get_rng_state(), **states}
-
-    def _set_random_state(self, states: _RandomState) -> None:
-        for device, state in states.items():
-            if device.type == "cpu":
-                torch.set_rng_state(state)
-            else:
-                torch.get_device_module(device).set_rng_state(state, device)
+            set_random_state(self._after)
 
 
-class _KeptBuffers:
+class KeptBuffers:
     """Copies of the buffers of every module that has run since `keep()` (or of `model`, if given)."""
 
     def __init__(self, model: nn.Module | None):
@@ -78,17 +102,24 @@ class _KeptBuffers:
         self._kept: list[tuple[nn.Module, str, Tensor, Tensor]] = []
 
     def keep(self) -> None:
+        """Begins to watch."""
         if self._model is not None:
             self._copy(self._model)
         else:
             self._hook = register_module_forward_pre_hook(self._copy)
 
     @torch.no_grad()
-    def put_back(self) -> None:
+    def put_back(self, *, only_changed: bool = False) -> None:
+        """Restores every copied buffer; may be called again.
+
+        With `only_changed` a buffer that still has its value is not written to, so that graphs which saved it stay
+        valid; that comparison costs a host synchronisation per buffer.
+        """
         if self._hook is not None:
             self._hook.remove()
         for module, name, buffer, value in self._kept:
-            buffer.copy_(value)
+            if not (only_changed and torch.equal(buffer, value)):
+                buffer.copy_(value)
             module._buffers[name] = buffer
         self._seen, self._kept = set(), []
 

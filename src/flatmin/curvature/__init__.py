@@ -1,0 +1,21 @@
+"""Measuring: an objective, Hessian products, and what is estimated from them, each with its error."""
+
+from flatmin.curvature.eigen import top_eigenvalues
+from flatmin.curvature.objective import Objective
+from flatmin.curvature.products import hessian_product
+from flatmin.curvature.report import FlatnessReport, measure
+from flatmin.curvature.results import EigenResult, Estimate, Measurement, TraceResult
+from flatmin.curvature.trace import trace
+
+__all__ = [
+    "EigenResult",
+    "Estimate",
+    "FlatnessReport",
+    "Measurement",
+    "Objective",
+    "TraceResult",
+    "hessian_product",
+    "measure",
+    "top_eigenvalues",
+    "trace",
+]

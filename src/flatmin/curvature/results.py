@@ -1,0 +1,126 @@
+"""Measurements: frozen, and each with its error.
+
+`stderr` is the error of the *computation* on the data given (random probes, unfinished iterations). It does not cover
+the choice of the data: another sample of the same population has another loss and another Hessian.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from scipy import stats
+
+from flatmin.extras import need
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One number with its error.
+
+    Attributes:
+        value: the measured quantity.
+        stderr: one standard error of the computation; 0 if exact.
+        method: what was computed.
+        num_products: Hessian-vector products over the whole data that it took.
+        num_samples: samples in the data.
+        seed: of the probes.
+    """
+
+    value: float
+    stderr: float
+    method: str
+    num_products: int = 0
+    num_samples: int = 0
+    seed: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def __str__(self) -> str:
+        return format_estimate(self.value, self.stderr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A part of a measurement: a value and its standard error."""
+
+    value: float
+    stderr: float
+
+    def __str__(self) -> str:
+        return format_estimate(self.value, self.stderr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceResult(Measurement):
+    """The trace of the Hessian, in all and per layer.
+
+    Attributes:
+        per_layer: module name -> its part of the trace, from the same probes; the parts add up to `value`.
+        samples: the estimates of the single probes, whose mean is `value`.
+        num_params: size of the Hessian; `value / num_params` is the mean eigenvalue.
+        converged: whether the requested relative error was reached.
+    """
+
+    per_layer: Mapping[str, Estimate] = field(default_factory=dict)
+    samples: tuple[float, ...] = ()
+    num_params: int = 0
+    converged: bool = True
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """A confidence interval for the trace (Student's t over the probes)."""
+        if len(self.samples) < 2:
+            return (-math.inf, math.inf)
+        half = float(stats.t.ppf(0.5 + level / 2, len(self.samples) - 1)) * self.stderr
+        return (self.value - half, self.value + half)
+
+    def plot(self, ax: Any = None) -> Any:
+        """Bars: the trace of each layer with one standard error. Returns the matplotlib Axes."""
+        ax = need("matplotlib.pyplot", "lab").subplots()[1] if ax is None else ax
+        names = list(self.per_layer)
+        parts = [self.per_layer[name] for name in names]
+        ax.barh(names, [p.value for p in parts], xerr=[p.stderr for p in parts], color="#4c72b0", capsize=3)
+        ax.invert_yaxis()
+        ax.set_xlabel(f"Hessian trace (total {self})")
+        return ax
+
+
+@dataclass(frozen=True, kw_only=True)
+class EigenResult(Measurement):
+    """Extreme eigenvalues of the Hessian; `value` is the first of them and `stderr` its residual bound.
+
+    Attributes:
+        values: eigenvalues, the wanted end first.
+        residuals: |H v - value v| for each, |v| = 1: an eigenvalue lies within this distance.
+        converged: whether every residual is at most `tol` times its value.
+        which: "LA" (largest algebraic) or "SA" (smallest).
+    """
+
+    values: tuple[float, ...] = ()
+    residuals: tuple[float, ...] = ()
+    converged: bool = True
+    which: str = "LA"
+
+    def plot(self, ax: Any = None) -> Any:
+        """The eigenvalues in order, with their residuals as bars. Returns the matplotlib Axes."""
+        ax = need("matplotlib.pyplot", "lab").subplots()[1] if ax is None else ax
+        ax.errorbar(range(1, len(self.values) + 1), self.values, yerr=self.residuals, fmt="o", capsize=3)
+        ax.set_xlabel("rank")
+        ax.set_ylabel("eigenvalue of the Hessian")
+        return ax
+
+
+def format_estimate(value: float, stderr: float) -> str:
+    """`12.34 +- 0.05`: two digits of the error, and the value to the same place."""
+    if not (math.isfinite(value) and math.isfinite(stderr)) or stderr == 0 or value == 0:
+        return f"{value:.4g}" if stderr == 0 else f"{value:.4g} +- {stderr:.2g}"
+    digits = 1 - math.floor(math.log10(stderr))
+    if digits < -4 or abs(value) < 1e-3:
+        return f"{value:.4g} +- {stderr:.2g}"
+    return f"{value:.{max(digits, 0)}f} +- {stderr:.{max(digits, 0)}f}"

@@ -1,0 +1,80 @@
+"""Small float64 nets of many kinds, and the dense Hessian by reverse over reverse: the independent truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+class Attention(nn.Module):
+    """Embedding, layer norm, `scaled_dot_product_attention` as users have it, and a tied output."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.norm = nn.LayerNorm(4)
+        self.qkv = nn.Linear(4, 12)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.norm(self.embed(tokens))
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.head(F.scaled_dot_product_attention(q, k, v).mean(1))
+
+
+class Conv(nn.Module):
+    """Convolution, batch norm, max-pool, weight sharing, and a branch that is never used."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 3, padding=1)
+        self.norm = nn.BatchNorm2d(3)
+        self.shared = nn.Linear(12, 12)
+        self.head = nn.Linear(12, 3)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.gelu(self.norm(self.conv(x))), 2).flatten(1)
+        return self.head(self.shared(self.shared(x).tanh()).tanh())
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
+    "relu": (lambda: nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)),
+             lambda n: torch.randn(n, 5, dtype=torch.float64)),
+    "tanh": (lambda: nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.LayerNorm(12), nn.Linear(12, 3)),
+             lambda n: torch.randn(n, 5, dtype=torch.float64)),
+    "conv": (Conv, lambda n: torch.randn(n, 1, 4, 4, dtype=torch.float64)),
+    "attention": (Attention, lambda n: torch.randint(7, (n, 5))),
+}  # fmt: skip
+
+criterion = nn.CrossEntropyLoss()
+
+
+def make(name: str, samples: int = 24) -> tuple[nn.Module, Tensor, Tensor]:
+    """A lightly trained net and its data."""
+    torch.manual_seed(3)
+    build, inputs = NETS[name]
+    model, x, y = build().double(), inputs(samples), torch.randint(3, (samples,))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(30):
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+    return model.eval(), x, y
+
+
+def dense_hessian(model: nn.Module, loss: Callable[[], Tensor]) -> Tensor:
+    """The full Hessian of `loss()` by the trainable parameters, row by row, reverse over reverse."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    with sdpa_kernel(SDPBackend.MATH):
+        grads = torch.autograd.grad(loss(), params, create_graph=True, allow_unused=True, materialize_grads=True)
+        flat = torch.cat([g.flatten() for g in grads])
+        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        rows = [torch.autograd.grad(g, params, **options) if g.requires_grad else () for g in flat]
+        rows = [torch.cat([r.flatten() for r in row]) if row else torch.zeros_like(flat) for row in rows]
+    return torch.stack(rows).detach()
