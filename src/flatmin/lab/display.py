@@ -1,0 +1,96 @@
+"""What the terminal shows: live progress, and the table of a comparison."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from flatmin.lab.summary import COLUMNS, Column
+
+
+class Live:
+    """Live progress of a comparison: one line for all runs, one for each that is under way."""
+
+    def __init__(self, total: int, done: int, folder: str):
+        self._console = Console()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+        )
+        note = f"{done} finished before" if done else ""
+        self._all = self._progress.add_task(folder, total=total, completed=done, note=note)
+        self._runs: dict[str, TaskID] = {}
+
+    def update(self, name: str, step: int, num_steps: int, loss: float) -> None:
+        """Moves the line of one run."""
+        if name not in self._runs:
+            self._runs[name] = self._progress.add_task(f"  {name}", total=num_steps, note="")
+        self._progress.update(self._runs[name], completed=step, note=f"loss {loss:.4f}")
+
+    def done(self, name: str) -> None:
+        """Takes the line of a finished run away."""
+        if name in self._runs:
+            self._progress.remove_task(self._runs.pop(name))
+        self._progress.advance(self._all)
+
+    def __enter__(self) -> Live:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+
+def budget_line(summary: dict[str, Any]) -> str:
+    """One sentence on what was equal."""
+    if summary["budget"] == "gradients":
+        return (
+            f"Equal gradient budget: {summary['amount']} mini-batch gradients a run, so a method that needs two "
+            "gradients a step takes half the steps."
+        )
+    return f"Equal steps: {summary['amount']} a run, so a method that needs two gradients a step costs twice as much."
+
+
+def format_cell(column: Column, cell: dict[str, Any]) -> str:
+    """`91.20 +- 0.40`, or a dash without data."""
+    if cell["mean"] is None:
+        return "-"
+    text = f"{cell['mean']:.{column.digits}f}"
+    if cell["half_width"] is None or len(set(cell["values"])) == 1:
+        return text
+    return f"{text} ±{cell['half_width']:.{column.digits}f}"
+
+
+def print_table(summary: dict[str, Any], console: Console | None = None) -> None:
+    """The comparison as a table: mean and 95% interval over seeds; bold where significantly best."""
+    console = console or Console()
+    title = f"{summary['task']}: mean ± 95% interval over {summary['num_seeds']} seeds"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("", no_wrap=True)
+    names = list(summary["methods"])
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for column in COLUMNS:
+        row = []
+        for name in names:
+            text = format_cell(column, summary["methods"][name]["columns"][column.key])
+            if summary["best"].get(column.key) == name:
+                text = f"[bold green]{text} *[/]"
+            row.append(text)
+        table.add_row(column.title, *row)
+        if column.key == "trace":
+            errors = [summary["methods"][name]["trace_stderr"] for name in names]
+            table.add_row("  error of a trace", *["-" if e is None else f"±{e:.1f}" for e in errors])
+    console.print(table)
+    console.print(f"* better than every other method: paired t-test over seeds, Holm, p < 0.05. {budget_line(summary)}")
+    for name in names:
+        for message in summary["methods"][name]["messages"]:
+            console.print(f"[red]diverged[/]: {message}", highlight=False)

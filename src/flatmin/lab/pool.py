@@ -1,0 +1,81 @@
+"""Many runs at once, one process and one thread each, with progress and a clean stop.
+
+Workers ignore Ctrl-C; the parent tells them to stop, and each leaves its run at the next step with whole records.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+import signal
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+from flatmin.lab.train import RunSpec, train
+
+_shared: dict[str, Any] = {}
+
+
+class Watcher(Protocol):
+    """Who is told how the runs are going."""
+
+    def update(self, name: str, step: int, num_steps: int, loss: float) -> None:
+        """A run has come to `step`."""
+        ...
+
+    def done(self, name: str) -> None:
+        """A run is finished."""
+        ...
+
+
+def run_all(runs: Sequence[tuple[RunSpec, Path]], jobs: int, watcher: Watcher) -> None:
+    """Trains every spec into its folder.
+
+    Raises:
+        KeyboardInterrupt: after all workers have stopped; what is finished is on disk.
+    """
+    if not runs:
+        return
+    if jobs == 1:
+        for spec, folder in runs:
+            train(spec, folder, watcher.update)
+            watcher.done(spec.name)
+        return
+    context = multiprocessing.get_context("spawn")
+    messages, stop = context.Queue(), context.Event()
+    with ProcessPoolExecutor(min(jobs, len(runs)), context, _initialize, (messages, stop)) as pool:
+        futures = {pool.submit(_work, spec, folder): spec.name for spec, folder in runs}
+        try:
+            _watch(futures, messages, watcher)
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _watch(futures: dict[Future[None], str], messages: Any, watcher: Watcher) -> None:
+    left = dict(futures)
+    while left:
+        try:
+            watcher.update(*messages.get(timeout=0.1))
+        except queue.Empty:
+            for future in [f for f in left if f.done()]:
+                future.result()
+                watcher.done(left.pop(future))
+
+
+def _initialize(messages: Any, stop: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _shared.update(messages=messages, stop=stop)
+
+
+def _work(spec: RunSpec, folder: Path) -> None:
+    train(spec, folder, _report)
+
+
+def _report(name: str, step: int, num_steps: int, loss: float) -> None:
+    if _shared["stop"].is_set():
+        raise KeyboardInterrupt
+    _shared["messages"].put((name, step, num_steps, loss))

@@ -1,0 +1,134 @@
+"""Runs on disk: one JSONL file each, whole lines only, and never overwritten when finished.
+
+A run is written to `<name>.jsonl.partial` line by line and renamed to `<name>.jsonl` when it is finished. So a file
+without the suffix is complete, and one with it is the rest of an interrupted run, which is started again.
+
+    {"type": "run", "format": "flatmin-run/1", ...}     what was run: spec, versions, commit
+    {"type": "progress", "step": 100, ...}              every few steps
+    {"type": "result", "status": "finished", ...}       the last line; or "diverged", with a message
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+FORMAT = "flatmin-run/1"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One finished run: its header, its progress lines and its result."""
+
+    header: dict[str, Any]
+    progress: list[dict[str, Any]]
+    result: dict[str, Any]
+
+    @property
+    def finished(self) -> bool:
+        """Whether training came to its end (and did not diverge)."""
+        return self.result["status"] == "finished"
+
+
+class RunWriter:
+    """Writes one run; use as a context manager. The file gets its final name in `finish`."""
+
+    def __init__(self, path: Path, header: dict[str, Any]):
+        self._path = path
+        self._partial = path.with_name(path.name + ".partial")
+        if self._partial.exists():
+            _check_header(_parse_line(self._partial, 1, _first_line(self._partial)), self._partial)
+        self._file = self._partial.open("w", encoding="utf-8")
+        self.write({"type": "run", "format": FORMAT, **header})
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One line, written at once: an interrupt leaves whole lines."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """The last line; the run is then complete on disk."""
+        self.write({"type": "result", **result})
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._partial.replace(self._path)
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not self._file.closed:
+            if kind is not None:
+                self.write({"type": "interrupted", "by": kind.__name__})
+            self._file.close()
+
+
+def read_run(path: Path) -> RunRecord:
+    """Reads a finished run.
+
+    Raises:
+        ValueError: if the file is not one: it names the file, the line and the mend, and nothing is changed.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    records = [_parse_line(path, number, line) for number, line in enumerate(lines, 1)]
+    _check_header(records[0] if records else {}, path)
+    if records[-1].get("type") != "result" or "status" not in records[-1]:
+        raise ValueError(_refusal(path, "its last line is not a result"))
+    return RunRecord(records[0], [r for r in records if r["type"] == "progress"], records[-1])
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and commit, for the header of a run."""
+    versions = {name: metadata.version(name) for name in ("flatmin", "torch", "numpy", "scipy")}
+    return {"versions": {"python": platform.python_version(), **versions}, "commit": _commit()}
+
+
+def _commit() -> str | None:
+    def git(*arguments: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _first_line(path: Path) -> str:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.readline() or "{}"
+
+
+def _parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(_refusal(path, f"line {number} is not JSON")) from error
+    if not (isinstance(record, dict) and "type" in record):
+        raise ValueError(_refusal(path, f"line {number} is not a record of a run"))
+    return record
+
+
+def _check_header(record: dict[str, Any], path: Path) -> None:
+    if record.get("type") != "run" or record.get("format") != FORMAT:
+        raise ValueError(_refusal(path, f"it does not begin with a {FORMAT} header"))
+
+
+def _refusal(path: Path, why: str) -> str:
+    return (
+        f"{path} is not a run that flatmin wrote, or it is damaged: {why}. It is left as it is. Move it away (the run "
+        "is then done again), or choose another --name."
+    )

@@ -1,0 +1,93 @@
+"""The report of a comparison: one self-contained HTML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flatmin.extras import need
+from flatmin.lab.display import budget_line, format_cell
+from flatmin.lab.records import RunRecord
+from flatmin.lab.report import charts
+from flatmin.lab.summary import COLUMNS
+from flatmin.lab.tasks import get_task
+
+TEMPLATE = Path(__file__).parent / "report.html.j2"
+
+
+def write_report(path: Path, summary: dict[str, Any], runs: Mapping[str, Sequence[RunRecord]]) -> Path:
+    """Writes the report; returns its path. Text is escaped by jinja2; pictures are inline SVG."""
+    jinja2 = need("jinja2", "lab")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    safe = jinja2.filters.Markup
+    first = next((r for records in runs.values() for r in records), None)
+    html = template.render(
+        summary=summary,
+        task=get_task(summary["task"]),
+        rows=_rows(summary),
+        budget=budget_line(summary),
+        verdict=_verdict(summary),
+        figures=[(title, note, safe(svg)) for title, note, svg in charts.figures(runs)],
+        settings={name: records[0].header["spec"]["settings"] for name, records in runs.items() if records},
+        header=first.header if first else {},
+        messages=[m for entry in summary["methods"].values() for m in entry["messages"]],
+    )
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(html, encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def _rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    control, *_ = summary["methods"]
+    rows = []
+    for column in COLUMNS:
+        cells = []
+        for name, entry in summary["methods"].items():
+            versus = summary["versus"].get(column.key, {}).get(name)
+            cells.append(
+                {
+                    "text": format_cell(column, entry["columns"][column.key]),
+                    "best": summary["best"].get(column.key) == name,
+                    "mark": _mark(versus, column.better) if name != control else "",
+                    "p": None if versus is None else versus["p"],
+                    "note": _trace_note(entry) if column.key == "trace" else "",
+                }
+            )
+        rows.append({"title": column.title, "cells": cells})
+    return rows
+
+
+def _trace_note(entry: dict[str, Any]) -> str:
+    return "" if entry["trace_stderr"] is None else f"each trace ± {entry['trace_stderr']:.1f}"
+
+
+def _mark(versus: dict[str, Any] | None, better: int) -> str:
+    if versus is None or versus["difference"] is None or versus["p"] >= 0.05:
+        return ""
+    return "better" if versus["difference"] * better > 0 else "worse"
+
+
+def _verdict(summary: dict[str, Any]) -> list[str]:
+    """One sentence per method: whether it generalises better than the control here, and whether it is flatter."""
+    control, *others = summary["methods"]
+    sentences = []
+    for name in others:
+        accuracy = summary["versus"]["test_accuracy"][name]
+        trace = summary["versus"]["trace"][name]
+        if accuracy["difference"] is None or trace["difference"] is None:
+            sentences.append(f"{name}: no finished run to compare with {control}.")
+            continue
+        control_trace = summary["methods"][control]["columns"]["trace"]["mean"]
+        change = 100 * trace["difference"] / control_trace if control_trace else float("nan")
+        sentences.append(
+            f"{name} against {control}: test accuracy {accuracy['difference']:+.2f} points "
+            f"({_significance(accuracy['p'])}), Hessian trace {change:+.0f}% ({_significance(trace['p'])})."
+        )
+    return sentences
+
+
+def _significance(p: float) -> str:
+    return f"p = {p:.1g}" if p < 0.05 else f"not significant, p = {p:.2g}"

@@ -1,0 +1,139 @@
+"""What a comparison says: means with 95% intervals over seeds, and paired tests for what is better.
+
+interval   Student's t over the seeds: mean +- t(0.975, n - 1) s / sqrt(n)
+paired     two methods share the training samples, initial weights and batch order of a seed, so they are compared
+by the t-test on the differences, seed by seed
+best       a method is marked best in a column only if it beats *every* other method there, p < 0.05 after Holm's
+correction for the number of comparisons
+versus     the p-value of each method against the control (the first method), uncorrected, is in the summary
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from flatmin.lab.records import RunRecord
+
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Column:
+    """One measured quantity: its title, where it is in a result, and which direction is better."""
+
+    key: str
+    title: str
+    better: int  # +1 larger, -1 smaller, 0 neither
+    path: tuple[str, ...]
+    digits: int = 3
+    percent: bool = False
+
+    def of(self, record: RunRecord) -> float:
+        """Its value in one run."""
+        value: Any = record.result
+        for key in self.path:
+            value = value[key]
+        return 100 * float(value) if self.percent else float(value)
+
+
+COLUMNS = (
+    Column("test_accuracy", "test accuracy, %", +1, ("test_accuracy",), 2, percent=True),
+    Column("test_loss", "test loss", -1, ("test_loss",)),
+    Column("gap", "generalisation gap", -1, ("gap",)),
+    Column("train_loss", "training loss", 0, ("train_loss",), 4),
+    Column("trace", "Hessian trace", -1, ("flatness", "trace", "value"), 1),
+    Column("lambda_max", "lambda_max", -1, ("flatness", "top_eigenvalue", "value"), 2),
+    Column("seconds", "seconds", 0, ("seconds",), 2),
+    Column("gradients", "gradients", 0, ("gradients",), 0),
+    Column("steps", "steps", 0, ("steps",), 0),
+)
+
+Runs = Mapping[str, Sequence[RunRecord]]  # method -> its runs
+
+
+def summarize(runs: Runs) -> dict[str, Any]:
+    """The summary as plain data: per method and column mean, interval and values; best and versus per column."""
+    methods = {
+        name: {
+            "num_runs": len(records),
+            "num_diverged": sum(not r.finished for r in records),
+            "messages": [r.result["message"] for r in records if not r.finished],
+            "columns": {c.key: _describe([c.of(r) for r in records if r.finished]) for c in COLUMNS},
+            "trace_stderr": _rms([r.result["flatness"]["trace"]["stderr"] for r in records if r.finished]),
+        }
+        for name, records in runs.items()
+    }
+    return {
+        "methods": methods,
+        "best": {c.key: _best(runs, c) for c in COLUMNS if c.better},
+        "versus": {c.key: _versus(runs, c) for c in COLUMNS if c.better},
+    }
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment of p-values (controls the family-wise error)."""
+    order = np.argsort(p_values)
+    adjusted = np.empty(len(p_values))
+    running = 0.0
+    for rank, index in enumerate(order):
+        running = max(running, (len(p_values) - rank) * p_values[index])
+        adjusted[index] = min(1.0, running)
+    return adjusted.tolist()
+
+
+def paired_p_value(a: Mapping[int, float], b: Mapping[int, float]) -> float:
+    """Two-sided p-value of the t-test on the differences a - b over common seeds; 1 if it cannot be computed."""
+    seeds = sorted(a.keys() & b.keys())
+    differences = np.array([a[s] - b[s] for s in seeds])
+    if len(seeds) < 3 or not np.any(differences):
+        return 1.0
+    if np.ptp(differences) == 0:  # the same difference every time
+        return 0.0
+    return float(stats.ttest_1samp(differences, 0.0)[1])  # type: ignore[arg-type]
+
+
+def _describe(values: Sequence[float]) -> dict[str, Any]:
+    n = len(values)
+    mean = float(np.mean(values)) if n else math.nan
+    half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+    return {"mean": _number(mean), "half_width": _number(half), "values": [float(v) for v in values]}
+
+
+def _by_seed(records: Sequence[RunRecord], column: Column) -> dict[int, float]:
+    return {r.header["spec"]["seed"]: column.of(r) for r in records if r.finished}
+
+
+def _best(runs: Runs, column: Column) -> str | None:
+    values = {name: _by_seed(records, column) for name, records in runs.items()}
+    values = {name: v for name, v in values.items() if v}
+    if len(values) < 2:
+        return None
+    leader = max(values, key=lambda name: column.better * np.mean(list(values[name].values())))
+    others = [v for name, v in values.items() if name != leader]
+    return leader if max(holm([paired_p_value(values[leader], v) for v in others])) < LEVEL else None
+
+
+def _versus(runs: Runs, column: Column) -> dict[str, dict[str, Any]]:
+    (control, *others) = runs
+    reference = _by_seed(runs[control], column)
+    found = {}
+    for name in others:
+        values = _by_seed(runs[name], column)
+        common = sorted(values.keys() & reference.keys())
+        difference = float(np.mean([values[s] - reference[s] for s in common])) if common else math.nan
+        found[name] = {"difference": _number(difference), "p": paired_p_value(values, reference)}
+    return found
+
+
+def _rms(values: Sequence[float]) -> float | None:
+    return float(np.sqrt(np.mean(np.square(values)))) if values else None
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

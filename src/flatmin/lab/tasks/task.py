@@ -1,0 +1,71 @@
+"""What a task is: data, a model and a loss, with where they come from and how each method is run on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Splits(NamedTuple):
+    """Inputs and integer labels; `validation` is for choosing settings, `test` for nothing but the last number."""
+
+    train: Pair
+    validation: Pair
+    test: Pair
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a method is run: SGD with momentum 0.9 and a cosine schedule to zero, and the method's radius.
+
+    Attributes:
+        lr: initial learning rate.
+        weight_decay: of the base optimizer.
+        radius: rho or sigma; `None` for the base.
+    """
+
+    lr: float
+    weight_decay: float = 0.0
+    radius: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr must be positive, got {self.lr}.")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must be >= 0, got {self.weight_decay}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Data + model + loss, by name.
+
+    Attributes:
+        name: as the command line spells it.
+        summary: one line.
+        source: where the data comes from.
+        licence: of the data.
+        load: seed -> Splits. The seed chooses the training samples; the test set never changes.
+        build_model: a freshly initialised model (from torch's random state).
+        criterion: the loss, a mean over the batch.
+        batch_size: of training.
+        num_gradients: mini-batch gradients that a run may spend.
+        settings: method name -> its tuned settings.
+        tuning: how the settings were chosen.
+    """
+
+    name: str
+    summary: str
+    source: str
+    licence: str
+    load: Callable[[int], Splits]
+    build_model: Callable[[], nn.Module]
+    criterion: nn.Module
+    batch_size: int
+    num_gradients: int
+    settings: Mapping[str, Settings]
+    tuning: str

@@ -1,0 +1,101 @@
+"""Choosing settings on validation data: the same number of trials for every method, the test set untouched.
+
+The rule, fixed beforehand: of all settings on the grid, the one with the lowest mean validation loss over the tuning
+seeds (a diverged run counts as infinite). Tuning seeds start at 1000, so that no run of a comparison is among them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flatmin.lab.display import Live
+from flatmin.lab.pool import run_all
+from flatmin.lab.records import environment, read_run, write_json
+from flatmin.lab.tasks import Settings, get_task
+from flatmin.lab.train import RunSpec
+from flatmin.optim.registry import get_method
+
+FIRST_SEED = 1000
+
+
+@dataclass(kw_only=True)
+class Tune:
+    """Choose learning rate and radius for each method by validation loss, on an equal number of trials each.
+
+    The control is tuned over learning rate x weight decay, the other methods over learning rate x radius at the
+    control's best weight decay.
+    """
+
+    task: str = "digits"
+    """Data, model and loss, by name."""
+    methods: tuple[str, ...] = ("base", "sam", "nso-one-point", "nso")
+    """Methods, by name; the first is the control."""
+    lr: tuple[float, ...] = (0.03, 0.1, 0.2, 0.4)
+    """Learning rates."""
+    weight_decay: tuple[float, ...] = (0.0, 1e-4, 1e-3, 1e-2)
+    """Weight decays, for the control."""
+    rho: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
+    """Radii, for methods with a rho."""
+    sigma: tuple[float, ...] = (0.01, 0.02, 0.04, 0.08)
+    """Radii, for methods with a sigma."""
+    num_seeds: int = 5
+    """Seeds of every trial."""
+    out: Path = Path("runs/tuning")
+    """Where the runs and tuning.json are written."""
+    jobs: int = 2
+    """Runs at the same time."""
+    best: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
+
+    def run(self) -> None:
+        """Tunes method by method, prints the winners, writes tuning.json."""
+        trials: dict[str, list[dict[str, Any]]] = {}
+        for method in self.methods:
+            trials[method] = self._tune(method)
+            self.best[method] = min(trials[method], key=lambda t: t["validation_loss"])
+            print(f"{method}: {self.best[method]}")
+        record = {"task": self.task, "num_seeds": self.num_seeds, **environment(), "best": self.best, "trials": trials}
+        write_json(self.out / "tuning.json", record)
+
+    def _settings(self, method: str) -> list[Settings]:
+        radius = get_method(method).radius_name
+        if radius is None:
+            return [Settings(lr=lr, weight_decay=wd) for lr, wd in itertools.product(self.lr, self.weight_decay)]
+        decay = self.best[self.methods[0]]["weight_decay"]
+        radii = self.rho if radius == "rho" else self.sigma
+        return [Settings(lr=lr, weight_decay=decay, radius=r) for lr, r in itertools.product(self.lr, radii)]
+
+    def _tune(self, method: str) -> list[dict[str, Any]]:
+        steps = max(1, get_task(self.task).num_gradients // get_method(method).gradients)
+        candidates = self._settings(method)
+        trials = [
+            [
+                (
+                    RunSpec(task=self.task, method=method, seed=FIRST_SEED + i, num_steps=steps, settings=settings),
+                    self.out / f"{method}-{number}",
+                )
+                for i in range(self.num_seeds)
+            ]
+            for number, settings in enumerate(candidates)
+        ]
+        runs = [run for trial in trials for run in trial]
+        for _, folder in runs:
+            folder.mkdir(parents=True, exist_ok=True)
+        with Live(len(runs), 0, f"{self.out} {method}") as live:
+            run_all(runs, self.jobs, live)
+        return [_outcome(settings, trial) for settings, trial in zip(candidates, trials, strict=True)]
+
+
+def _outcome(settings: Settings, trial: list[tuple[RunSpec, Path]]) -> dict[str, Any]:
+    results = [read_run(folder / f"{spec.name}.jsonl").result for spec, folder in trial]
+    return {
+        **dataclasses.asdict(settings),
+        "validation_loss": float(np.mean([r.get("validation_loss", math.inf) for r in results])),
+        "validation_accuracy": float(np.mean([r.get("validation_accuracy", 0.0) for r in results])),
+    }

@@ -1,0 +1,82 @@
+"""The command line as a user meets it: help, lists, one-line errors, and Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from flatmin.lab.cli import main
+
+
+def test_help_is_generated_from_the_dataclass(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["compare", "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for word in (
+        "--task",
+        "--methods",
+        "--num-seeds",
+        "--budget",
+        "gradients,steps",
+        "--jobs",
+        "equal gradient budget",
+    ):
+        assert word in text
+
+
+def test_lists(capsys):
+    assert main(["methods"]) == 0
+    assert main(["tasks"]) == 0
+    text = capsys.readouterr().out
+    for word in ("nso-one-point", "2 gradient(s) a step, radius rho", "arXiv:2306.08553", "digits", "CC BY 4.0"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "digit"], "unknown task 'digit'. Did you mean 'digits'?"),
+        (["--methods", "base", "sem"], "unknown method 'sem'"),
+        (["--num-seeds", "0"], "num_seeds and jobs must be at least 1"),
+        (["--out", "/proc/nowhere"], "Choose another place with --out"),
+    ],
+)
+def test_an_error_is_one_line_and_status_2(arguments, message, capsys):
+    try:
+        status = main(["compare", *arguments])
+    except SystemExit as exit_:  # tyro's own errors
+        status = exit_.code
+    assert status == 2
+    captured = capsys.readouterr()
+    assert message in captured.err + captured.out
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_ctrl_c_leaves_whole_records_and_the_same_command_continues(tmp_path, jobs):
+    command = [sys.executable, "-m", "flatmin", "compare", "--out", str(tmp_path), "--name", "c", "--jobs", jobs]
+    command += ["--num-gradients", "1500", "--num-seeds", "2", "--methods", "base", "nso"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    records = tmp_path / "c" / "records"
+    deadline = time.monotonic() + 60
+    while not list(records.glob("*.partial")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)  # to the whole group, as a terminal does
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command continues" in errors
+    assert "Traceback" not in errors
+    for path in records.glob("*.jsonl*"):
+        assert all(json.loads(line) for line in path.read_text().splitlines())
+    assert len(list(records.glob("*.jsonl"))) < 4
+    subprocess.run(command, check=True, timeout=120, capture_output=True)
+    assert len(list(records.glob("*.jsonl"))) == 4
+    assert not list(records.glob("*.partial"))

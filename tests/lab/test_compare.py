@@ -1,0 +1,171 @@
+"""The main job end to end, small: what it writes, what it does not do twice, what it refuses."""
+
+import json
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+
+import flatmin.lab.pool as pool
+from flatmin.lab.compare import Compare, Report
+from flatmin.lab.records import read_run
+
+
+def compare(tmp_path, **options):
+    options = {"num_seeds": 3, "num_gradients": 40, "methods": ("base", "nso"), "jobs": 1, **options}
+    return Compare(name="small", out=tmp_path / "runs", **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    path = tmp_path_factory.mktemp("finished")
+    compare(path).run()
+    return path
+
+
+def test_what_is_written(finished):
+    folder = finished / "runs" / "small"
+    assert sorted(p.name for p in folder.iterdir()) == ["comparison.json", "records", "report.html", "summary.json"]
+    names = [f"{method}-seed{seed}" for method in ("base", "nso") for seed in range(3)]
+    expected = {f"{name}.{suffix}" for name in names for suffix in ("jsonl", "safetensors")}
+    assert {p.name for p in (folder / "records").iterdir()} == expected
+
+
+def test_equal_gradients_is_the_default_and_equal_steps_an_option(finished, tmp_path):
+    for name, steps in (("base", 40), ("nso", 20)):
+        result = read_run(finished / "runs" / "small" / "records" / f"{name}-seed0.jsonl").result
+        assert (result["steps"], result["gradients"]) == (steps, 40)
+    assert {s.num_steps for s in compare(tmp_path, budget="steps").specs()} == {40}
+
+
+def test_the_summary_is_computed_from_the_records(finished):
+    folder = finished / "runs" / "small"
+    summary = json.loads((folder / "summary.json").read_text())
+    values = [100 * read_run(folder / "records" / f"nso-seed{s}.jsonl").result["test_accuracy"] for s in range(3)]
+    assert summary["methods"]["nso"]["columns"]["test_accuracy"]["values"] == values
+    assert summary["amount"] == 40
+
+
+def test_the_report_is_self_contained_and_whole(finished):
+    html = (finished / "runs" / "small" / "report.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!#)[^"]+"', html)
+    assert "<script" not in html
+    assert html.count("<svg") == 3
+    assert not re.findall(r"\bnan\b|None|undefined", re.sub(r"<svg.*?</svg>", "", html, flags=re.S))
+    for text in ("test accuracy, %", "generalisation gap", "Hessian trace", "lambda_max", "seconds", "gradients"):
+        assert text in html
+    for svg in re.findall(r"<svg.*?</svg>", html, flags=re.S):
+        ET.fromstring(svg)
+
+
+def test_a_finished_comparison_is_not_run_again(finished, monkeypatch, capsys):
+    monkeypatch.setattr(pool, "train", lambda *_: pytest.fail("trained again"))
+    before = (finished / "runs" / "small" / "report.html").read_text()
+    compare(finished).run()
+    assert "report:" in capsys.readouterr().out
+    assert (finished / "runs" / "small" / "report.html").read_text() == before
+
+
+def test_the_report_can_be_written_again(finished):
+    report = finished / "runs" / "small" / "report.html"
+    before = report.read_text()
+    report.unlink()
+    assert Report(name="small", out=finished / "runs").run() == report
+    assert report.read_text() == before
+
+
+def test_an_interrupted_comparison_continues_where_it_stopped(tmp_path, monkeypatch):
+    train, trained = pool.train, []
+
+    def interrupting(spec, folder, report):
+        trained.append(spec.name)
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        train(spec, folder, report)
+
+    monkeypatch.setattr(pool, "train", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        compare(tmp_path).run()
+    first = list(trained)
+    compare(tmp_path).run()
+    assert trained[3:] == [first[2], *[n for n in trained[3:] if n not in first]]
+    assert len(set(trained)) == 6
+    assert len(trained) == 7
+
+
+def test_more_seeds_are_added_to_what_is_there(tmp_path, monkeypatch):
+    compare(tmp_path, num_seeds=1).run()
+    train, trained = pool.train, []
+    monkeypatch.setattr(pool, "train", lambda spec, *rest: (trained.append(spec.name), train(spec, *rest)))
+    compare(tmp_path, num_seeds=2).run()
+    assert trained == ["base-seed1", "nso-seed1"]
+
+
+def test_processes_give_the_same_numbers_as_one(tmp_path, finished):
+    compare(tmp_path, num_seeds=1, jobs=2).run()
+    for name in ("base-seed0", "nso-seed0"):
+        a, b = (read_run(p / "runs" / "small" / "records" / f"{name}.jsonl").result for p in (tmp_path, finished))
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+
+
+def test_a_record_of_another_run_is_refused(finished, tmp_path):
+    with pytest.raises(ValueError, match=r"base-seed0.jsonl is a run with another num_steps \(40, not 30\)"):
+        compare(finished, num_gradients=30).run()
+
+
+def test_a_damaged_record_is_refused_and_left_alone(tmp_path):
+    compare(tmp_path, num_seeds=1).run()
+    path = tmp_path / "runs" / "small" / "records" / "nso-seed0.jsonl"
+    damaged = path.read_text()[:-20]
+    path.write_text(damaged)
+    with pytest.raises(ValueError, match=r"nso-seed0.jsonl is not a run that flatmin wrote, or it is damaged"):
+        compare(tmp_path, num_seeds=1).run()
+    assert path.read_text() == damaged
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"format": "other"}'])
+def test_a_folder_that_is_not_ours_is_refused(tmp_path, content):
+    folder = tmp_path / "runs" / "small"
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_text("mine")
+    if content:
+        (folder / "comparison.json").write_text(content)
+    with pytest.raises(ValueError, match="is not a comparison that flatmin wrote"):
+        compare(tmp_path).run()
+    assert not (folder / "records").exists()
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "runs").write_text("a file, not a folder")
+    with pytest.raises(ValueError, match=r"cannot write to .*small: Not a directory. Choose another place with --out"):
+        compare(tmp_path).run()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "digit"}, r"unknown task 'digit'. Did you mean 'digits'\? Known: digits"),
+        ({"methods": ("base", "sma")}, r"unknown method 'sma'. Did you mean 'sam'\? Known: base, nso"),
+    ],
+)
+def test_unknown_names(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        compare(tmp_path, **options).run()
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("options", [{"num_seeds": 0}, {"jobs": 0}, {"num_gradients": 0}, {"methods": ()}])
+def test_bad_numbers(tmp_path, options):
+    with pytest.raises(ValueError, match="at least"):
+        compare(tmp_path, **options)
+
+
+def test_a_comparison_in_which_everything_diverges_still_reports(tmp_path, monkeypatch, capsys):
+    from flatmin.lab import tasks
+    from flatmin.lab.tasks import Settings
+
+    task = tasks.get_task("digits")
+    monkeypatch.setitem(task.settings, "nso", Settings(lr=1e8, radius=0.05))  # type: ignore[arg-type]
+    report = compare(tmp_path, num_gradients=400).run()
+    assert "Diverged: nso on digits, seed 0: the loss became" in report.read_text()
+    assert "diverged: nso on digits" in capsys.readouterr().out

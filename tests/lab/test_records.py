@@ -1,0 +1,78 @@
+"""Runs on disk: whole lines, final names only when finished, and nothing foreign is ever overwritten."""
+
+import json
+
+import pytest
+
+from flatmin.lab.records import RunWriter, environment, read_run, write_json
+
+
+def write(path):
+    with RunWriter(path, {"spec": {"seed": 1}, **environment()}) as writer:
+        writer.write({"type": "progress", "step": 1})
+        writer.finish({"status": "finished", "test_accuracy": 0.5})
+
+
+def test_round_trip(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write(path)
+    record = read_run(path)
+    assert record.finished
+    assert record.header["spec"] == {"seed": 1}
+    assert record.header["versions"]["torch"]
+    assert record.progress == [{"type": "progress", "step": 1}]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupt_leaves_whole_lines_and_no_finished_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+
+    def run():
+        with RunWriter(path, {"spec": {}}) as writer:
+            writer.write({"type": "progress", "step": 1})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert not path.exists()
+    lines = (tmp_path / "a.jsonl.partial").read_text().splitlines()
+    assert [json.loads(line)["type"] for line in lines] == ["run", "progress", "interrupted"]
+    write(path)  # and the run can be started again
+    assert read_run(path).finished
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("", "does not begin with a flatmin-run/1 header"),
+        ("name,score\nme,1\n", "line 1 is not JSON"),
+        ('{"type": "run", "format": "flatmin-run/0"}\n', "does not begin with a flatmin-run/1 header"),
+        ('{"type": "run", "format": "flatmin-run/1"}\n{"type": "prog', "line 2 is not JSON"),
+        ('{"type": "run", "format": "flatmin-run/1"}\n[1]\n', "line 2 is not a record"),
+        ('{"type": "run", "format": "flatmin-run/1"}\n', "its last line is not a result"),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_refused_and_left_alone(tmp_path, content, why):
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=why) as error:
+        read_run(path)
+    assert "a.jsonl" in str(error.value)
+    assert "left as it is" in str(error.value)
+    assert path.read_text() == content
+
+
+def test_a_foreign_partial_file_is_refused_and_left_alone(tmp_path):
+    partial = tmp_path / "a.jsonl.partial"
+    partial.write_text("my notes\n")
+    with pytest.raises(ValueError, match="line 1 is not JSON"):
+        write(tmp_path / "a.jsonl")
+    assert partial.read_text() == "my notes\n"
+
+
+def test_json_is_replaced_whole(tmp_path):
+    path = tmp_path / "summary.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}

@@ -1,0 +1,83 @@
+"""Intervals and paired tests against scipy and hand-computed values; a mark only where it is earned."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from flatmin.lab.records import RunRecord
+from flatmin.lab.summary import holm, paired_p_value, summarize
+
+
+def record(seed, accuracy, status="finished", message=""):
+    flatness = {"trace": {"value": 10.0 + seed, "stderr": 0.5}, "top_eigenvalue": {"value": 2.0}}
+    result = {
+        "type": "result", "status": status, "message": message, "test_accuracy": accuracy, "test_loss": 1 - accuracy,
+        "train_loss": 0.1, "gap": 0.9 - accuracy, "flatness": flatness, "seconds": 1.0, "gradients": 10, "steps": 5,
+    }  # fmt: skip
+    return RunRecord({"spec": {"seed": seed}}, [], result)
+
+
+def runs(**accuracies):
+    return {name: [record(seed, a) for seed, a in enumerate(values)] for name, values in accuracies.items()}
+
+
+def test_mean_and_interval():
+    values = [0.90, 0.92, 0.91, 0.95]
+    found = summarize(runs(base=values))["methods"]["base"]["columns"]["test_accuracy"]
+    low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+    assert found["mean"] == pytest.approx(92.0)
+    assert found["half_width"] == pytest.approx(100 * (high - low) / 2)
+    assert found["values"] == pytest.approx([90, 92, 91, 95])
+
+
+def test_the_paired_test_is_scipys():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=8), rng.normal(size=8)
+    ours = paired_p_value(dict(enumerate(a)), dict(enumerate(b)))
+    assert ours == pytest.approx(stats.ttest_rel(a, b).pvalue)  # type: ignore[attr-defined]
+    shuffled = {seed: b[seed] for seed in reversed(range(8))} | {99: 5.0}  # by seed, not by position
+    assert paired_p_value(dict(enumerate(a)), shuffled) == pytest.approx(ours)
+
+
+def test_the_paired_test_at_its_limits():
+    assert paired_p_value({0: 1.0, 1: 2.0}, {0: 0.0, 1: 0.0}) == 1.0  # two seeds prove nothing
+    assert paired_p_value(dict.fromkeys(range(5), 1.0), dict.fromkeys(range(5), 1.0)) == 1.0
+    assert paired_p_value(dict.fromkeys(range(5), 2.0), dict.fromkeys(range(5), 1.0)) == 0.0
+
+
+def test_holm():
+    # Worked by hand: sorted .01 .02 .03 .04 times 4 3 2 1 is .04 .06 .06 .04, made monotone .04 .06 .06 .06.
+    assert holm([0.02, 0.01, 0.04, 0.03]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_best_is_marked_only_if_it_beats_every_other():
+    base = [0.90, 0.91, 0.89, 0.92, 0.90, 0.91]
+    better = [a + 0.03 + 0.001 * i for i, a in enumerate(base)]
+    tied = [a - 0.001 * (-1) ** i for i, a in enumerate(better)]
+    assert summarize(runs(base=base, sam=better))["best"]["test_accuracy"] == "sam"
+    assert summarize(runs(base=base, sam=better, nso=tied))["best"]["test_accuracy"] is None
+    assert summarize(runs(base=base))["best"]["test_accuracy"] is None
+    versus = summarize(runs(base=base, sam=better))["versus"]["test_accuracy"]["sam"]
+    assert versus["difference"] == pytest.approx(3.25)
+    assert versus["p"] < 1e-5
+
+
+def test_chance_rarely_earns_a_mark():
+    rng = np.random.default_rng(1)
+    marked = 0
+    for _ in range(400):
+        same = {name: list(0.9 + 0.01 * rng.normal(size=6)) for name in ("base", "sam", "nso")}
+        marked += summarize(runs(**same))["best"]["test_accuracy"] is not None
+    assert marked <= 20  # 5% of 400; the test is conservative, since the leader must beat both
+
+
+def test_diverged_runs_are_counted_and_left_out():
+    all_runs = runs(base=[0.9, 0.91, 0.92], sam=[0.9, 0.95, 0.93])
+    all_runs["sam"][1] = RunRecord({"spec": {"seed": 1}}, [], {"status": "diverged", "message": "sam: nan at step 3"})
+    found = summarize(all_runs)
+    assert found["methods"]["sam"]["num_diverged"] == 1
+    assert found["methods"]["sam"]["messages"] == ["sam: nan at step 3"]
+    assert found["methods"]["sam"]["columns"]["test_accuracy"]["values"] == pytest.approx([90, 93])
+    everything = {"base": all_runs["base"], "sam": [all_runs["sam"][1]]}
+    assert summarize(everything)["methods"]["sam"]["columns"]["test_accuracy"]["mean"] is None

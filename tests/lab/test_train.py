@@ -1,0 +1,119 @@
+"""One run: reproducible, recorded, interruptible, and honest about divergence."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import flatmin.lab.train as train_module
+from flatmin.lab.records import read_run
+from flatmin.lab.tasks import Settings, get_task
+from flatmin.lab.train import RunSpec, build_optimizer, train
+from flatmin.optim import methods
+
+
+def spec(method="nso", seed=0, steps=20, lr=0.1, radius=0.05):
+    radius = None if method == "base" else radius
+    return RunSpec(task="digits", method=method, seed=seed, num_steps=steps, settings=Settings(lr=lr, radius=radius))
+
+
+def run(path, which):
+    path.mkdir(exist_ok=True)
+    train(which, path)
+    return read_run(path / f"{which.name}.jsonl")
+
+
+@pytest.mark.parametrize("method", list(methods()))
+def test_same_seed_same_numbers(tmp_path, method):
+    a, b = run(tmp_path / "a", spec(method)), run(tmp_path / "b", spec(method))
+    for record in (a, b):
+        record.result.pop("seconds")
+    assert a.result == b.result
+    assert a.progress == b.progress
+    other = run(tmp_path / "c", spec(method, seed=1))
+    assert other.result["test_loss"] != a.result["test_loss"]
+
+
+@pytest.mark.parametrize(("method", "gradients"), [("base", 20), ("sam", 40), ("nso", 40), ("nso-one-point", 20)])
+def test_gradients_are_counted(tmp_path, method, gradients, monkeypatch):
+    calls, inner = [], train_module._step
+
+    def counting(model, optimizer, criterion, batch):
+        hook = model.register_forward_hook(lambda *_: calls.append(1))
+        loss = inner(model, optimizer, criterion, batch)
+        hook.remove()
+        return loss
+
+    monkeypatch.setattr(train_module, "_step", counting)
+    record = run(tmp_path, spec(method))
+    assert record.result["gradients"] == gradients == len(calls)
+    assert record.result["steps"] == 20
+
+
+def test_the_record_is_complete(tmp_path):
+    record = run(tmp_path, spec())
+    assert record.header["spec"]["settings"] == {"lr": 0.1, "weight_decay": 0.0, "radius": 0.05}
+    assert set(record.header["versions"]) == {"python", "flatmin", "torch", "numpy", "scipy"}
+    assert record.progress[-1]["step"] == 20
+    assert record.result["gap"] == pytest.approx(record.result["test_loss"] - record.result["train_loss"])
+    assert set(record.result["flatness"]["trace"]["per_layer"]) == {"0", "2", "4"}
+
+
+def test_the_saved_weights_give_the_recorded_scores(tmp_path):
+    record = run(tmp_path, spec())
+    task = get_task("digits")
+    model = task.build_model()
+    model.load_state_dict(load_file(tmp_path / "nso-seed0.safetensors"))
+    inputs, labels = task.load(0).test
+    assert float(task.criterion(model(inputs), labels).detach()) == record.result["test_loss"]
+
+
+def test_splits_are_disjoint_and_the_test_set_is_fixed():
+    task = get_task("digits")
+    a, b = task.load(0), task.load(1)
+    assert [len(y) for _, y in a] == [200, 800, 797]
+    assert torch.equal(a.test[0], b.test[0])
+    assert not torch.equal(a.train[0], b.train[0])
+    rows = {name: {tuple(x.tolist()) for x in inputs} for name, (inputs, _) in a._asdict().items()}
+    assert not rows["train"] & rows["test"]
+    assert not rows["train"] & rows["validation"]
+
+
+def test_an_interrupt_leaves_whole_records(tmp_path):
+    def report(name, step, num_steps, loss):
+        if step >= 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(spec(), tmp_path, report)
+    (partial,) = tmp_path.iterdir()
+    lines = [json.loads(line) for line in partial.read_text().splitlines()]
+    assert partial.name == "nso-seed0.jsonl.partial"
+    assert lines[-1] == {"type": "interrupted", "by": "KeyboardInterrupt"}
+    whole = run(tmp_path, spec())
+    assert whole.progress[: len(lines) - 2] == lines[1:-1]  # started again from the beginning, with the same numbers
+
+
+@pytest.mark.parametrize("method", list(methods()))
+def test_divergence_is_recorded_and_names_the_mend(tmp_path, method):
+    record = run(tmp_path, spec(method, steps=200, lr=1e8))
+    assert not record.finished
+    assert f"{method} on digits, seed 0: the loss became" in record.result["message"]
+    assert "A lower learning rate" in record.result["message"]
+    assert record.result["steps"] < 200
+
+
+def test_threads_are_put_back(tmp_path):
+    before = torch.get_num_threads()
+    run(tmp_path, spec(steps=2))
+    assert torch.get_num_threads() == before
+
+
+def test_settings_are_checked():
+    with pytest.raises(ValueError, match="lr must be positive"):
+        Settings(lr=0)
+    with pytest.raises(ValueError, match="weight_decay must be >= 0"):
+        Settings(lr=1, weight_decay=-1)
+    with pytest.raises(ValueError, match="rho must be a finite number >= 0"):
+        build_optimizer(spec("sam", radius=-1.0), torch.nn.Linear(2, 2))
