@@ -52,7 +52,8 @@ bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.step
 
 docs: $(VENV)/docs.stamp
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "docs: site/index.html"
 
 clean:
 	rm -rf $(VENV) site

@@ -96,8 +96,7 @@ class Vector:
             return torch.zeros(())
         dtype = torch.promote_types(tensors[0].dtype, torch.float32)
         norms = torch._foreach_norm(tensors, 2, dtype)
-        device = norms[0].device
-        return torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
+        return torch.linalg.vector_norm(_stacked(norms))
 
     def add_to(self, params: Sequence[Tensor], sign: float = 1.0) -> None:
         """Adds `sign` times this vector to `params` in place (the Displacement protocol)."""
@@ -157,8 +156,8 @@ class Radii:
     def along(self, vector: Vector) -> Vector:
         """`r v / |v|`, entry by entry, with one global norm over the moved entries; a zero vector stays zero."""
         moved = self.select(vector)
-        norm = moved.norm()
-        return self._scale(moved, torch.where(norm > 0, 1.0 / norm, torch.zeros_like(norm)))
+        inverse = moved.norm().reciprocal()
+        return self._scale(moved, torch.nan_to_num(inverse, nan=0.0, posinf=0.0))
 
     def _scale(self, moved: Vector, factor: float | Tensor) -> Vector:
         # One pass over the memory, so that a gradient and its multiple never need a third copy.
@@ -211,4 +210,9 @@ def _widened(tensor: Tensor) -> Tensor:
 def _total(terms: list[Tensor]) -> Tensor:
     if not terms:
         return torch.zeros(())
-    return torch.stack([t.to(terms[0].device) for t in terms]).sum()
+    return _stacked(terms).sum()
+
+
+def _stacked(scalars: Sequence[Tensor]) -> Tensor:
+    device = scalars[0].device
+    return torch.stack([t if t.device == device else t.to(device) for t in scalars])

@@ -73,7 +73,12 @@ def measure(
     """Measures how flat `model` is on `data`: loss, Hessian trace (per layer too), largest eigenvalue.
 
     Args:
-        model, criterion, data, forward, params, eval_mode: see `Objective`.
+        model: a module.
+        criterion: `criterion(outputs, targets)`, a mean over the batch; `None` if the model returns its own loss.
+        data: anything that can be iterated more than once and yields batches.
+        forward: `forward(model, batch) -> (outputs, targets)`, for batches that are not a pair.
+        params: which parameters, by name or predicate; `None` for all trainable ones.
+        eval_mode: measure in evaluation mode.
         rtol: relative standard error of the trace.
         num_eigenvalues: how many of the largest eigenvalues.
         tol: relative residual of the eigenvalues.

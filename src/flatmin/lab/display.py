@@ -73,7 +73,7 @@ def print_table(summary: dict[str, Any], console: Console | None = None) -> None
     """The comparison as a table: mean and 95% interval over seeds; bold where significantly best."""
     console = console or Console()
     title = f"{summary['task']}: mean ± 95% interval over {summary['num_seeds']} seeds"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("", no_wrap=True)
     names = list(summary["methods"])
     for name in names:
@@ -81,16 +81,27 @@ def print_table(summary: dict[str, Any], console: Console | None = None) -> None
     for column in COLUMNS:
         row = []
         for name in names:
-            text = format_cell(column, summary["methods"][name]["columns"][column.key])
+            text = format_cell(column, summary["methods"][name]["columns"][column.key]).replace(" ±", "±")
             if summary["best"].get(column.key) == name:
                 text = f"[bold green]{text} *[/]"
             row.append(text)
         table.add_row(column.title, *row)
         if column.key == "trace":
             errors = [summary["methods"][name]["trace_stderr"] for name in names]
-            table.add_row("  error of a trace", *["-" if e is None else f"±{e:.1f}" for e in errors])
+            table.add_row("  error of a trace", *["-" if e is None else f"±{e:.2f}" for e in errors])
     console.print(table)
     console.print(f"* better than every other method: paired t-test over seeds, Holm, p < 0.05. {budget_line(summary)}")
     for name in names:
         for message in summary["methods"][name]["messages"]:
             console.print(f"[red]diverged[/]: {message}", highlight=False)
+
+
+def markdown_table(summary: dict[str, Any]) -> str:
+    """The comparison as a Markdown table, one method a row; bold where significantly best."""
+    columns = [c for c in COLUMNS if c.key not in ("train_loss", "steps")]
+    lines = [f"| | {' | '.join(c.title for c in columns)} |", "|---|" + "---:|" * len(columns)]
+    for name, entry in summary["methods"].items():
+        cells = [format_cell(c, entry["columns"][c.key]) for c in columns]
+        best = [f"**{t}**" if summary["best"].get(c.key) == name else t for c, t in zip(columns, cells, strict=True)]
+        lines.append(f"| {name} | {' | '.join(best)} |")
+    return "\n".join(lines)

@@ -98,7 +98,7 @@ def environment() -> dict[str, Any]:
 
 def _commit() -> str | None:
     def git(*arguments: str) -> str:
-        here = Path(__file__).parent
+        here = Path(__file__).parents[1]
         return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
     try:

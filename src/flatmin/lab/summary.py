@@ -47,7 +47,7 @@ COLUMNS = (
     Column("test_loss", "test loss", -1, ("test_loss",)),
     Column("gap", "generalisation gap", -1, ("gap",)),
     Column("train_loss", "training loss", 0, ("train_loss",), 4),
-    Column("trace", "Hessian trace", -1, ("flatness", "trace", "value"), 1),
+    Column("trace", "Hessian trace", -1, ("flatness", "trace", "value"), 2),
     Column("lambda_max", "lambda_max", -1, ("flatness", "top_eigenvalue", "value"), 2),
     Column("seconds", "seconds", 0, ("seconds",), 2),
     Column("gradients", "gradients", 0, ("gradients",), 0),

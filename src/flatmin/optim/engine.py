@@ -73,7 +73,8 @@ class FlatOptimizer(Host):
     Args:
         base: an optimizer *instance*; its `param_groups`, `state` and hyperparameters stay in charge.
         radius: the value of the group option named by `radius_name`, where a group does not set its own.
-        options: see EngineOptions.
+
+    The other arguments are those of EngineOptions.
 
     Raises:
         ValueError: for a class instead of an instance, a negative radius, an optimizer that evaluates by itself.
@@ -257,9 +258,7 @@ class FlatOptimizer(Host):
 
     def _finite(self, loss_sum: Any) -> bool:
         size = Vector(p.grad for p in self.params).norm()
-        if loss_sum is not None:
-            size = size + loss_sum
-        return bool(torch.isfinite(size).all())
+        return math.isfinite(float(size if loss_sum is None else size + loss_sum))  # one synchronisation
 
     def _skip(self, loss_sum: Any) -> None:
         self._count("num_skipped")
@@ -287,7 +286,11 @@ class FlatOptimizer(Host):
             self._stage = "idle"
         elif self._stage == "loop":
             raise ValueError(CLEARED_IN_LOOP)
-        self.base.zero_grad(set_to_none)
+        if set_to_none:
+            for p in self.params:
+                p.grad = None
+        else:
+            self.base.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's `state_dict`, with radius, step count and seed in its groups. No weight copies."""

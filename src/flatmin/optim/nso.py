@@ -28,7 +28,7 @@ def nso(draw: Callable[[], Any], num_perturbations: int, antithetic: bool, clean
     return None
 
 
-@register("nso", gradients=2, paper="Ju, Li, Zhang 2024, arXiv:2306.08553")
+@register("nso", gradients=2, paper="Zhang, Li, Ju 2024, arXiv:2306.08553")
 class NSO(FlatOptimizer):
     """Noise stability optimization around any base optimizer.
 
@@ -60,7 +60,7 @@ class NSO(FlatOptimizer):
     Raises:
         ValueError: negative `sigma`, `num_perturbations` < 1, `clean_weight` outside [0, 1], an unknown law.
 
-    Source: Ju, Li, Zhang, "Noise Stability Optimization for Finding Flat Minima: A Hessian-based Regularization
+    Source: Zhang, Li, Ju, "Noise Stability Optimization for Finding Flat Minima: A Hessian-based Regularization
     Approach", TMLR 2024. The published code also runs a clean pass when its weight is 0; this does not.
     """
 

@@ -61,7 +61,7 @@ def _rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _trace_note(entry: dict[str, Any]) -> str:
-    return "" if entry["trace_stderr"] is None else f"each trace ± {entry['trace_stderr']:.1f}"
+    return "" if entry["trace_stderr"] is None else f"each trace ±{entry['trace_stderr']:.2f}"
 
 
 def _mark(versus: dict[str, Any] | None, better: int) -> str:

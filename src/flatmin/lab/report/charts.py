@@ -76,7 +76,7 @@ def _curves(figure: Any, runs: Runs, colours: Mapping[str, str]) -> None:
     left.set_yscale("log")
     left.set_ylabel("training loss")
     right.set_ylabel("test accuracy, %")
-    right.legend()
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right upper")
 
 
 def _layers(figure: Any, runs: Runs, colours: Mapping[str, str]) -> None:
@@ -91,7 +91,7 @@ def _layers(figure: Any, runs: Runs, colours: Mapping[str, str]) -> None:
     axes.set_xticks(range(len(layers)), [f"layer {name}" for name in layers])
     axes.grid(visible=False, axis="x")
     axes.set_ylabel("Hessian trace")
-    axes.legend()
+    figure.legend(loc="outside right upper")
 
 
 def _scatter(figure: Any, runs: Runs, colours: Mapping[str, str]) -> None:
@@ -111,7 +111,7 @@ def _scatter(figure: Any, runs: Runs, colours: Mapping[str, str]) -> None:
         )
     axes.set_xlabel("Hessian trace of the training loss")
     axes.set_ylabel("test accuracy, %")
-    axes.legend()
+    figure.legend(loc="outside right upper")
 
 
 def _interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,145 @@
+"""Policy as tests: who may import whom, what is public, what is documented, what may not be committed."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flatmin
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "flatmin"
+
+# room -> the rooms it may import from. Files at the top level are rooms of their own.
+MAY_IMPORT = {
+    "extras": set(),
+    "vectors": set(),
+    "noise": {"vectors"},
+    "quiet": set(),
+    "problems": set(),
+    "optim": {"vectors", "noise", "quiet"},
+    "curvature": {"vectors", "noise", "quiet", "extras"},
+    "lab": {"vectors", "noise", "quiet", "extras", "optim", "curvature", "problems"},
+    "__init__": {"optim", "curvature", "problems"},
+    "__main__": {"lab"},
+}
+CORE = {"torch", "numpy", "scipy"}
+THIRD_PARTY = {"problems": {"torch"}, "lab": {*CORE, "rich", "tyro"}}
+
+PUBLIC = [
+    "NSO", "SAM", "EigenResult", "FlatOptimizer", "FlatnessReport", "Measurement", "Objective", "Probe", "TraceResult",
+    "measure", "methods", "problems", "top_eigenvalues", "trace",
+]  # fmt: skip
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            found |= (
+                {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "flatmin" else {node.module}
+            )
+    return found
+
+
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_import_directions(path):
+    room = room_of(path)
+    for name in imports(path):
+        package, _, rest = name.partition(".")
+        if package == "flatmin":
+            target = rest.split(".")[0]
+            assert target == room or target in MAY_IMPORT[room], f"{room} may not import {target}"
+        elif package not in sys.stdlib_module_names:
+            assert package in THIRD_PARTY.get(room, CORE), f"{room} may not import {package}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_a_file_is_one_room(path):
+    assert len(path.read_text().splitlines()) <= 350
+
+
+def test_every_room_has_a_rule():
+    assert {room_of(path) for path in FILES} == set(MAY_IMPORT)
+
+
+def test_public_names_are_frozen():
+    assert sorted(flatmin.__all__) == sorted(PUBLIC)
+    assert all(hasattr(flatmin, name) for name in PUBLIC)
+
+
+def test_the_core_imports_without_the_extras():
+    code = "import sys, flatmin; print(sorted({m.split('.')[0] for m in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for extra in ("rich", "tyro", "matplotlib", "jinja2", "sklearn", "safetensors"):
+        assert f"'{extra}'" not in loaded
+
+
+def test_a_missing_extra_is_named():
+    from flatmin.extras import need
+
+    with pytest.raises(ImportError, match=r"this needs no_such_package: pip install 'flatmin\[lab\]'"):
+        need("no_such_package.part", "lab")
+
+
+def test_version_is_said_once():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert re.search(rf'^version = "{re.escape(flatmin.__version__)}"$', text, re.M)
+    assert f"## {flatmin.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"version: {flatmin.__version__}" in (ROOT / "CITATION.cff").read_text()
+
+
+@pytest.mark.parametrize("name", [n for n in PUBLIC if n != "problems"])
+def test_public_names_are_documented(name):
+    thing = getattr(flatmin, name)
+    doc = inspect.getdoc(thing) or ""
+    assert len(doc) > 60
+    if inspect.isfunction(thing) or name in ("SAM", "NSO", "Objective"):
+        for parameter in inspect.signature(thing).parameters:
+            assert re.search(rf"\b{parameter}\b", doc), f"{name} does not explain {parameter}"
+
+
+@pytest.mark.parametrize("name", [n for n in flatmin.methods() if n != "base"])
+def test_methods_state_cost_errors_and_source(name):
+    doc = inspect.getdoc(flatmin.methods()[name].factory) or ""
+    for section in ("Args:", "Cost:", "Raises:", "Source:"):
+        assert section in doc
+
+
+def test_docstring_examples():
+    import doctest
+
+    tested = 0
+    for module in pkgutil.walk_packages(flatmin.__path__, "flatmin."):
+        if not module.name.endswith("__main__"):
+            result = doctest.testmod(importlib.import_module(module.name))
+            assert result.failed == 0
+            tested += result.attempted
+    assert tested > 0
+
+
+def test_nothing_unpickles_or_evaluates():
+    for path in FILES:
+        calls = re.findall(r"\b(eval|exec|torch\.load|pickle\.\w+|os\.system)\(", path.read_text())
+        calls = [c for c in calls if c != "eval" or "model.eval()" not in path.read_text()]
+        assert not calls, f"{path}: {calls}"
+        assert "shell=True" not in path.read_text()
