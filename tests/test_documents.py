@@ -27,7 +27,7 @@ def blocks():
             yield pytest.param(code, id=f"{path.relative_to(ROOT)}-{number}")
 
 
-@pytest.mark.parametrize("code", blocks())
+@pytest.mark.parametrize("code", list(blocks()))
 def test_code_blocks_run(code, tmp_path):
     script = tmp_path / "block.py"
     script.write_text(code)
