@@ -16,6 +16,14 @@ class Boom(Exception):
     pass
 
 
+@pytest.fixture
+def sigint():
+    """Ctrl-C raises KeyboardInterrupt, also where the tests run in the background with the signal ignored."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 @each_method
 @each_model
 def test_at_learning_rate_zero_nothing_moves(method, model_name):
@@ -101,6 +109,7 @@ def test_weights_are_restored_when_the_loop_is_left(method):
 
 
 @each_method
+@pytest.mark.usefixtures("sigint")
 def test_a_real_interrupt_signal_leaves_whole_weights(method):
     case = Case(method)
     before = {k: v.detach().clone() for k, v in case.model.named_parameters()}

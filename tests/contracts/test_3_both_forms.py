@@ -75,3 +75,17 @@ def test_recompute_gives_the_same_up_to_rounding(method):
     plain = Case(method).run(5)
     close(plain, Case(method, options={"restore": "recompute"}).run(5))
     close(plain, Case(method, options={"low_memory": True, "restore": "recompute"}).run(5))
+
+
+@each_method
+def test_autocast_around_the_loop_sees_the_displaced_weights(method):
+    # Autocast keeps low-precision copies of the weights for as long as it is open; they must not go stale.
+    around, inside = Case(method), Case(method)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in around.optimizer.probes():
+            around.loss().backward()
+    for _ in inside.optimizer.probes():
+        with torch.autocast("cpu", torch.bfloat16):
+            inside.loss().backward()
+    for p, q in zip(around.model.parameters(), inside.model.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)

@@ -72,6 +72,17 @@ def test_the_random_state_ends_where_one_forward_leaves_it(method):
 
 
 @each_method
+def test_a_later_probe_that_draws_more_leaves_no_trace(method):
+    case = Case(method)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    for number, _ in enumerate(case.optimizer.probes()):
+        torch.rand(7 * number)  # nothing in the first probe
+        case.loss().backward()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@each_method
 def test_noise_has_its_own_generator(method):
     case = Case(method)
     torch.manual_seed(5)

@@ -63,7 +63,14 @@ def test_ctrl_c_leaves_whole_records_and_the_same_command_continues(tmp_path, jo
     command = [sys.executable, "-m", "flatmin", "compare", "--out", str(tmp_path), "--name", "c", "--jobs", jobs]
     command += ["--num-gradients", "1500", "--num-seeds", "2", "--methods", "base", "nso"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job may ignore it
+    )
     records = tmp_path / "c" / "records"
     deadline = time.monotonic() + 60
     while not list(records.glob("*.partial")) and time.monotonic() < deadline:
