@@ -23,6 +23,17 @@ def test_closure_and_loop_agree(method, base, model_name):
     assert differs(a.snapshot(), Case(method, base, model_name).snapshot())
 
 
+@pytest.mark.parametrize("clean_weight", [0.3, 1.0])
+@pytest.mark.parametrize("num_perturbations", [1, 3])
+def test_they_agree_on_probes_of_unequal_weight(clean_weight, num_perturbations):
+    options = {"clean_weight": clean_weight, "num_perturbations": num_perturbations, "sigma": 0.3}
+    a, b = Case("nso", options=options), Case("nso", options=options)
+    for _ in range(5):
+        a.step()
+        b.loop_step()
+    close(a, b)
+
+
 @each_method
 @pytest.mark.parametrize("form", ["closure", "loop"])
 def test_micro_batches_equal_one_batch(method, form):
