@@ -76,6 +76,15 @@ def test_a_group_with_radius_zero_is_still_trained(method):
 
 
 @each_method
+def test_a_frozen_parameter_is_not_moved(method):
+    case = Case(method)
+    case.model.get_parameter("2.weight").requires_grad_(False)
+    moved = displacements(case)
+    assert all(d["2.weight"].abs().max() == 0 for d in moved)
+    assert any(d["0.weight"].abs().max() > 0 for d in moved)
+
+
+@each_method
 def test_hooks_run_once_a_step(method):
     case = Case(method)
     calls = []

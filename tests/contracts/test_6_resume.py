@@ -3,9 +3,10 @@
 import copy
 import io
 
+import pytest
 import torch
 
-from tests.contracts.cases import Case, assert_same, differs, each_base, each_method, each_model
+from tests.contracts.cases import Case, assert_same, each_base, each_method, each_model
 
 
 @each_method
@@ -26,19 +27,30 @@ def test_resume_equals_uninterrupted(method, base, model_name):
     assert_same(resumed.run(3).snapshot(), expected)
 
 
-@each_method
-def test_noise_continues_instead_of_starting_again(method):
-    # The test above would not notice a rule that draws the same noise at every step.
-    case = Case(method, options={"seed": 3} if method.startswith("nso") else {})
-    if not method.startswith("nso"):
-        return
-    draws = []
-    for _ in range(2):
-        draw = case.optimizer.noise("normal").vector().tensors[0]
-        assert draw is not None
-        draws.append({"draw": draw})
-        case.step()
-    assert differs(*draws)
+def displacements(case: Case) -> list[torch.Tensor]:
+    """The displacement of the first weight at each probe of one step."""
+    weight = next(case.model.parameters())
+    before, found = weight.detach().clone(), []
+    for _ in case.optimizer.probes():
+        found.append(weight.detach() - before)
+        case.loss().backward()
+    case.optimizer.step()
+    return found
+
+
+@pytest.mark.parametrize("antithetic", [True, False])
+def test_every_draw_is_a_new_one_within_a_step_and_between_steps(antithetic):
+    # Resuming equals going on also for a rule that draws the same noise every time; this tells them apart.
+    case = Case("nso", options={"num_perturbations": 3, "antithetic": antithetic})
+    drawn = [d for _ in range(3) for d in displacements(case)]
+    assert len(drawn) == (18 if antithetic else 9)
+    forward = drawn[::2] if antithetic else drawn
+    for i, a in enumerate(forward):
+        for b in forward[:i]:
+            assert (a - b).abs().max() > 1e-3
+    if antithetic:
+        for there, back in zip(drawn[::2], drawn[1::2], strict=True):
+            torch.testing.assert_close(there, -back, atol=1e-7, rtol=0)
 
 
 @each_method

@@ -191,16 +191,12 @@ class FlatOptimizer(Host):
 
     def _guarded_session(self, stage: Literal["closure", "loop"]) -> Generator[Probe, None, None]:
         self._begin(stage)
-        # Two nested `finally`: an interrupt that arrives inside the first one is undone by the second.
         place = self._place = Place(self.params, self._restore)
         try:
-            try:
-                yield from self._probe_by_probe(place, keep_sum_in_grad=stage == "loop")
-                self._stage = "ready" if stage == "loop" else "idle"
-            finally:
-                place.home()
+            yield from self._probe_by_probe(place, keep_sum_in_grad=stage == "loop")
+            self._stage = "ready" if stage == "loop" else "idle"
         finally:
-            place.home()
+            place.home()  # a second time: an interrupt may have cut the first one off
             self._place = None
 
     def _probe_by_probe(self, place: Place, keep_sum_in_grad: bool) -> Generator[Probe, None, None]:
@@ -274,10 +270,8 @@ class FlatOptimizer(Host):
             p.grad = None
 
     def _heal(self) -> None:
-        if (
-            self._place is not None and not self._under_way
-        ):  # two interrupts in one breath: finish the work that they cut off
-            self._place.home()
+        if self._place is not None and not self._under_way:
+            self._place.home()  # two interrupts in one breath: finish the work that they cut off
             self._place = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
