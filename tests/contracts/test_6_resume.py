@@ -82,3 +82,12 @@ def test_a_copy_of_the_optimizer_works_on_its_own(method):
     twin.step()
     assert_same(case.model.state_dict(), {k: v for k, v in before.items() if k != "rng"})
     assert_same(twin.model.state_dict(), case.run(1).model.state_dict())
+
+
+@each_method
+def test_a_checkpoint_of_the_bare_base_is_accepted(method):
+    case = Case(method)
+    case.optimizer.load_state_dict(Case("base").run(2).optimizer.state_dict())
+    assert case.optimizer.num_steps == 0
+    assert case.radius_name in case.optimizer.param_groups[0]
+    case.step()

@@ -82,3 +82,9 @@ def test_bad_arguments():
             flatmin.top_eigenvalues(objective, k)
     with pytest.raises(ValueError, match="which must be"):
         flatmin.top_eigenvalues(objective, which="LM")  # type: ignore[arg-type]
+
+
+def test_a_linear_loss_has_only_zeros():
+    model = torch.nn.Linear(2, 1)
+    objective = flatmin.Objective(model, None, [torch.ones(4, 2)], forward=lambda m, b: (m(b).mean(), b))
+    assert flatmin.top_eigenvalues(objective, 2).values == (0.0, 0.0)

@@ -115,3 +115,13 @@ def test_same_seed_same_number():
     a, b, c = (flatmin.trace(objective, max_products=9, seed=seed) for seed in (1, 1, 2))
     assert a == b
     assert a.value != c.value
+
+
+def test_every_batch_has_a_probe_of_its_own():
+    # Eight times the same batch: one probe for all of them would have the variance of one batch, not an eighth.
+    model, x, y = make("relu")
+    spread = []
+    for data in ([(x, y)], [(x, y)] * 8):
+        result = flatmin.trace(flatmin.Objective(model, criterion, data), max_products=200)
+        spread.append(np.std(result.samples))
+    assert spread[1] == pytest.approx(spread[0] / math.sqrt(8), rel=0.25)

@@ -117,3 +117,14 @@ def test_settings_are_checked():
         Settings(lr=1, weight_decay=-1)
     with pytest.raises(ValueError, match="rho must be a finite number >= 0"):
         build_optimizer(spec("sam", radius=-1.0), torch.nn.Linear(2, 2))
+
+
+def test_the_seed_decides_the_first_weights_and_the_order_of_the_batches(tmp_path):
+    for seed in (0, 1):
+        train(spec("base", seed=seed, steps=1, lr=1e-12), tmp_path)
+    a, b = (load_file(tmp_path / f"base-seed{seed}.safetensors") for seed in (0, 1))
+    assert not torch.equal(a["0.weight"], b["0.weight"])
+    data = (torch.arange(100.0), torch.arange(100))
+    order = [next(train_module._batches(data, 10, seed))[1] for seed in (0, 0, 1)]
+    assert torch.equal(order[0], order[1])
+    assert not torch.equal(order[0], order[2])
