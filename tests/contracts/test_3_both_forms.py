@@ -99,4 +99,6 @@ def test_autocast_around_the_loop_sees_the_displaced_weights(method):
         with torch.autocast("cpu", torch.bfloat16):
             inside.loss().backward()
     for p, q in zip(around.model.parameters(), inside.model.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
         assert torch.equal(p.grad, q.grad)

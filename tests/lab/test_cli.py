@@ -42,7 +42,7 @@ def test_lists(capsys):
     [
         (["--task", "digit"], "unknown task 'digit'. Did you mean 'digits'?"),
         (["--methods", "base", "sem"], "unknown method 'sem'"),
-        (["--num-seeds", "0"], "num_seeds and jobs must be at least 1"),
+        (["--num-seeds", "0"], "--num-seeds must be at least 1"),
         (["--out", "/proc/nowhere"], "Choose another place with --out"),
     ],
 )

@@ -1,5 +1,6 @@
 """The main job end to end, small: what it writes, what it does not do twice, what it refuses."""
 
+import dataclasses
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -7,8 +8,10 @@ import xml.etree.ElementTree as ET
 import pytest
 
 import flatmin.lab.pool as pool
+import flatmin.lab.tasks as tasks_module
 from flatmin.lab.compare import Compare, Report
 from flatmin.lab.records import read_run
+from flatmin.lab.tasks import get_task
 
 
 def compare(tmp_path, **options):
@@ -109,8 +112,67 @@ def test_processes_give_the_same_numbers_as_one(tmp_path, finished):
 
 
 def test_a_record_of_another_run_is_refused(finished, tmp_path):
-    with pytest.raises(ValueError, match=r"base-seed0.jsonl is a run with another num_steps \(40, not 30\)"):
+    with pytest.raises(ValueError, match=r"is a comparison with another amount \(40, not 30\)"):
         compare(finished, num_gradients=30).run()
+
+
+def test_a_run_with_other_settings_is_refused(finished, monkeypatch):
+    task = get_task("digits")
+    changed = {**task.settings, "nso": dataclasses.replace(task.settings["nso"], lr=0.3)}
+    monkeypatch.setitem(tasks_module._TASKS, "digits", dataclasses.replace(task, settings=changed))
+    with pytest.raises(ValueError, match=r"nso-seed0.jsonl is a run with another settings"):
+        compare(finished).run()
+
+
+def test_methods_are_added_to_what_is_there(tmp_path, monkeypatch, capsys):
+    compare(tmp_path, methods=("base",), num_seeds=3).run()
+    train, trained = pool.train, []
+    monkeypatch.setattr(pool, "train", lambda spec, *rest: (trained.append(spec.name), train(spec, *rest)))
+    compare(tmp_path, methods=("sam",), num_seeds=2).run()
+    assert trained == ["sam-seed0", "sam-seed1", "sam-seed2"]
+    assert "together with what is in" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "runs" / "small" / "summary.json").read_text())
+    assert list(summary["methods"]) == ["base", "sam"]
+    assert summary["num_seeds"] == 3
+
+
+def test_a_report_of_an_unfinished_comparison_says_what_is_missing(tmp_path):
+    compare(tmp_path).run()
+    (tmp_path / "runs" / "small" / "records" / "nso-seed1.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"1 of 6 runs of .* are not finished. Continue it with flatmin compare"):
+        Report(name="small", out=tmp_path / "runs").run()
+    with pytest.raises(ValueError, match=r"there is no comparison 'nope' in .*There is: small"):
+        Report(name="nope", out=tmp_path / "runs").run()
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_with_few_seeds_nothing_is_tested(tmp_path, num_seeds):
+    html = compare(tmp_path, num_seeds=num_seeds).run().read_text()
+    assert "not tested: too few seeds" in html
+    assert "Nothing is tested: that takes at least three seeds." in html
+    assert "significantly" not in html
+
+
+@pytest.mark.parametrize(
+    ("path", "key"), [("spec", 0), ("flatness", -1)], ids=["a header without its spec", "a result without its flatness"]
+)
+def test_a_record_that_lacks_something_is_refused(tmp_path, path, key):
+    compare(tmp_path, num_seeds=1).run()
+    file = tmp_path / "runs" / "small" / "records" / "nso-seed0.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    del lines[key][path]
+    file.write_text("\n".join(json.dumps(line) for line in lines))
+    with pytest.raises(ValueError, match=rf"it is damaged: it has no {path}"):
+        compare(tmp_path, num_seeds=1).run()
+
+
+def test_a_folder_in_place_of_a_record_is_refused(tmp_path):
+    compare(tmp_path, num_seeds=1).run()
+    file = tmp_path / "runs" / "small" / "records" / "nso-seed0.jsonl"
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(ValueError, match=r"Is a directory. It is left as it is"):
+        compare(tmp_path, num_seeds=1).run()
 
 
 def test_a_damaged_record_is_refused_and_left_alone(tmp_path):
@@ -137,7 +199,9 @@ def test_a_folder_that_is_not_ours_is_refused(tmp_path, content):
 
 def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "runs").write_text("a file, not a folder")
-    with pytest.raises(ValueError, match=r"cannot write to .*small: Not a directory. Choose another place with --out"):
+    with pytest.raises(
+        ValueError, match=r"cannot write to .*small/records: Not a directory. Choose another place with --out"
+    ):
         compare(tmp_path).run()
 
 
@@ -154,7 +218,10 @@ def test_unknown_names(tmp_path, options, message):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("options", [{"num_seeds": 0}, {"jobs": 0}, {"num_gradients": 0}, {"methods": ()}])
+@pytest.mark.parametrize(
+    "options",
+    [{"num_seeds": 0}, {"jobs": 0}, {"num_gradients": 0}, {"methods": ()}],
+)
 def test_bad_numbers(tmp_path, options):
     with pytest.raises(ValueError, match="at least"):
         compare(tmp_path, **options)

@@ -6,11 +6,17 @@ import pytest
 
 from flatmin.lab.records import RunWriter, environment, read_run, write_json
 
+SPEC = {"method": "nso", "seed": 1, "settings": {}}
+RESULT = {
+    **dict.fromkeys(("test_accuracy", "test_loss", "train_loss", "gap", "seconds", "gradients", "steps"), 0.5),
+    "flatness": {"trace": {"value": 1.0, "stderr": 0.1, "per_layer": {}}, "top_eigenvalue": {"value": 1.0}},
+}
+
 
 def write(path):
-    with RunWriter(path, {"spec": {"seed": 1}, **environment()}) as writer:
+    with RunWriter(path, {"spec": SPEC, **environment()}) as writer:
         writer.write({"type": "progress", "step": 1})
-        writer.finish({"status": "finished", "test_accuracy": 0.5})
+        writer.finish({"status": "finished", **RESULT})
 
 
 def test_round_trip(tmp_path):
@@ -18,7 +24,7 @@ def test_round_trip(tmp_path):
     write(path)
     record = read_run(path)
     assert record.finished
-    assert record.header["spec"] == {"seed": 1}
+    assert record.header["spec"] == SPEC
     assert record.header["versions"]["torch"]
     assert record.progress == [{"type": "progress", "step": 1}]
     assert list(tmp_path.iterdir()) == [path]
@@ -65,9 +71,16 @@ def test_a_damaged_or_foreign_file_is_refused_and_left_alone(tmp_path, content, 
 def test_a_foreign_partial_file_is_refused_and_left_alone(tmp_path):
     partial = tmp_path / "a.jsonl.partial"
     partial.write_text("my notes\n")
-    with pytest.raises(ValueError, match="line 1 is not JSON"):
+    with pytest.raises(ValueError, match="does not begin with a flatmin-run/1 header"):
         write(tmp_path / "a.jsonl")
     assert partial.read_text() == "my notes\n"
+
+
+@pytest.mark.parametrize("rest", ["", '{"type": "run", "form'])
+def test_a_run_that_was_cut_off_in_its_first_line_is_done_again(tmp_path, rest):
+    (tmp_path / "a.jsonl.partial").write_text(rest)
+    write(tmp_path / "a.jsonl")
+    assert read_run(tmp_path / "a.jsonl").finished
 
 
 def test_json_is_replaced_whole(tmp_path):

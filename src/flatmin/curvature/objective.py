@@ -50,6 +50,7 @@ class Objective:
         params: Iterable[str] | Callable[[str, Tensor], bool] | None = None,
         eval_mode: bool = True,
     ):
+        _check_arguments(model, criterion)
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.criterion = criterion
         self.data = _check_data(data)
@@ -141,6 +142,11 @@ class Objective:
             random = [n for n, m in self.model.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
             if random:
                 return f"In training mode these modules are random: {', '.join(random[:5])}. Use eval_mode=True."
+            return (
+                "In training mode a model may be random (functional dropout), and batch norm makes the loss depend "
+                "on which samples share a batch, so a shuffling loader gives another function every time. Use "
+                "eval_mode=True, or a fixed list of batches."
+            )
         return (
             f"The model is in evaluation mode, so look at the data: {type(self.data).__name__} may augment or sample "
             "at random. Pass a fixed list of batches, e.g. list(loader)."
@@ -159,12 +165,25 @@ class Objective:
         return loss.reshape(())
 
 
+def _check_arguments(model: object, criterion: object) -> None:
+    if isinstance(criterion, type):
+        raise ValueError(f"criterion is the class {criterion.__name__}, not a function: write {criterion.__name__}().")
+    if not isinstance(model, nn.Module) or isinstance(model, nn.modules.loss._Loss):
+        raise ValueError(f"the model comes first and is a torch.nn.Module, got {type(model).__name__}.")
+    if criterion is not None and not callable(criterion):
+        raise ValueError(f"criterion must be a function (outputs, targets) -> loss, got {type(criterion).__name__}.")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("derivatives cannot be taken inside torch.inference_mode(): measure outside of it.")
+
+
 def _check_data(data: Iterable[Any]) -> Iterable[Any]:
     if isinstance(data, Iterator):
         raise ValueError(
             f"data is a one-shot iterator ({type(data).__name__}), but measuring takes several passes. Pass a "
             "DataLoader or a list of batches."
         )
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+        raise ValueError("data is an (inputs, targets) pair, not a list of batches: write [(inputs, targets)].")
     if hasattr(data, "__len__") and len(data) == 0:  # type: ignore[arg-type]
         raise ValueError("the data has no batches: an empty loader has no loss to measure.")
     return data
@@ -203,6 +222,11 @@ def _forward_pair(model: nn.Module, batch: Any) -> tuple[Any, Any]:
 
 def _count(batch: Any, targets: Any) -> int:
     """The number of samples: the leading dimension of the targets, else of the first tensor in the batch."""
+    if isinstance(targets, Tensor) and targets.ndim == 0:
+        raise ValueError(
+            "the targets of a batch have no batch dimension. If data is a Dataset, its items are single samples: pass "
+            "DataLoader(dataset, batch_size=...)."
+        )
     for item in (targets, *(batch.values() if isinstance(batch, Mapping) else batch)):
         if isinstance(item, Tensor) and item.ndim > 0:
             return item.shape[0]

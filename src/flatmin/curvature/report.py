@@ -50,6 +50,7 @@ class FlatnessReport:
             *[(f"  {name}", str(part), "") for name, part in self.trace.per_layer.items()],
             ("trace / d", f"{self.trace.value / self.trace.num_params:.4g}", f"d = {self.trace.num_params} parameters"),
             ("lambda_max", str(self.top_eigenvalue), f"{self.top_eigenvalue.num_products} products"),
+            *[(f"  lambda_{i}", str(part), "") for i, part in enumerate(self.top_eigenvalue.estimates[1:], 2)],
         ]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         head = f"Flatness on {self.loss.num_samples} samples (value +- error)"
@@ -82,7 +83,8 @@ def measure(
         rtol: relative standard error of the trace.
         num_eigenvalues: how many of the largest eigenvalues.
         tol: relative residual of the eigenvalues.
-        seed: of the probes.
+        seed: of the probes. With a loader that shuffles, batches and so the probes' estimate also depend on torch's
+            random state; pass a fixed order for the same digits every time.
 
     Returns:
         A FlatnessReport; `print` it, or use `.to_dict()`, `.to_json()`, `.plot()`.
@@ -93,6 +95,8 @@ def measure(
     Example:
         print(flatmin.measure(model, nn.CrossEntropyLoss(), loader))
     """
+    if num_eigenvalues < 1:
+        raise ValueError(f"num_eigenvalues must be at least 1, got {num_eigenvalues}.")
     objective = Objective(model, criterion, data, forward=forward, params=params, eval_mode=eval_mode)
     loss = objective.loss()
     return FlatnessReport(

@@ -107,6 +107,11 @@ class EigenResult(Measurement):
     converged: bool = True
     which: str = "LA"
 
+    @property
+    def estimates(self) -> tuple[Estimate, ...]:
+        """Each eigenvalue with its residual."""
+        return tuple(Estimate(value=v, stderr=r) for v, r in zip(self.values, self.residuals, strict=True))
+
     def plot(self, ax: Any = None) -> Any:
         """The eigenvalues in order, with their residuals as bars. Returns the matplotlib Axes."""
         ax = need("matplotlib.pyplot", "lab").subplots()[1] if ax is None else ax

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
+import flatmin
 from flatmin.extras import need
 
 
@@ -48,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         | Annotated[Tasks, tyro.conf.subcommand("tasks")]
         | Annotated[Methods, tyro.conf.subcommand("methods")]
     )
+    if list(sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+        print(flatmin.__version__)
+        return 0
     try:
         tyro.cli(commands, prog="flatmin", args=arguments).run()
     except (ValueError, ImportError) as error:

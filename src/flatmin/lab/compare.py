@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from flatmin.lab.display import Live, print_table
 from flatmin.lab.pool import run_all
-from flatmin.lab.records import RunRecord, read_run, write_json
+from flatmin.lab.records import RunRecord, cannot_write, make_writable, read_run, write_json
 from flatmin.lab.report import write_report
 from flatmin.lab.summary import summarize
 from flatmin.lab.tasks import get_task
@@ -24,8 +24,8 @@ class Compare:
     """Train several methods on a task for several seeds at equal gradient budget, and report with intervals.
 
     Writes <out>/<name>/ with one JSONL record and the weights of every run, summary.json and report.html. An
-    interrupted comparison continues where it stopped; finished runs are not done again; more seeds or methods are
-    added to what is there.
+    interrupted comparison continues where it stopped and finished runs are not done again. With more seeds or other
+    methods than last time, they are added to what is there.
     """
 
     task: str = "digits"
@@ -46,12 +46,15 @@ class Compare:
     """Runs at the same time, one thread each."""
 
     def __post_init__(self) -> None:
-        if self.num_seeds < 1 or self.jobs < 1:
-            raise ValueError(f"num_seeds and jobs must be at least 1, got {self.num_seeds} and {self.jobs}.")
-        if self.num_gradients is not None and self.num_gradients < 1:
-            raise ValueError(f"num_gradients must be at least 1, got {self.num_gradients}.")
+        for option in ("num_seeds", "jobs", "num_gradients"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {value}.")
         if not self.methods:
-            raise ValueError("methods is empty: name at least one, the first is the control.")
+            raise ValueError("--methods is empty: name at least one, the first is the control.")
+        if len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"--methods names a method twice: {' '.join(self.methods)}.")
+        check_name(self.name)
 
     @property
     def folder(self) -> Path:
@@ -74,7 +77,9 @@ class Compare:
                     raise ValueError(
                         f"task {task.name!r} has no settings for method {name!r}. It has: {', '.join(task.settings)}."
                     )
-                steps = amount if self.budget == "steps" else max(1, amount // method.gradients)
+                steps = amount if self.budget == "steps" else int(amount // method.gradients)
+                if steps < 1:
+                    raise ValueError(f"--num-gradients {amount} does not pay for one step of {name}.")
                 specs.append(
                     RunSpec(task=task.name, method=name, seed=seed, num_steps=steps, settings=task.settings[name])
                 )
@@ -94,6 +99,26 @@ class Compare:
 
     def run(self) -> Path:
         """Does what is left to do, prints the table, writes the report; returns the report's path."""
+        self.specs()  # unknown names are refused before anything is written
+        known = self.folder.exists() and _prepare(self.folder)
+        return (self._joined_with(known) if known else self)._run()
+
+    def _joined_with(self, before: dict[str, Any]) -> Compare:
+        """This comparison and the one that is there; the control stays the same."""
+        wanted = self.config()
+        for key in ("task", "budget", "amount"):
+            if before[key] != wanted[key]:
+                raise ValueError(
+                    f"{self.folder} is a comparison with another {key} ({before[key]}, not {wanted[key]}). It is left "
+                    "as it is: choose another --name."
+                )
+        methods = tuple(dict.fromkeys([*before["methods"], *self.methods]))
+        joined = replace(self, methods=methods, num_seeds=max(before["num_seeds"], self.num_seeds))
+        if joined.config() != wanted:
+            print(f"together with what is in {self.folder}: {', '.join(methods)}; {joined.num_seeds} seeds")
+        return joined
+
+    def _run(self) -> Path:
         specs = self.specs()
         records = self.folder / "records"
         _prepare(self.folder)
@@ -116,8 +141,15 @@ class Compare:
     def runs(self) -> dict[str, list[RunRecord]]:
         """The finished runs of this comparison, by method."""
         found: dict[str, list[RunRecord]] = {name: [] for name in self.methods}
-        for spec in self.specs():
-            found[spec.method].append(read_run(self.folder / "records" / f"{spec.name}.jsonl"))
+        paths = {spec: self.folder / "records" / f"{spec.name}.jsonl" for spec in self.specs()}
+        missing = [path for path in paths.values() if not path.exists()]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(paths)} runs of {self.folder} are not finished. Continue it with flatmin "
+                f"compare --name {self.name}, and the options that it was begun with."
+            )
+        for spec, path in paths.items():
+            found[spec.method].append(read_run(path))
         return found
 
 
@@ -132,6 +164,12 @@ class Report:
 
     def run(self) -> Path:
         """Reads the comparison's configuration and writes summary.json and report.html."""
+        check_name(self.name)
+        if not (self.out / self.name).is_dir():
+            there = sorted(path.parent.name for path in self.out.glob("*/comparison.json"))
+            raise ValueError(
+                f"there is no comparison {self.name!r} in {self.out}. There is: {', '.join(there) or 'none'}."
+            )
         config = _read_config(self.out / self.name)
         return Compare(
             task=config["task"],
@@ -144,17 +182,22 @@ class Report:
         ).conclude()
 
 
-def _prepare(folder: Path) -> None:
-    """Makes the folder, or makes sure that it is a comparison's."""
+def check_name(name: str) -> None:
+    """Refuses a name that would leave the folder of comparisons."""
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise ValueError(f"--name is the name of a folder inside --out, got {name!r}.")
+
+
+def _prepare(folder: Path) -> dict[str, Any] | None:
+    """Makes the folder, or makes sure that it is a comparison's; returns the configuration that is there."""
+    found = None
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            _read_config(folder)
-        (folder / "records").mkdir(parents=True, exist_ok=True)
-        probe = folder / "records" / ".writable"
-        probe.touch()
-        probe.unlink()
+            found = _read_config(folder)
     except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror}. Choose another place with --out.") from error
+        raise ValueError(cannot_write(folder, error)) from error
+    make_writable(folder / "records")
+    return found
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -166,7 +209,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(
             f"{folder} is not a comparison that flatmin wrote (no valid comparison.json). It is left as it is: choose "
-            "another --name."
+            "another --name, or delete comparison.json if it is damaged and the folder holds nothing else."
         )
     return config
 

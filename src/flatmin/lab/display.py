@@ -90,7 +90,9 @@ def print_table(summary: dict[str, Any], console: Console | None = None) -> None
             errors = [summary["methods"][name]["trace_stderr"] for name in names]
             table.add_row("  error of a trace", *["-" if e is None else f"±{e:.2f}" for e in errors])
     console.print(table)
-    console.print(f"* better than every other method: paired t-test over seeds, Holm, p < 0.05. {budget_line(summary)}")
+    if summary["num_seeds"] >= 3 and len(names) > 1:
+        console.print("* better than every other method: paired t-test over seeds, Holm, p < 0.05.")
+    console.print(budget_line(summary))
     for name in names:
         for message in summary["methods"][name]["messages"]:
             console.print(f"[red]diverged[/]: {message}", highlight=False)

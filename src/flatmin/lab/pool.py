@@ -8,8 +8,10 @@ from __future__ import annotations
 import multiprocessing
 import queue
 import signal
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,7 +48,8 @@ def run_all(runs: Sequence[tuple[RunSpec, Path]], jobs: int, watcher: Watcher) -
     context = multiprocessing.get_context("spawn")
     messages, stop = context.Queue(), context.Event()
     with ProcessPoolExecutor(min(jobs, len(runs)), context, _initialize, (messages, stop)) as pool:
-        futures = {pool.submit(_work, spec, folder): spec.name for spec, folder in runs}
+        with _ignoring_interrupts():  # inherited by the workers, which are started here
+            futures = {pool.submit(_work, spec, folder): spec.name for spec, folder in runs}
         try:
             _watch(futures, messages, watcher)
         except BaseException:
@@ -66,8 +69,19 @@ def _watch(futures: dict[Future[None], str], messages: Any, watcher: Watcher) ->
                 watcher.done(left.pop(future))
 
 
+@contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _initialize(messages: Any, stop: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _shared.update(messages=messages, stop=stop)
 
 

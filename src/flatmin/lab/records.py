@@ -14,12 +14,23 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 FORMAT = "flatmin-run/1"
+
+# What a reader relies on, as paths into the header and into the result (of a diverged and of a finished run).
+RUN_FIELDS = ("spec.method", "spec.seed", "spec.settings", "versions")
+RESULT_FIELDS = (
+    ("message",),
+    (
+        *("test_accuracy", "test_loss", "train_loss", "gap", "seconds", "gradients", "steps"),
+        *("flatness.trace.value", "flatness.trace.stderr", "flatness.trace.per_layer", "flatness.top_eigenvalue.value"),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,7 @@ class RunWriter:
         self._path = path
         self._partial = path.with_name(path.name + ".partial")
         if self._partial.exists():
-            _check_header(_parse_line(self._partial, 1, _first_line(self._partial)), self._partial)
+            _check_partial(self._partial)
         self._file = self._partial.open("w", encoding="utf-8")
         self.write({"type": "run", "format": FORMAT, **header})
 
@@ -75,11 +86,16 @@ def read_run(path: Path) -> RunRecord:
     Raises:
         ValueError: if the file is not one: it names the file, the line and the mend, and nothing is changed.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise ValueError(_refusal(path, error.strerror or "it cannot be read")) from error
     records = [_parse_line(path, number, line) for number, line in enumerate(lines, 1)]
     _check_header(records[0] if records else {}, path)
     if records[-1].get("type") != "result" or "status" not in records[-1]:
         raise ValueError(_refusal(path, "its last line is not a result"))
+    _check_fields(records[0], RUN_FIELDS, path)
+    _check_fields(records[-1], RESULT_FIELDS[records[-1]["status"] == "finished"], path)
     return RunRecord(records[0], [r for r in records if r["type"] == "progress"], records[-1])
 
 
@@ -88,6 +104,22 @@ def write_json(path: Path, data: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def make_writable(folder: Path) -> None:
+    """Makes the folder, and makes sure that it can be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(cannot_write(folder, error)) from error
+
+
+def cannot_write(folder: Path, error: OSError) -> str:
+    """The message for a folder that cannot be written to."""
+    return f"cannot write to {folder}: {error.strerror}. Choose another place with --out."
 
 
 def environment() -> dict[str, Any]:
@@ -107,9 +139,13 @@ def _commit() -> str | None:
         return None
 
 
-def _first_line(path: Path) -> str:
+def _check_partial(path: Path) -> None:
+    """The rest of a run may be cut off anywhere, even in its first line; a file of somebody else's is refused."""
+    begin = json.dumps({"type": "run", "format": FORMAT})[:-1]
     with path.open(encoding="utf-8", errors="replace") as file:
-        return file.readline() or "{}"
+        found = file.read(len(begin))
+    if not begin.startswith(found):
+        raise ValueError(_refusal(path, f"it does not begin with a {FORMAT} header"))
 
 
 def _parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
@@ -125,6 +161,15 @@ def _parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
 def _check_header(record: dict[str, Any], path: Path) -> None:
     if record.get("type") != "run" or record.get("format") != FORMAT:
         raise ValueError(_refusal(path, f"it does not begin with a {FORMAT} header"))
+
+
+def _check_fields(record: dict[str, Any], fields: Iterable[str], path: Path) -> None:
+    for field in fields:
+        value: Any = record
+        for key in field.split("."):
+            if not isinstance(value, dict) or key not in value:
+                raise ValueError(_refusal(path, f"it has no {field}"))
+            value = value[key]
 
 
 def _refusal(path: Path, why: str) -> str:

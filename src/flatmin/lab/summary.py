@@ -5,7 +5,9 @@ paired     two methods share the training samples, initial weights and batch ord
 by the t-test on the differences, seed by seed
 best       a method is marked best in a column only if it beats *every* other method there, p < 0.05 after Holm's
 correction for the number of comparisons
-versus     the p-value of each method against the control (the first method), uncorrected, is in the summary
+versus     the same test of each method against the control (the first method), Holm-corrected within a column
+
+With fewer than three common seeds nothing is tested, and p is None.
 """
 
 from __future__ import annotations
@@ -87,11 +89,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def paired_p_value(a: Mapping[int, float], b: Mapping[int, float]) -> float:
-    """Two-sided p-value of the t-test on the differences a - b over common seeds; 1 if it cannot be computed."""
+def paired_p_value(a: Mapping[int, float], b: Mapping[int, float]) -> float | None:
+    """Two-sided p-value of the t-test on the differences a - b over common seeds; `None` with fewer than three."""
     seeds = sorted(a.keys() & b.keys())
     differences = np.array([a[s] - b[s] for s in seeds])
-    if len(seeds) < 3 or not np.any(differences):
+    if len(seeds) < 3:
+        return None
+    if not np.any(differences):
         return 1.0
     if np.ptp(differences) == 0:  # the same difference every time
         return 0.0
@@ -116,7 +120,8 @@ def _best(runs: Runs, column: Column) -> str | None:
         return None
     leader = max(values, key=lambda name: column.better * np.mean(list(values[name].values())))
     others = [v for name, v in values.items() if name != leader]
-    return leader if max(holm([paired_p_value(values[leader], v) for v in others])) < LEVEL else None
+    p_values = [p for v in others if (p := paired_p_value(values[leader], v)) is not None]
+    return leader if len(p_values) == len(others) and max(holm(p_values)) < LEVEL else None
 
 
 def _versus(runs: Runs, column: Column) -> dict[str, dict[str, Any]]:
@@ -128,6 +133,9 @@ def _versus(runs: Runs, column: Column) -> dict[str, dict[str, Any]]:
         common = sorted(values.keys() & reference.keys())
         difference = float(np.mean([values[s] - reference[s] for s in common])) if common else math.nan
         found[name] = {"difference": _number(difference), "p": paired_p_value(values, reference)}
+    tested = [name for name in others if found[name]["p"] is not None]
+    for name, p in zip(tested, holm([found[name]["p"] for name in tested]), strict=True):
+        found[name]["p"] = p
     return found
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from flatmin.lab.display import Live
 from flatmin.lab.pool import run_all
-from flatmin.lab.records import environment, read_run, write_json
+from flatmin.lab.records import environment, make_writable, read_run, write_json
 from flatmin.lab.tasks import Settings, get_task
 from flatmin.lab.train import RunSpec
 from flatmin.optim.registry import get_method
@@ -30,7 +30,8 @@ class Tune:
     """Choose learning rate and radius for each method by validation loss, on an equal number of trials each.
 
     The control is tuned over learning rate x weight decay, the other methods over learning rate x radius at the
-    control's best weight decay.
+    control's best weight decay. What it finds is printed and written to tuning.json; `compare` takes its settings from
+    the task's definition, where the winners are copied by hand.
     """
 
     task: str = "digits"
@@ -72,7 +73,7 @@ class Tune:
         return [Settings(lr=lr, weight_decay=decay, radius=r) for lr, r in itertools.product(self.lr, radii)]
 
     def _tune(self, method: str) -> list[dict[str, Any]]:
-        steps = max(1, get_task(self.task).num_gradients // get_method(method).gradients)
+        steps = max(1, int(get_task(self.task).num_gradients // get_method(method).gradients))
         candidates = self._settings(method)
         trials = [
             [
@@ -86,7 +87,7 @@ class Tune:
         ]
         runs = [run for trial in trials for run in trial]
         for _, folder in runs:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_writable(folder)
         with Live(len(runs), 0, f"{self.out} {method}") as live:
             run_all(runs, self.jobs, live)
         return [_outcome(settings, trial) for settings, trial in zip(candidates, trials, strict=True)]

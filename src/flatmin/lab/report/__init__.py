@@ -10,7 +10,7 @@ from flatmin.extras import need
 from flatmin.lab.display import budget_line, format_cell
 from flatmin.lab.records import RunRecord
 from flatmin.lab.report import charts
-from flatmin.lab.summary import COLUMNS
+from flatmin.lab.summary import COLUMNS, LEVEL
 from flatmin.lab.tasks import get_task
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
@@ -65,7 +65,7 @@ def _trace_note(entry: dict[str, Any]) -> str:
 
 
 def _mark(versus: dict[str, Any] | None, better: int) -> str:
-    if versus is None or versus["difference"] is None or versus["p"] >= 0.05:
+    if versus is None or versus["difference"] is None or versus["p"] is None or versus["p"] >= LEVEL:
         return ""
     return "better" if versus["difference"] * better > 0 else "worse"
 
@@ -89,5 +89,7 @@ def _verdict(summary: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def _significance(p: float) -> str:
-    return f"p = {p:.1g}" if p < 0.05 else f"not significant, p = {p:.2g}"
+def _significance(p: float | None) -> str:
+    if p is None:
+        return "not tested: too few seeds"
+    return f"p = {p:.1g}" if p < LEVEL else f"not significant, p = {p:.2g}"

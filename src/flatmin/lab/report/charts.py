@@ -69,12 +69,17 @@ def _curves(figure: Any, runs: Runs, colours: Mapping[str, str]) -> None:
         gradients = [p["gradients"] for p in records[0].progress]
         for axes, key, scale in ((left, "train_loss", 1), (right, "test_accuracy", 100)):
             values = scale * np.array([[p[key] for p in r.progress] for r in records])
-            mean, half = _interval(values)
+            if key == "train_loss":  # on a logarithmic axis the interval is that of the logarithms
+                mean, half = _interval(np.log(np.maximum(values, 1e-12)))
+                mean, low, high = np.exp(mean), np.exp(mean - half), np.exp(mean + half)
+            else:
+                mean, half = _interval(values)
+                low, high = mean - half, mean + half
             axes.plot(gradients, mean, color=colours[name], label=name)
-            axes.fill_between(gradients, mean - half, mean + half, color=colours[name], alpha=0.15, lw=0)
+            axes.fill_between(gradients, low, high, color=colours[name], alpha=0.15, lw=0)
             axes.set_xlabel("mini-batch gradients")
     left.set_yscale("log")
-    left.set_ylabel("training loss")
+    left.set_ylabel("training loss (geometric mean)")
     right.set_ylabel("test accuracy, %")
     figure.legend(*right.get_legend_handles_labels(), loc="outside right upper")
 
