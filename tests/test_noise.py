@@ -9,8 +9,8 @@ from flatmin.noise import Law, Noise, draw_like, mix_seeds
 from flatmin.vectors import Radii
 
 LAWS = get_args(Law)
-KURTOSIS = {"normal": 3.0, "uniform": 1.8, "laplace": 6.0, "rademacher": 1.0}  # E z^4, textbook values
-SIXTH = {"normal": 15.0, "uniform": 27 / 7, "laplace": 90.0, "rademacher": 1.0}
+KURTOSIS = {"normal": 3.0, "uniform": 1.8, "laplace": 6.0, "rademacher": 1.0, "binomial": 2.5}  # E z^4, textbook values
+SIXTH = {"normal": 15.0, "uniform": 27 / 7, "laplace": 90.0, "rademacher": 1.0, "binomial": 8.5}
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -18,7 +18,7 @@ def test_moments(law):
     n = 1_000_000
     z = draw_like(torch.empty(n, dtype=torch.float64), law, torch.Generator().manual_seed(1))
     k4 = KURTOSIS[law]
-    eighth = {"normal": 105.0, "uniform": 9.0, "laplace": 2520.0, "rademacher": 1.0}[law]
+    eighth = {"normal": 105.0, "uniform": 9.0, "laplace": 2520.0, "rademacher": 1.0, "binomial": 32.5}[law]
     for power, expected, variance in [
         (1, 0.0, 1.0),
         (2, 1.0, k4 - 1.0),

@@ -19,32 +19,40 @@ from torch import Tensor
 
 from flatmin.vectors import Radii, Vector
 
-Law = Literal["normal", "uniform", "laplace", "rademacher"]
+Law = Literal["normal", "uniform", "laplace", "rademacher", "binomial"]
 
 
-def _normal(out: Tensor, generator: torch.Generator) -> Tensor:
-    return out.normal_(generator=generator)
+def _normal(out: Tensor, scale: float, generator: torch.Generator) -> Tensor:
+    return out.normal_(0.0, scale, generator=generator)
 
 
-def _uniform(out: Tensor, generator: torch.Generator) -> Tensor:
-    return out.uniform_(-math.sqrt(3), math.sqrt(3), generator=generator)
+def _uniform(out: Tensor, scale: float, generator: torch.Generator) -> Tensor:
+    return out.uniform_(-math.sqrt(3) * scale, math.sqrt(3) * scale, generator=generator)
 
 
-def _rademacher(out: Tensor, generator: torch.Generator) -> Tensor:
-    return out.random_(0, 2, generator=generator).mul_(2).sub_(1)
+def _rademacher(out: Tensor, scale: float, generator: torch.Generator) -> Tensor:
+    return out.random_(0, 2, generator=generator).mul_(2 * scale).sub_(scale)
 
 
-def _laplace(out: Tensor, generator: torch.Generator) -> Tensor:
+def _laplace(out: Tensor, scale: float, generator: torch.Generator) -> Tensor:
     # A random sign times an exponential of mean 1/sqrt(2) has variance 2 * (1/sqrt(2))^2 = 1.
-    signs = _rademacher(torch.empty_like(out), generator)
+    signs = _rademacher(torch.empty_like(out), scale, generator)
     return out.exponential_(math.sqrt(2), generator=generator).mul_(signs)
 
 
-_DRAW: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+def _binomial(out: Tensor, scale: float, generator: torch.Generator) -> Tensor:
+    # Four fair coins less their mean: -2 .. 2, mean 0, variance 4 * 1/4 = 1. The published code forgets the mean.
+    coins = out.random_(0, 16, generator=generator).to(torch.int32)
+    ones = sum((coins >> bit) & 1 for bit in range(4))
+    return out.copy_(ones - 2).mul_(scale)  # type: ignore[operator]
+
+
+_DRAW: dict[str, Callable[[Tensor, float, torch.Generator], Tensor]] = {
     "normal": _normal,
     "uniform": _uniform,
     "laplace": _laplace,
     "rademacher": _rademacher,
+    "binomial": _binomial,
 }
 
 
@@ -60,9 +68,9 @@ def check_law(law: str) -> str:
     return law
 
 
-def draw_like(tensor: Tensor, law: str, generator: torch.Generator) -> Tensor:
-    """One draw from `law` (mean 0, variance 1) with the shape, dtype and device of `tensor`."""
-    return _DRAW[law](torch.empty_like(tensor, requires_grad=False), generator)
+def draw_like(tensor: Tensor, law: str, generator: torch.Generator, scale: float = 1.0) -> Tensor:
+    """One draw from `law` (mean 0, standard deviation `scale`) with the shape, dtype and device of `tensor`."""
+    return _DRAW[law](torch.empty_like(tensor, requires_grad=False), scale, generator)
 
 
 def mix_seeds(*seeds: int) -> int:
@@ -82,7 +90,7 @@ class Noise:
     Args:
         like: the parameters; entry `i` is drawn with the shape, dtype and device of `like[i]`.
         sigma: standard deviation per parameter. Entries with 0 are not moved.
-        law: "normal", "uniform", "laplace" or "rademacher"; all have mean 0 and variance 1.
+        law: "normal", "uniform", "laplace", "rademacher" or "binomial"; all have mean 0 and variance 1.
         seed: the whole draw is a function of it.
         keep: hold the draw in memory (one copy of the parameters) so that `-u` costs nothing; `False` draws it
             again at every use, tensor by tensor.
@@ -140,5 +148,4 @@ class Noise:
                 # The count keeps the streams of several devices apart.
                 generator.manual_seed(mix_seeds(self._seed, len(generators)))
                 generators[device] = generator
-            z = draw_like(self._like[i], self._law, generators[device])
-            yield i, z.mul_(self._sigma.values[i])
+            yield i, draw_like(self._like[i], self._law, generators[device], self._sigma.values[i])

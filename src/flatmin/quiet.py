@@ -6,23 +6,27 @@ several dropout masks. With `Quiet` the first probe is an ordinary forward; for 
     random state   is put back to where the first probe began, so that all probes share their dropout masks; after the
                    step it is where one forward would have left it (torch's CPU generator and those of the devices
                    that hold parameters; not Python's `random`, not NumPy's)
-    buffers        are copied before the module runs and put back afterwards, whatever the module: batch norm,
+    buffers        are copied before the caller's code runs and put back afterwards, whatever the module: batch norm,
                    spectral norm, a counter of your own; also buffers that are replaced and not updated in place
 
+If the step is skipped, because a loss is not finite, the buffers go back to where they were before it.
+
 Modules are found without the caller's help, by a forward hook that lives only inside a probe. A compiled model does
-not run such hooks for its parts, so there the model must be named (`model=`).
+not run such hooks for its parts, and a module whose `forward` is never called (only a `training_step` of its own, say)
+does not run them at all: there the model must be named (`model=`).
 
 Measuring. Inside `undisturbed(model)` anything may be run; afterwards random state, buffers and mode are restored.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import _global_forward_pre_hooks, register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 RandomState = dict[torch.device, Tensor]
@@ -62,34 +66,120 @@ def undisturbed(model: nn.Module, *, eval_mode: bool = True) -> Iterator[None]:
 
 
 class Quiet:
-    """Keeps the probes of one step quiet; `probe()` wraps each evaluation, `end()` closes the step."""
+    """Keeps the probes of an optimizer's steps quiet: `begin()` a step, `probe()` ... `settle()` each, then `end()`.
+
+    The modules are found by a forward hook and remembered (weakly) from step to step. Known ones are copied before
+    the caller's code runs; one that turns up inside is copied on its first forward.
+    """
 
     def __init__(self, devices: Iterable[torch.device], model: nn.Module | None = None):
-        self._devices = list(devices)
-        self._buffers = KeptBuffers(model)
+        self._devices = [d for d in devices if d.type != "cpu"]
+        self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._owners: list[weakref.ref[nn.Module]] = []  # the known modules that have buffers
+        self._model = model
+        self._has_buffers = False
+        if model is not None:
+            self._learn(model)
+        self._first = True
+        self._copying = False
+        self._start = Buffers()  # before the first probe: for a step that is skipped
+        self._later = Buffers()  # before a later probe
         self._before: RandomState | None = None
         self._after: RandomState | None = None
 
-    @contextmanager
-    def probe(self) -> Iterator[None]:
-        """Wraps one evaluation. The first passes through; later ones are undone on leaving, raised or not."""
-        if self._before is None:
+    def begin(self, *, undoable: bool) -> None:
+        """A new step. If it is `undoable`, what the first probe does to buffers can be taken back."""
+        self.end()
+        self._first, self._before, self._after = True, None, None
+        self._copying = undoable
+        self._start = Buffers(self._owners if undoable else ())
+
+    def probe(self) -> None:
+        """Before an evaluation. The first one passes through; later ones are undone by `settle`."""
+        if self._first:
             self._before = random_state(self._devices)
-            yield
+        else:
+            set_random_state(self._before or {})
+            self._later = Buffers(self._owners)
+            self._copying = True
+        if self._model is None and (self._first or self._has_buffers):
+            # In torch's table under a key of our own: an interrupt between its function and the assignment of the
+            # handle would leave the hook there for good.
+            _global_forward_pre_hooks[id(self)] = self._meet
+
+    def settle(self) -> None:
+        """After an evaluation, raised or not; may be called again."""
+        _global_forward_pre_hooks.pop(id(self), None)
+        self._later.put_back()
+
+    def leave(self) -> None:
+        """After an evaluation that did not raise: the next one is a later one."""
+        if self._first:
             self._after = random_state(self._devices)
-            return
-        set_random_state(self._before)
-        try:
-            self._buffers.keep()
-            yield
-        finally:
-            self._buffers.put_back()
+            self._first = False
 
     def end(self) -> None:
         """Leaves the random state where the first probe left it, and no hook behind."""
-        self._buffers.put_back()  # again, if an interrupt cut the first time short
+        self.settle()
+        self._later = Buffers()
         if self._after is not None:
             set_random_state(self._after)
+            self._after = None
+
+    def undo(self) -> None:
+        """Puts the buffers back to where they were before the step."""
+        self._start.put_back()
+
+    def forget(self) -> None:
+        """Drops the copies that `undo` would need."""
+        self._start = Buffers()
+
+    def _meet(self, module: nn.Module, _args: object) -> None:
+        if module not in self._known:
+            owners = self._learn(module)
+            if self._copying:
+                (self._start if self._first else self._later).copy(owners, inside=True)
+
+    def _learn(self, module: nn.Module) -> list[weakref.ref[nn.Module]]:
+        new = [part for part in module.modules() if part not in self._known]
+        self._known.update(new)
+        owners = [weakref.ref(part) for part in new if part._buffers]
+        self._owners += owners
+        self._has_buffers |= any(b is not None for part in new for b in part._buffers.values())
+        return owners
+
+
+class Buffers:
+    """Copies of the buffers of modules."""
+
+    def __init__(self, owners: Iterable[weakref.ref[nn.Module]] = ()):
+        self._kept: list[tuple[nn.Module, str, Tensor | None, Tensor | None, bool]] = []
+        self.copy(owners)
+
+    def copy(self, owners: Iterable[weakref.ref[nn.Module]], *, inside: bool = False) -> None:
+        """Adds the buffers of `owners`; `inside` a forward, where a module may wear somebody else's buffers."""
+        for owner in owners:
+            if (module := owner()) is not None:
+                for name, buffer in module._buffers.items():
+                    value = None if buffer is None else buffer.detach().clone()
+                    self._kept.append((module, name, buffer, value, inside))
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Restores values, and which tensor is registered; may be called again."""
+        for module, name, buffer, value, inside in self._kept:
+            if buffer is not None and value is not None and _can_be_written(buffer):
+                # Without a new version: a graph that saved the buffer finds the value that it saved.
+                with torch.autograd._unsafe_preserve_version_counter(buffer):
+                    buffer.copy_(value)
+            if not inside:  # inside `functional_call` what was registered is not the module's own
+                module._buffers[name] = buffer
+
+
+def _can_be_written(buffer: Tensor) -> bool:
+    """False for tensors that nobody can have changed in place: made in inference mode, or expanded."""
+    expanded = any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
+    return not expanded and not buffer.is_inference()
 
 
 class KeptBuffers:

@@ -11,7 +11,9 @@ precision; it knows nothing of models, losses or optimizers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +23,8 @@ class Vector:
     """A point or direction: `tensors[i]` belongs to parameter `i`, and `None` is zero.
 
     Supports `+`, `-`, multiplication by a number or a 0-dim tensor (which stays on its device: no host
-    synchronisation), `dot`, `norm`. They return new vectors and leave
-    their operands alone; methods that end in an underscore do not.
+    synchronisation), `times` (entry by entry), `dot`, `norm`, `reject`. They leave their operands alone (an entry that
+    one operand lacks may be shared with the other); methods that end in an underscore do not.
     """
 
     __slots__ = ("tensors",)
@@ -79,6 +81,22 @@ class Vector:
             for a, b in pairs
         )
 
+    def times(self, other: Vector) -> Vector:
+        """The product entry by entry; a missing entry of either is zero."""
+        _same_length(self, other)
+        return Vector(
+            None if a is None or b is None else a * b for a, b in zip(self.tensors, other.tensors, strict=True)
+        )
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> Vector:
+        """`function` of every present entry; it must map zero to zero if missing entries are to stay right."""
+        return self.with_present(function(t) for t in self.present)
+
+    def reject(self, other: Vector) -> Vector:
+        """The part orthogonal to `other`: `v - (v.o / o.o) o`; all of it where `other` is zero."""
+        share = self.dot(other) / other.dot(other)
+        return self - other * torch.nan_to_num(share, nan=0.0, posinf=0.0, neginf=0.0)
+
     def dot(self, other: Vector) -> Tensor:
         """The inner product over the common support, a 0-dim tensor (fp32 or wider)."""
         _same_length(self, other)
@@ -94,36 +112,49 @@ class Vector:
         tensors = [_values(t) for t in self.present]
         if not tensors:
             return torch.zeros(())
-        dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+        dtypes = {t.dtype for t in tensors}
+        dtype = torch.float32 if dtypes == {torch.float32} else reduce(torch.promote_types, dtypes, torch.float32)
         norms = torch._foreach_norm(tensors, 2, dtype)
         return torch.linalg.vector_norm(_stacked(norms))
 
+    def size(self) -> float | Tensor:
+        """`norm()`, as a number where that costs nothing (on the CPU), and else as a tensor on its device."""
+        tensors = self.present
+        if not all(t.is_cpu and t.dtype in (torch.float32, torch.float64) and not t.is_sparse for t in tensors):
+            return self.norm()
+        return math.hypot(*[n.item() for n in torch._foreach_norm(tensors)]) if tensors else 0.0
+
+    def isfinite(self) -> bool:
+        """Whether every entry is finite. One host synchronisation; a second look if the norm overflows."""
+        if math.isfinite(self.size()):
+            return True
+        return all(bool(torch.isfinite(_values(t)).all()) for t in self.present)
+
     def add_to(self, params: Sequence[Tensor], sign: float = 1.0) -> None:
         """Adds `sign` times this vector to `params` in place (the Displacement protocol)."""
-        moved = [params[i] for i in self.support]
-        if any(t.layout != torch.strided for t in self.present):
-            for param, t in zip(moved, self.present, strict=True):
-                param.add_(t, alpha=sign)
-        elif moved:
-            torch._foreach_add_(moved, self.present, alpha=sign)
+        _add_in_place([params[i] for i in self.support], self.present, sign)
 
     def copy_to(self, params: Sequence[Tensor]) -> None:
         """Overwrites `params` with this vector in place, where it has an entry."""
         if self.support:
             torch._foreach_copy_([params[i] for i in self.support], self.present)
 
-    def add_(self, other: Vector) -> Vector:
-        """The sum, in the memory of the two operands, which must not be used afterwards."""
+    def add_(self, other: Vector, scale: float = 1.0) -> Vector:
+        """`self + scale * other`, in the memory of this vector, which must not be used afterwards."""
         _same_length(self, other)
         pairs = list(zip(self.tensors, other.tensors, strict=True))
         both = [(a, b) for a, b in pairs if a is not None and b is not None]
-        Vector(b for _, b in both).add_to([a for a, _ in both])
-        return Vector(b if a is None else a for a, b in pairs)
+        Vector(b for _, b in both).add_to([a for a, _ in both], scale)
+        return Vector(a if b is None or a is not None else b * scale for a, b in pairs)
 
     def scale_(self, factor: float) -> None:
         """Multiplies the entries by `factor` in place."""
         if self.support and factor != 1.0:
             torch._foreach_mul_(self.present, factor)
+
+
+def _inverse(norm: Any) -> Any:
+    return 1.0 / norm
 
 
 class Radii:
@@ -148,6 +179,8 @@ class Radii:
     def select(self, vector: Vector) -> Vector:
         """The entries of `vector` that these radii move; nothing is copied."""
         _same_length(self.values, vector)
+        if all(self.values):
+            return vector
         return Vector(t if value > 0 else None for value, t in zip(self.values, vector.tensors, strict=True))
 
     def __mul__(self, vector: Vector) -> Vector:
@@ -156,8 +189,23 @@ class Radii:
     def along(self, vector: Vector) -> Vector:
         """`r v / |v|`, entry by entry, with one global norm over the moved entries; a zero vector stays zero."""
         moved = self.select(vector)
-        inverse = moved.norm().reciprocal()
-        return self._scale(moved, torch.nan_to_num(inverse, nan=0.0, posinf=0.0))
+        return self._scale(moved, torch.nan_to_num(moved.norm().reciprocal(), nan=0.0, posinf=0.0))
+
+    def ascent(self, vector: Vector, factor: Callable[[Any], Any] = _inverse) -> Step:
+        """The displacement `r factor(|v|) v`, which holds `v` and no multiple of it.
+
+        Args:
+            vector: v, usually a gradient.
+            factor: of the norm |v| over the moved entries (a number, or a 0-dim tensor); 1 / |v| by default. Where it
+                is not finite nothing is moved.
+        """
+        moved = self.select(vector)
+        size = moved.size()
+        if isinstance(size, Tensor):
+            scale = torch.nan_to_num(factor(size), nan=0.0, posinf=0.0, neginf=0.0)
+            return Step(self._scale(moved, scale), [1.0] * len(self.values))
+        scale = factor(size) if math.isfinite(size) and size > 0 else 0.0
+        return Step(moved, [scale * r for r in self.values])
 
     def _scale(self, moved: Vector, factor: float | Tensor) -> Vector:
         # One pass over the memory, so that a gradient and its multiple never need a third copy.
@@ -167,6 +215,31 @@ class Radii:
         return moved.with_present(
             entry for t, r in zip(moved.present, radii, strict=True) for entry in _scaled([t], factor * r)
         )
+
+
+class Step:
+    """The displacement `a_i v_i`, entry by entry: a vector with numbers that are multiplied in when it is added."""
+
+    __slots__ = ("factors", "vector")
+
+    def __init__(self, vector: Vector, factors: Sequence[float]):
+        self.vector = vector
+        self.factors = factors
+
+    @property
+    def support(self) -> list[int]:
+        """The indices of the parameters that are moved."""
+        return [i for i in self.vector.support if self.factors[i]]
+
+    def __neg__(self) -> Step:
+        return Step(self.vector, [-f for f in self.factors])
+
+    def add_to(self, params: Sequence[Tensor], sign: float = 1.0) -> None:
+        """Adds `sign` times the displacement to `params` in place."""
+        tensors, support = self.vector.tensors, self.support
+        for factor in {self.factors[i] for i in support}:
+            same = [i for i in support if self.factors[i] == factor]
+            _add_in_place([params[i] for i in same], [tensors[i] for i in same], sign * factor)  # type: ignore[misc]
 
 
 def check_radius(name: str, value: float) -> float:
@@ -183,9 +256,20 @@ def _same_length(a: object, b: object) -> None:
     assert len(a) == len(b), f"{len(a)} entries against {len(b)}"  # type: ignore[arg-type]
 
 
+def _add_in_place(params: list[Tensor], tensors: list[Tensor], alpha: float) -> None:
+    if any(t.layout != torch.strided for t in tensors):
+        for param, t in zip(params, tensors, strict=True):
+            param.add_(t, alpha=alpha)
+    elif params:
+        torch._foreach_add_(params, tensors, alpha=alpha)
+
+
 def _scaled(tensors: list[Tensor], scalar: float | Tensor) -> Sequence[Tensor]:
     if not tensors:
         return tensors
+    if isinstance(scalar, Tensor) and scalar.dtype != tensors[0].dtype:
+        # A 0-dim factor of another width would take the slow path (and low precision needs it rounded only once).
+        scalar = scalar if tensors[0].dtype.itemsize < 4 else scalar.to(tensors[0].dtype)
     if isinstance(scalar, Tensor) and any(t.device != scalar.device for t in tensors):
         return [t * scalar.to(t.device) for t in tensors]
     if any(t.layout != torch.strided for t in tensors):

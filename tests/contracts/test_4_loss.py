@@ -28,3 +28,17 @@ def test_the_returned_loss(method):
         torch.testing.assert_close(returned, torch.stack(seen).mean())
         assert not torch.equal(returned, here)
     assert not returned.requires_grad  # a kept loss must not keep the graph
+
+
+@each_method
+def test_a_loss_tensor_that_the_caller_writes_again(method):
+    case, total = Case(method), torch.zeros(())
+
+    def closure():
+        case.optimizer.zero_grad()
+        total.zero_()
+        loss = case.loss()
+        loss.backward()
+        return total.add_(loss.detach())
+
+    torch.testing.assert_close(case.optimizer.step(closure), Case(method).step())

@@ -153,3 +153,38 @@ def test_a_checkpoint_of_the_bare_base_can_be_loaded(method):
     ours.model.load_state_dict(base.model.state_dict())
     ours.optimizer.param_groups[0][ours.radius_name] = 0.0
     assert_same(dict(ours.run(3).model.state_dict()), Case("base").run(6).model.state_dict())
+
+
+@each_method
+def test_a_checkpoint_of_the_bare_base_keeps_each_groups_radius(method):
+    case, plain = Case(method), Case("base")
+    case.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], case.radius_name: 0.0})
+    plain.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    radii = [group[case.radius_name] for group in case.optimizer.param_groups]
+    case.optimizer.load_state_dict(plain.optimizer.state_dict())
+    assert [group[case.radius_name] for group in case.optimizer.param_groups] == radii
+    assert radii[0] > 0 == radii[1]
+
+
+@each_method
+def test_perturb_chooses_what_is_moved(method):
+    case = Case(method)
+    chosen = case.model.get_parameter("2.weight")
+    other = flatmin.methods()[method].build(case.optimizer.base, perturb=[chosen])
+    case.optimizer = other
+    moved = displacements(case)
+    assert any(d["2.weight"].abs().max() > 0 for d in moved)
+    assert all(d["0.weight"].abs().max() == 0 for d in moved)
+
+
+@each_method
+def test_global_hooks_run_once_a_step(method):
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    seen = []
+    handle = register_optimizer_step_post_hook(lambda opt, *_: seen.append(type(opt).__name__))
+    try:
+        Case(method).run(2)
+    finally:
+        handle.remove()
+    assert seen == ["SGD", "SGD"]

@@ -91,3 +91,26 @@ def test_a_checkpoint_of_the_bare_base_is_accepted(method):
     assert case.optimizer.num_steps == 0
     assert case.radius_name in case.optimizer.param_groups[0]
     case.step()
+
+
+@each_method
+def test_a_copy_has_hooks_of_its_own(method):
+    case = Case(method).run(1)
+    case.optimizer.register_step_post_hook(lambda *_: pytest.fail("the copy ran the original's hook"))
+    model, optimizer = copy.deepcopy((case.model, case.optimizer))
+    optimizer.register_state_dict_post_hook(lambda _, state: {**state, "seen": 1})
+    assert "seen" in optimizer.state_dict()
+    assert "seen" not in case.optimizer.state_dict()
+    case.model, case.optimizer = model, optimizer
+    case.step()
+
+
+@each_method
+def test_torchs_checkpoint_helpers_set_up_the_state(method):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    case = Case(method, "adamw")
+    before = {k: v.clone() for k, v in case.model.state_dict().items()}
+    state = get_optimizer_state_dict(case.model, case.optimizer)
+    assert state["state"]
+    assert_same(case.model.state_dict(), before)

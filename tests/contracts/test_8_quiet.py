@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.contracts.cases import Case, assert_same, differs, each_method
+import flatmin
+from tests.contracts.cases import MODELS, Case, assert_same, differs, each_method
 
 with_buffers = pytest.mark.parametrize("model_name", ["batchnorm", "spectral-norm", "custom-norm"])
 
@@ -94,12 +95,13 @@ def test_noise_has_its_own_generator(method):
 @each_method
 def test_hooks_live_only_inside_probes(method):
     hooks = nn.modules.module._global_forward_pre_hooks
-    case, inside = Case(method), []
-    for _ in case.optimizer.probes():
-        inside.append(len(hooks))
-        case.loss().backward()
-    assert len(hooks) == 0
-    assert inside == [0] + [1] * (len(inside) - 1)
+    for model_name, later in (("batchnorm", 1), ("plain", 0)):  # without buffers nothing can go wrong later
+        case, inside = Case(method, model_name=model_name), []
+        for _ in case.optimizer.probes():
+            inside.append(len(hooks))
+            case.loss().backward()
+        assert len(hooks) == 0
+        assert inside == [1] + [later] * (len(inside) - 1)
 
 
 @each_method
@@ -119,3 +121,67 @@ def test_a_module_called_in_parts_is_found(method):
     for _ in range(3):
         case.optimizer.step(closure)
     assert case.model.get_buffer("1.num_batches_tracked") == 3
+
+
+class Positions(nn.Module):
+    """An expanded buffer, one made in inference mode, and a cache that is filled on the first forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.register_buffer("offset", torch.arange(6.0).expand(64, -1))
+        with torch.inference_mode():
+            self.register_buffer("frozen", torch.ones(6))
+        self.register_buffer("calls", None)
+
+    def forward(self, x):
+        self.calls = torch.ones(()) if self.calls is None else self.calls + 1
+        return self.layer(x + self.get_buffer("offset") + self.get_buffer("frozen").clone())
+
+
+@each_method
+def test_buffers_that_cannot_be_written_and_buffers_that_appear(method, monkeypatch):
+    monkeypatch.setitem(MODELS, "positions", Positions)
+    case = Case(method, model_name="positions").run(3)
+    assert case.model.calls == 3
+
+
+@each_method
+def test_a_functional_call_leaves_the_module_its_own_buffers(method):
+    case = Case(method, model_name="batchnorm")
+    own = {k: v for k, v in case.model.named_buffers() if v.is_floating_point()}
+    case.run(1)
+    foreign = {k: v.clone() + 7 for k, v in case.model.named_buffers()}
+    expected = {k: v.clone() for k, v in case.model.named_buffers()}
+
+    def closure():
+        case.optimizer.zero_grad()
+        state = {**dict(case.model.named_parameters()), **foreign}
+        loss = nn.functional.cross_entropy(torch.func.functional_call(case.model, state, case.x), case.y)
+        loss.backward()
+        return loss
+
+    case.optimizer.step(closure)
+    for name, buffer in case.model.named_buffers():
+        assert torch.equal(buffer, expected[name])
+        if name in own:
+            assert buffer is own[name]
+
+
+@each_method
+def test_graphs_that_the_caller_holds_stay_valid(method):
+    torch.manual_seed(0)
+    generator = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4))
+    critic = nn.Linear(4, 1)
+    optimizer = flatmin.methods()[method].build(torch.optim.SGD(critic.parameters(), lr=0.1))
+    fake = generator(torch.randn(8, 2))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = critic(fake.detach()).mean() - critic(generator(torch.randn(8, 2)).detach()).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    critic(fake).mean().backward()
+    assert generator[0].weight.grad is not None

@@ -1,5 +1,7 @@
 """Contract 9: quietly wrong use raises and names the fix; a non-finite loss changes nothing."""
 
+import warnings
+
 import pytest
 import torch
 from torch.optim import LBFGS, SGD
@@ -204,3 +206,139 @@ def test_a_zero_gradient_is_not_a_nan(method):
     case.optimizer.step(closure)
     assert all(torch.isfinite(p).all() for p in case.model.parameters())
     assert case.optimizer.num_skipped == 0
+
+
+@each_method
+def test_a_batch_that_is_not_finite_leaves_buffers_alone(method):
+    case = Case(method, model_name="batchnorm").run(2)
+    before = case.snapshot()
+    case.x[0, 0] = torch.nan
+    with pytest.warns(RuntimeWarning, match="skipped step 2"):
+        case.step()
+    assert_same(case.model.state_dict(), {k: v for k, v in before.items() if k != "rng"})
+
+
+@each_method
+def test_recompute_survives_a_gradient_that_is_not_finite(method):
+    case = Case(method, options={"restore": "recompute"})
+    before = {k: v.clone() for k, v in case.model.state_dict().items()}
+    with pytest.warns(RuntimeWarning, match="skipped step"):
+        case.optimizer.step(lambda: nan_loss(case))
+    for name, value in case.model.state_dict().items():
+        torch.testing.assert_close(value, before[name], atol=1e-6, rtol=0)
+
+
+def nan_loss(case):
+    case.optimizer.zero_grad()
+    loss = case.loss() * torch.nan
+    loss.backward()
+    return loss
+
+
+@each_method
+def test_a_later_probe_without_backward(method):
+    case = Case(method)
+    if case.optimizer.gradients_per_step < 2:
+        return
+
+    def run():
+        for n, _ in enumerate(case.optimizer.probes()):
+            if n == 0:
+                case.loss().backward()
+
+    with pytest.raises(ValueError, match=r"must call loss\.backward"):
+        run()
+
+
+def test_clearing_some_gradients_inside_the_loop():
+    case = Case("nso")
+
+    def run():
+        for _ in case.optimizer.probes():
+            case.model.get_submodule("2").zero_grad()
+            case.loss().backward()
+
+    with pytest.raises(ValueError, match="gradients were cleared inside the probes"):
+        run()
+
+
+@each_method
+def test_clearing_gradients_between_the_loop_and_step(method):
+    case = Case(method)
+    for _ in case.optimizer.probes():
+        case.loss().backward()
+    case.model.zero_grad()
+    with pytest.raises(ValueError, match=r"gradients were cleared between the probes\(\) loop and step"):
+        case.optimizer.step()
+
+
+@each_method
+def test_gradients_that_autograd_or_a_hook_replaces_are_not_cleared_ones(method):
+    plain, graph, hooked = Case(method), Case(method), Case(method)
+    plain.loop_step()
+    for _ in graph.optimizer.probes():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch on create_graph and leaks
+            graph.loss().backward(create_graph=True)
+    for p in graph.model.parameters():
+        assert p.grad is not None
+        p.grad = p.grad.detach()
+    graph.optimizer.step()
+    for p in hooked.model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", p.grad.clamp(-100, 100)))
+    hooked.loop_step()
+    for case in (graph, hooked):
+        for p, q in zip(plain.model.parameters(), case.model.parameters(), strict=True):
+            torch.testing.assert_close(p, q)
+
+
+@each_method
+def test_an_iterator_that_is_left_with_a_name(method):
+    case = Case(method)
+    probes = case.optimizer.probes()
+    next(probes)
+    with pytest.raises(ValueError, match=r"the weights are displaced until it.close\(\)"):
+        case.loop_step()
+    probes.close()
+    case.optimizer.zero_grad()
+    case.loop_step()
+
+
+def test_maximising_is_refused():
+    base = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1, maximize=True)
+    with pytest.raises(ValueError, match="SAM minimises: set maximize=False and change the sign of the loss"):
+        flatmin.SAM(base)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sigma": 0.1}, "SAM has no option 'sigma': its radius is rho"),
+        ({"lr": 0.1}, "SAM has no option 'lr': that belongs to the base optimizer"),
+        ({"rhoo": 0.1}, r"SAM has no option 'rhoo': see help\(SAM\)"),
+    ],
+)
+def test_unknown_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        flatmin.SAM(torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1), **options)
+
+
+def test_the_call_of_other_libraries_is_told_the_right_one():
+    parameters = torch.nn.Linear(2, 2).parameters()
+    with pytest.raises(ValueError, match=r"needs a torch\.optim\.Optimizer instance as its first argument"):
+        flatmin.SAM(parameters, torch.optim.SGD, lr=0.1, momentum=0.9)  # type: ignore[arg-type]
+
+
+def test_a_large_but_finite_direction_is_not_skipped():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = flatmin.SAM(torch.optim.Adam([weight], lr=0.1), rho=0.0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (weight * 1e20).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert optimizer.num_skipped == 0
+    torch.testing.assert_close(weight.detach(), torch.full((2,), 0.9))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Annotated
 
-import flatmin
 from flatmin.extras import need
 
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         | Annotated[Methods, tyro.conf.subcommand("methods")]
     )
     if list(sys.argv[1:] if arguments is None else arguments) == ["--version"]:
-        print(flatmin.__version__)
+        print(metadata.version("flatmin"))
         return 0
     try:
         tyro.cli(commands, prog="flatmin", args=arguments).run()

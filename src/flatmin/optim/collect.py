@@ -2,7 +2,7 @@
 
 A probe with a weight leaves its gradient in `.grad` and lets the next one add to it: no extra memory, and one
 unscaling, clipping and all-reduce for the whole step. That needs a caller who does not clear gradients, so with a
-closure (which does) the running sum is set aside instead.
+closure (which does) the running sum is set aside instead, in memory of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from flatmin.optim.misuse import CLEARED_IN_LOOP, NO_BACKWARD
-from flatmin.optim.rule import Probe
+from flatmin.optim.rule import NOTHING, Probe
 from flatmin.vectors import Vector
 
 
@@ -22,41 +22,49 @@ class Collector:
         self._in_grad = keep_sum_in_grad
         self._weight: float | None = None  # of the running sum that stands in .grad
         self._sum: Vector | None = None
-        self._first: Tensor | None = None
+        self._before: list[tuple[Tensor | None, int]] = []
+        self.handed_out = False  # whether the rule has seen a gradient
 
     def before(self, probe: Probe) -> None:
         """Makes `.grad` ready for the evaluation of `probe`."""
-        if self._weight is None or probe.weight is None:
-            self._take()
-        elif self._weight != probe.weight:  # .grad holds the sum divided by the weight of the next probe
-            self._grads().scale_(self._weight / probe.weight)
-        self._weight = probe.weight if self._in_grad else None
-        self._first = next((p.grad for p in self._params if p.grad is not None), None)
+        if self._weight and probe.weight and self._in_grad:
+            if self._weight != probe.weight:  # .grad holds the sum divided by the weight of the next probe
+                self._grads().scale_(self._weight / probe.weight)
+        else:
+            self._set_aside()
+        self._before = [] if self._weight is None else [_mark(p.grad) for p in self._params]
 
     def after(self, probe: Probe) -> Vector:
         """Hands out the gradient of `probe`, or adds it to the running sum."""
         self._check()
+        self._weight = probe.weight
         if probe.weight is None:
+            self.handed_out = True
             return self._take()
-        if not self._in_grad:
-            part = self._take()
-            part.scale_(probe.weight)
-            self._sum = part if self._sum is None else self._sum.add_(part)
-        return Vector(())
+        return NOTHING
 
     def install(self, direction: Vector | None) -> None:
         """Puts the direction (`None`: the running sum) where the base optimizer reads it."""
-        if direction is None and self._in_grad:
-            assert self._weight is not None, "the rule returned None but weighted no probe"
-            self._grads().scale_(self._weight)
-            return
-        direction = self._sum if direction is None else direction
+        if direction is None:
+            if self._sum is None and self._weight is not None:
+                self._grads().scale_(self._weight)
+                return
+            self._set_aside()
+            direction = self._sum
         assert direction is not None, "the rule returned None but weighted no probe"
         for p, d in zip(self._params, direction.tensors, strict=True):
             p.grad = d
 
+    def _set_aside(self) -> None:
+        """Moves what stands in `.grad` to the sum; without a weight it belongs to nobody."""
+        part = self._take()
+        if self._weight is not None:
+            # Not in place: the memory may be the caller's, who writes the next gradient into it.
+            self._sum = part * self._weight if self._sum is None else self._sum.add_(part, self._weight)
+        self._weight = None
+
     def _grads(self) -> Vector:
-        return Vector(p.grad for p in self._params)
+        return Vector([p.grad for p in self._params])
 
     def _take(self) -> Vector:
         grads = self._grads()
@@ -65,7 +73,29 @@ class Collector:
         return grads
 
     def _check(self) -> None:
-        if all(p.grad is None for p in self._params):
+        if not self._before:
+            if all(p.grad is None for p in self._params):
+                raise ValueError(NO_BACKWARD)
+            return
+        changed = False
+        for p, (grad, version) in zip(self._params, self._before, strict=True):
+            if p.grad is not grad:
+                changed = True
+                if grad is not None and not _replaced_by_autograd(p):
+                    raise ValueError(CLEARED_IN_LOOP)
+            elif grad is not None and grad._version != version:
+                changed = True
+        if not changed:
             raise ValueError(NO_BACKWARD)
-        if self._first is not None and all(p.grad is not self._first for p in self._params):
-            raise ValueError(CLEARED_IN_LOOP)
+
+
+def _mark(grad: Tensor | None) -> tuple[Tensor | None, int]:
+    return (grad, 0 if grad is None else grad._version)
+
+
+def _replaced_by_autograd(p: Tensor) -> bool:
+    """Whether a new `.grad` object can hold the old sum: out-of-place accumulation, or a hook that assigned it."""
+    grad = p.grad
+    if grad is None:
+        return False
+    return grad.requires_grad or grad.is_sparse or bool(getattr(p, "_post_accumulate_grad_hooks", None))

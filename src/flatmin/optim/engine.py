@@ -8,17 +8,16 @@ One training step, whatever the method:
     4. the engine brings the weights back and hands the gradient to the rule; again from 1 until the rule returns
     5. the direction goes into `.grad` and the base optimizer steps
 
-The engine contains no method's formula. Nothing of the size of the parameters is kept between steps.
+The engine contains no method's formula. Nothing of the size of the parameters is kept between steps, except what a
+rule asks to remember (flatmin.optim.memory).
 """
 
 from __future__ import annotations
 
 import inspect
-import math
-import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterator
-from typing import Any, Literal, TypedDict
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,58 +25,46 @@ from torch.optim import Optimizer
 
 from flatmin.noise import Noise, mix_seeds
 from flatmin.optim.collect import Collector
-from flatmin.optim.host import Host
+from flatmin.optim.ending import Ending
+from flatmin.optim.memory import Memory
 from flatmin.optim.misuse import (
     ABANDONED,
     ALREADY_UNDER_WAY,
     CLEARED_IN_LOOP,
+    DIRECTION_CLEARED,
     DIRECTION_LOST,
     NO_LOSS,
+    NOT_TAKEN,
     NOTHING_TO_STEP,
+    SCALER_STEP,
     STEP_IN_LOOP,
     check_base,
+    check_options,
     check_window,
 )
 from flatmin.optim.place import Place, Restore, check_restore
-from flatmin.optim.rule import Probe, Rule, as_probe, plain
+from flatmin.optim.rule import Probe, Rule, Update, as_probe, plain
+from flatmin.optim.scaling import Scaling
 from flatmin.quiet import Quiet
 from flatmin.vectors import Radii, Vector
 
+# What a step is doing: nothing, evaluating by a closure or in a loop, or waiting for `step()` after a loop ("ready").
 _Stage = Literal["idle", "closure", "loop", "ready"]
 
 
-class EngineOptions(TypedDict, total=False):
-    """What every method takes beside its own arguments.
-
-    model: the model, needed only where it cannot be found by itself (a compiled one).
-    restore: "exact" (default) keeps one copy of the moved parameters while they are away; "recompute" keeps none
-        and costs rounding (see flatmin.optim.place).
-    low_memory: draw noise again from its seed instead of holding it: one copy of the parameters less.
-    guard: skip the step, count it and warn when a loss or the direction is not finite (one host synchronisation).
-    every, start, stop: perturb only at steps t with start <= t < stop and (t - start) % every == 0; the other steps
-        are the base optimizer's.
-    """
-
-    model: nn.Module | None
-    restore: Restore
-    low_memory: bool
-    guard: bool
-    every: int
-    start: int
-    stop: int | None
-
-
-class FlatOptimizer(Host):
+class FlatOptimizer(Ending):
     """Base class of every method: subclasses give `rule()` and name their radius.
 
     Args:
         base: an optimizer *instance*; its `param_groups`, `state` and hyperparameters stay in charge.
         radius: the value of the group option named by `radius_name`, where a group does not set its own.
+        seed: of the method's random numbers, if it has any; `None` is really random (and saved with the state).
 
     The other arguments are those of EngineOptions.
 
     Raises:
-        ValueError: for a class instead of an instance, a negative radius, an optimizer that evaluates by itself.
+        ValueError: for a class instead of an instance, a negative radius, an unknown option, an optimizer that
+            maximises or evaluates by itself.
     """
 
     def __init__(
@@ -85,23 +72,43 @@ class FlatOptimizer(Host):
         base: Optimizer,
         radius: float,
         *,
+        seed: int | None = 0,
         model: nn.Module | None = None,
+        perturb: Iterable[Tensor] | None = None,
         restore: Restore = "exact",
         low_memory: bool = False,
         guard: bool = True,
         every: int = 1,
         start: int = 0,
         stop: int | None = None,
+        **unknown: Any,
     ):
-        super().__init__(check_base(base, type(self).__name__), radius)
-        self._model = model
+        base = check_base(base, type(self).__name__)
+        check_options(unknown, type(self), self.radius_name)
+        super().__init__(base, radius, seed)
+        self._perturbed = None if perturb is None else list(perturb)
         self._restore: str = check_restore(restore)
         self._low_memory = low_memory
         self._guard = guard
         self._every, self._start, self._stop = check_window(every, start, stop)
-        self._stage: _Stage = "idle"
+        self._model = model
+        self._rest()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._rest()
+
+    def _rest(self) -> None:
+        """Nothing is under way."""
+        self._stage: str = "idle"
         self._session: weakref.ref[Generator[Probe, None, None]] | None = None
         self._place: Place | None = None
+        self._quiet: Quiet | None = None
+        self._scaling = Scaling(None, [])
+        self._memory: Memory | None = None
+        self._drift: Vector | None = None
+        self._probe: Probe | None = None
+        self._rule_saw_gradients = False
         self._num_draws = 0
 
     # -- what a method provides ----------------------------------------------------------------------------------
@@ -111,34 +118,48 @@ class FlatOptimizer(Host):
         raise TypeError(f"{type(self).__name__} must define rule()")
 
     @property
-    def gradients_per_step(self) -> int:
-        """Gradients that one perturbed step needs."""
+    def gradients_per_step(self) -> float:
+        """Gradients that one perturbed step needs (a mean, where steps differ)."""
         raise TypeError(f"{type(self).__name__} must define gradients_per_step")
 
     # -- what a method may use -----------------------------------------------------------------------------------
 
-    @property
-    def params(self) -> list[Tensor]:
-        """All parameters, in group order."""
-        return [p for group in self.param_groups for p in group["params"]]
+    def weights(self) -> Vector:
+        """The weights themselves, not a copy: to read, while the rule is not waiting for a gradient."""
+        return Vector([p.detach() for p in self.params])
 
     def radii(self) -> Radii:
-        """The radius of each parameter, read from the groups (0 where it is frozen)."""
+        """The radius of each parameter, read from the groups (0 where it is frozen, or not to be perturbed)."""
+        name, moved = self.radius_name, self._perturbed
         values: list[float] = []
         for group in self.param_groups:
-            radius = float(group[self.radius_name])
+            radius = float(group[name])
             values += [radius if p.requires_grad else 0.0 for p in group["params"]]
+        if moved is not None:
+            chosen = {id(p) for p in moved}
+            values = [r if id(p) in chosen else 0.0 for r, p in zip(values, self.params, strict=True)]
         return Radii(values)
 
-    def noise(self, law: str) -> Noise:
-        """A fresh displacement `radius * z`, the next of this step's stream."""
-        seed = mix_seeds(self.param_groups[0]["seed"], self.num_steps, self._num_draws)
+    @property
+    def memory(self) -> Memory:
+        """What the rule remembers between steps."""
+        if self._memory is None:
+            self._memory = Memory(self.params, self.state)
+        return self._memory
+
+    def new_seed(self) -> int:
+        """The next seed of this step's stream: a function of the method's seed, the step and the draw."""
         self._num_draws += 1
-        return Noise(self.params, self.radii(), law, seed, keep=not self._low_memory)
+        return mix_seeds(self.param_groups[0]["seed"], self.num_steps, self._num_draws - 1)
+
+    def noise(self, law: str, radii: Radii | None = None) -> Noise:
+        """A fresh displacement `radius * z`, the next of this step's stream."""
+        radii = self.radii() if radii is None else radii
+        return Noise(self.params, radii, law, self.new_seed(), keep=not self._low_memory)
 
     # -- the two ways to evaluate --------------------------------------------------------------------------------
 
-    def probes(self) -> Iterator[Probe]:
+    def probes(self, scaler: Any = None) -> Iterator[Probe]:
         """The loop form: the weights are displaced inside the body and restored after it.
 
         Example:
@@ -149,14 +170,20 @@ class FlatOptimizer(Host):
 
         Gradients are cleared at the start; the body must not clear them. Gradient accumulation over micro-batches
         goes inside the body. After the loop `.grad` holds the direction (clip it there).
-        """
-        return self._open("loop")
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        Args:
+            scaler: a `torch.amp.GradScaler`, for fp16. The body calls `scaler.scale(loss).backward()`; gradients are
+                unscaled here, and `opt.step()` skips on an overflow in any probe and updates the scaler.
+        """
+        return self._open("loop", scaler)
+
+    def step(self, closure: Callable[[], Any] | None = None, *, scaler: Any = None) -> Any:  # type: ignore[override]
         """One step: with a closure (which may be called several times), or after a `probes()` loop.
 
         Args:
             closure: clears the gradients, computes the loss, calls backward, returns the loss.
+            scaler: a `torch.amp.GradScaler`; the closure then calls `scaler.scale(loss).backward()` and returns the
+                unscaled loss. The step is skipped on an overflow in any probe, and the scaler is updated.
 
         Returns:
             The loss at the unperturbed weights where the rule evaluates there, else the mean loss over its probes;
@@ -164,60 +191,95 @@ class FlatOptimizer(Host):
 
         Raises:
             ValueError: if there is nothing to step with: no gradient, an unfinished loop, a closure that forgot
-                `backward()` or `return loss`.
+                `backward()` or `return loss`; or a scaler that was not passed on.
         """
+        scaled_by = getattr(self, "grad_scale", None)  # set by GradScaler.step while it calls us
         if closure is None:
+            if self._initialises_state():
+                self.base.step()
+                return None
             self._check_ready()
-            self._finish(None)
+            self._check_scaled_by(scaled_by)
+            self._finish([])
             return None
+        if hasattr(self, "found_inf"):
+            raise ValueError(SCALER_STEP)
         losses: list[tuple[Any, bool]] = []
-        for probe in self._open("closure"):
+        for probe in self._open("closure", scaler):
             with torch.enable_grad():
                 loss = closure()
             if loss is None:
                 raise ValueError(NO_LOSS)
-            losses.append((loss.detach() if isinstance(loss, Tensor) else loss, probe.at_weights))
-        loss = _reported(losses)
-        self._finish(sum(value for value, _ in losses))
-        return loss
+            # A clone: the caller may write the next loss into the same tensor.
+            losses.append((loss.detach().clone() if isinstance(loss, Tensor) else loss, probe.at_weights))
+        self._finish([value for value, _ in losses])
+        return _reported(losses)
+
+    # Hooks and profiling belong to the base's step, which runs inside this one: once a step, not twice.
+    step.hooked = True  # type: ignore[attr-defined]
+    # GradScaler.step then calls us without unscaling by itself, so that a wrong use can be told from a right one.
+    _step_supports_amp_scaling = True
+
+    def take(self, *batch: Any) -> Any:
+        """The part of the batch that the present probe is evaluated on (`probe.take`, for closures)."""
+        probe = self._probe or Probe()
+        return probe.take(*batch)
 
     # -- one step, inside ----------------------------------------------------------------------------------------
 
-    def _open(self, stage: Literal["closure", "loop"]) -> Generator[Probe, None, None]:
-        session = self._guarded_session(stage)
+    def _open(self, stage: Literal["closure", "loop"], scaler: Any) -> Generator[Probe, None, None]:
+        session = self._guarded_session(stage, scaler)
         if not self._under_way:
             self._session = weakref.ref(session)
         return session
 
-    def _guarded_session(self, stage: Literal["closure", "loop"]) -> Generator[Probe, None, None]:
-        self._begin(stage)
-        place = self._place = Place(self.params, self._restore)
+    def _guarded_session(self, stage: Literal["closure", "loop"], scaler: Any) -> Generator[Probe, None, None]:
+        quiet, params = self._begin(stage), self.params
+        place = self._place = Place(params, self._restore)
+        scaling = self._scaling = Scaling(scaler, params)
+        collector = Collector(params, stage == "loop")
         try:
-            yield from self._probe_by_probe(place, keep_sum_in_grad=stage == "loop")
+            yield from self._probe_by_probe(place, quiet, collector, scaling)
+            self._rule_saw_gradients = collector.handed_out and self._active()
             self._stage = "ready" if stage == "loop" else "idle"
         finally:
             place.home()  # a second time: an interrupt may have cut the first one off
-            self._place = None
+            self._place = self._probe = None
 
-    def _probe_by_probe(self, place: Place, keep_sum_in_grad: bool) -> Generator[Probe, None, None]:
-        params = self.params
-        quiet = Quiet({p.device for p in params}, self._model)
-        collector = Collector(params, keep_sum_in_grad)
+    def _probe_by_probe(
+        self, place: Place, quiet: Quiet, collector: Collector, scaling: Scaling
+    ) -> Generator[Probe, None, None]:
         rule = self.rule() if self._active() else plain()
-        self._num_draws = 0
         try:
             probe = as_probe(next(rule))
             while True:
+                self._probe = probe
                 place.move(probe.release())
                 collector.before(probe)
-                with quiet.probe():
+                try:
+                    quiet.probe()
                     yield probe
+                finally:
+                    quiet.settle()
+                quiet.leave()
+                if probe.part is not None and not probe.offered:
+                    raise ValueError(NOT_TAKEN)
+                if probe.weight is None:
+                    scaling.unscale()
                 probe = as_probe(rule.send(collector.after(probe)))
         except StopIteration as stop:
-            collector.install(stop.value)
+            place.home()
+            self._install(collector, scaling, stop.value)
         finally:
             place.home()
             quiet.end()
+
+    def _install(self, collector: Collector, scaling: Scaling, direction: Vector | Update | None) -> None:
+        if isinstance(direction, Update):
+            direction, self._drift = direction.direction, direction.drift
+        collector.install(direction)
+        if direction is None:
+            scaling.unscale()
 
     def _active(self) -> bool:
         t = self.num_steps
@@ -229,45 +291,32 @@ class FlatOptimizer(Host):
         session = self._session and self._session()
         return session is not None and inspect.getgeneratorstate(session) == inspect.GEN_SUSPENDED
 
-    def _begin(self, stage: _Stage) -> None:
+    def _begin(self, stage: _Stage) -> Quiet:
         if self._under_way:
             raise ValueError(ALREADY_UNDER_WAY)
         if self._stage == "ready":
             raise ValueError(DIRECTION_LOST)
         self._heal()
         self._fill_groups()
-        self._stage = stage
+        self._stage, self._memory, self._drift, self._num_draws = stage, None, None, 0
+        if self._quiet is None:
+            self._quiet = Quiet({p.device for p in self.params}, self._model)
+        self._quiet.begin(undoable=self._guard)
+        return self._quiet
+
+    def _initialises_state(self) -> bool:
+        """torch.distributed.checkpoint steps with learning rate 0 and zero gradients to set up the base's state."""
+        idle = self._stage == "idle" and not self._under_way
+        return idle and not self.state and all(group.get("lr") == 0 for group in self.param_groups)
 
     def _check_ready(self) -> None:
         if self._stage == "idle":
             raise ValueError(NOTHING_TO_STEP)
         if self._stage != "ready":
             raise ValueError(STEP_IN_LOOP if self._under_way else ABANDONED)
-
-    def _finish(self, loss_sum: Any) -> None:
-        self._stage = "idle"
-        if self._guard and not self._finite(loss_sum):
-            self._skip(loss_sum)
-        else:
-            self.base.step()
-        self._count("num_steps")
-
-    def _finite(self, loss_sum: Any) -> bool:
-        size = Vector(p.grad for p in self.params).norm()
-        return math.isfinite(float(size if loss_sum is None else size + loss_sum))  # one synchronisation
-
-    def _skip(self, loss_sum: Any) -> None:
-        self._count("num_skipped")
-        what = "direction" if loss_sum is None or math.isfinite(float(loss_sum)) else "loss"
-        warnings.warn(
-            f"{type(self).__name__} skipped step {self.num_steps}: the {what} is not finite. The weights are "
-            f"unchanged ({self.num_skipped} skipped so far). A lower learning rate or {self.radius_name} usually "
-            "mends it.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        for p in self.params:
-            p.grad = None
+        if all(p.grad is None for p in self.params):
+            self._stage = "idle"
+            raise ValueError(DIRECTION_CLEARED)
 
     def _heal(self) -> None:
         if self._place is not None and not self._under_way:

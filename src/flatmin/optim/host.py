@@ -7,6 +7,7 @@ count, a seed) lives in the groups, so that the layout is torch's and `torch.dis
 
 from __future__ import annotations
 
+import secrets
 from typing import Any
 
 from torch.optim import Optimizer
@@ -18,17 +19,27 @@ class Host(Optimizer):
     """Delegates torch's optimizer protocol to `base`; the base's own hooks stay with the base."""
 
     radius_name: str = "radius"
+    base: Optimizer
+    is_random: bool = False  # whether the method draws random numbers
 
-    def __init__(self, base: Optimizer, radius: float):
-        self.base = base
+    def __init__(self, base: Optimizer, radius: float, seed: int | None):
         self._default_radius = check_radius(self.radius_name, radius)
+        self._seed = secrets.randbits(63) if seed is None else int(seed)
         # Optimizer.__init__ would build groups and state of its own. Unpickling is torch's protocol for an
         # optimizer that already has them: it only sets up the hooks.
-        self.__setstate__({})
-        for event in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
-            hooks = f"_optimizer_{event}_hooks"  # shared: the base does this work, and runs the hooks
-            setattr(self, hooks, getattr(base, hooks))
+        self.__setstate__({"base": base})
         self._fill_groups()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for event in ("step_pre", "step_post", "state_dict_pre", "state_dict_post"):
+            self._share(f"_optimizer_{event}_hooks")
+        for event in ("load_state_dict_pre", "load_state_dict_post"):
+            self._share(f"_optimizer_{event}_hooks")
+
+    def _share(self, hooks: str) -> None:
+        """The base does the work that these hooks are about, and runs them: once, with itself as the optimizer."""
+        setattr(self, hooks, getattr(self.base, hooks))
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -48,12 +59,12 @@ class Host(Optimizer):
     @property
     def num_steps(self) -> int:
         """Steps taken so far, skipped ones included."""
-        return self.param_groups[0]["num_steps"]
+        return self.param_groups[0].get("num_steps", 0)
 
     @property
     def num_skipped(self) -> int:
         """Steps skipped because a loss or the direction was not finite."""
-        return self.param_groups[0]["num_skipped"]
+        return self.param_groups[0].get("num_skipped", 0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the base optimizer; it may set its own radius."""
@@ -66,26 +77,33 @@ class Host(Optimizer):
         return self.base.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave, or a checkpoint of the bare base optimizer."""
+        """Loads what `state_dict` gave, or a checkpoint of the bare base optimizer (our options then stay)."""
+        names = (self.radius_name, *self._common())
+        before = [{name: group[name] for name in names if name in group} for group in self.param_groups]
         self.base.load_state_dict(state_dict)
+        for group, options in zip(self.param_groups, before, strict=True):
+            for name, value in options.items():
+                group.setdefault(name, value)
         self._fill_groups()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A scheduler wraps `step` per instance, and a weak reference has no copy: both belong to this instance.
-        own = {name: value for name, value in self.__dict__.items() if name != "step"}
-        return {**own, "_session": None}
+        # Hooks, a step that a scheduler has wrapped, and what a step under way holds belong to this instance.
+        own = ("step", "_session", "_quiet", "_place", "_scaling", "_memory", "_probe")
+        return {k: v for k, v in self.__dict__.items() if not k.startswith("_optimizer_") and k not in own}
 
-    def _counters(self) -> dict[str, Any]:
+    def _common(self) -> dict[str, Any]:
         """What every group carries beside its radius, the same in all groups."""
-        return {"num_steps": 0, "num_skipped": 0}
+        counters = {"num_steps": 0, "num_skipped": 0}
+        return {**counters, "seed": self._seed} if self.is_random else counters
 
     def _fill_groups(self) -> None:
-        first = self.param_groups[0]
-        for group in self.param_groups:
-            group.setdefault(self.radius_name, self._default_radius)
-            check_radius(self.radius_name, group[self.radius_name])
-            for name, value in self._counters().items():
-                group.setdefault(name, first.get(name, value))
+        groups, name = self.param_groups, self.radius_name
+        for group in groups:
+            if "num_skipped" not in group or name not in group:
+                group.setdefault(name, self._default_radius)
+                for common, value in self._common().items():
+                    group.setdefault(common, groups[0].get(common, value))
+            check_radius(name, group[name])
 
     def _count(self, name: str) -> None:
         for group in self.param_groups:

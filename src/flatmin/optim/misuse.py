@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 
 from torch.optim import LBFGS, Optimizer
 
@@ -21,7 +22,14 @@ NO_BACKWARD = (
 NO_LOSS = "the closure returned None. End it with `return loss`."
 
 ALREADY_UNDER_WAY = (
-    "a step is already under way: step() and probes() cannot be called from inside a closure or a probes() loop."
+    "a step is already under way: step() and probes() cannot be called from inside a closure or a probes() loop. If "
+    "an earlier loop was left by break or an exception and its iterator still has a name (it = opt.probes()), the "
+    "weights are displaced until it.close()."
+)
+
+DIRECTION_CLEARED = (
+    "the gradients were cleared between the probes() loop and step(), so there is no direction to step along. Remove "
+    "the call that clears them: probes() does it by itself."
 )
 
 DIRECTION_LOST = (
@@ -34,6 +42,22 @@ STEP_IN_LOOP = "step() inside the probes() loop: move it after the loop (uninden
 ABANDONED = (
     "the probes() loop was left half-way (break, return or an exception), so there is no direction to step along. "
     "Let the loop run to its end, or call opt.zero_grad() and start again."
+)
+
+NOT_TAKEN = (
+    "this rule evaluates its probes on parts of the batch, but take() was not called. In a loop write x, y = "
+    "probe.take(x, y) first, in a closure x, y = opt.take(x, y)."
+)
+
+UNSCALED_NEEDED = (
+    "this rule looks at gradients, and they were scaled. Pass the scaler: for probe in opt.probes(scaler): ..., then "
+    "opt.step(); or opt.step(closure, scaler=scaler)."
+)
+
+SCALER_STEP = (
+    "scaler.step(opt) after opt.probes(scaler), or with a closure: the gradients would be unscaled twice, or not at "
+    "all. Call opt.step() (or opt.step(closure, scaler=scaler)) instead: it unscales, skips on overflow and updates "
+    "the scaler."
 )
 
 CLEARED_IN_LOOP = (
@@ -57,12 +81,43 @@ def check_base(base: object, name: str) -> Optimizer:
         )
     if isinstance(base, LBFGS):
         raise ValueError(f"{name} cannot wrap LBFGS, which evaluates the loss by itself. Use a first-order optimizer.")
+    if any(group.get("maximize") for group in base.param_groups):
+        raise ValueError(f"{name} minimises: set maximize=False and change the sign of the loss.")
+    if any(word in type(base).__name__.lower() for word in ("lion", "sign")):
+        warnings.warn(
+            f"{name} around {type(base).__name__}: an update by signs alone keeps little of a perturbed gradient. "
+            "Reports for sign-based optimizers found no gain.",
+            UserWarning,
+            stacklevel=4,
+        )
     if hasattr(base, "gradients_per_step"):
         raise ValueError(
             f"{name} cannot wrap {type(base).__name__}: each would displace the other's probes. Wrap the plain "
             "optimizer."
         )
     return base
+
+
+def check_options(unknown: Iterable[str], cls: type, radius_name: str) -> None:
+    """Raises a `ValueError` for keyword arguments that a method does not take."""
+    for name in unknown:
+        if name in ("rho", "sigma"):
+            hint = f"its radius is {radius_name}"
+        elif name in ("lr", "momentum", "weight_decay", "betas", "eps", "nesterov", "amsgrad"):
+            hint = "that belongs to the base optimizer"
+        else:
+            hint = f"see help({cls.__name__})"
+        raise ValueError(f"{cls.__name__} has no option {name!r}: {hint}.")
+
+
+def warn_skipped(name: str, step: int, culprit: str, count: int, radius_name: str) -> None:
+    """Says that a step was skipped, and why."""
+    warnings.warn(
+        f"{name} skipped step {step}: the {culprit} is not finite. The weights are unchanged ({count} skipped so far). "
+        f"If the data is finite, a lower learning rate or {radius_name} usually mends it.",
+        RuntimeWarning,
+        stacklevel=5,
+    )
 
 
 def check_window(every: int, start: int, stop: int | None) -> tuple[int, int, int | None]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 from typing import Any, Unpack
 
 from torch.optim import Optimizer
 
 from flatmin.noise import Law, check_law
-from flatmin.optim.engine import EngineOptions, FlatOptimizer
+from flatmin.optim.engine import FlatOptimizer
+from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
 from flatmin.optim.rule import Displacement, Probe, Rule
 
@@ -51,7 +51,7 @@ class NSO(FlatOptimizer):
         clean_weight: weight c in [0, 1] of the gradient at W itself; at 0 that pass is not run.
         law: "normal", "uniform", "laplace" or "rademacher".
         seed: of the noise stream, apart from torch's; `None` is really random (and saved with the state).
-        options: see `flatmin.optim.engine.EngineOptions`.
+        options: see `flatmin.optim.options.EngineOptions`.
 
     Cost: 2k gradients a step (k if not `antithetic`), one more if `clean_weight` > 0. Memory inside a step: two
     copies of the parameters in the loop form, three with a closure; one less with `low_memory=True`; none between
@@ -65,6 +65,7 @@ class NSO(FlatOptimizer):
     """
 
     radius_name = "sigma"
+    is_random = True
 
     def __init__(
         self,
@@ -88,8 +89,7 @@ class NSO(FlatOptimizer):
         self.antithetic = antithetic
         self.clean_weight = float(clean_weight)
         self.law = check_law(law)
-        self._seed = secrets.randbits(63) if seed is None else int(seed)
-        super().__init__(base, sigma, **options)
+        super().__init__(base, sigma, seed=seed, **options)
 
     def rule(self) -> Rule:
         """See `nso`."""
@@ -100,9 +100,6 @@ class NSO(FlatOptimizer):
         """2k (k if one-point), and one for the clean gradient if it has weight."""
         noisy = self.num_perturbations * (2 if self.antithetic else 1)
         return (noisy if self.clean_weight < 1 else 0) + (1 if self.clean_weight > 0 else 0)
-
-    def _counters(self) -> dict[str, Any]:
-        return {**super()._counters(), "seed": self._seed}
 
 
 register("nso-one-point", gradients=1, paper="baseline in arXiv:2306.08553 (WP-SGD)", antithetic=False)(NSO)

@@ -37,43 +37,51 @@ class Place:
     def __init__(self, params: Sequence[Tensor], restore: str = "exact"):
         self._params = params
         self._exact = restore == "exact"
-        self._saved = Vector([None] * len(params))
+        self._saved: dict[int, Tensor] = {}
         self._moved = False
         self._away: Displacement | None = None  # kept only where it is needed for the way back
 
-    @torch.no_grad()
     def move(self, displacement: Displacement | None) -> None:
         """Puts the parameters at `W + displacement`, wherever they were (`None`: at W)."""
-        self._return()
-        if displacement is None:
-            return
+        if self._moved:
+            self._return()
+        if displacement is not None:
+            self._leave(displacement)
+
+    def home(self) -> None:
+        """Puts the parameters back at W and forgets the copy."""
+        if self._moved:
+            self._return()
+        self._saved = {}
+
+    # Decorated and not `with`: an interrupt at the end of a `with` block can leave gradients switched off.
+    @torch.no_grad()
+    def _leave(self, displacement: Displacement) -> None:
         if self._exact:
             self._save(displacement.support)
         else:
-            self._away = displacement
+            self._away = displacement = _finite(displacement)
         self._moved = True  # first: whatever happens during the next line, home() undoes it
         displacement.add_to(self._params)
         torch.clear_autocast_cache()
 
-    @torch.no_grad()
-    def home(self) -> None:
-        """Puts the parameters back at W and forgets the copy."""
-        self._return()
-        self._saved = Vector([None] * len(self._params))
-
     def _save(self, support: list[int]) -> None:
-        entries = list(self._saved.tensors)
         for i in support:
-            if entries[i] is None:
-                entries[i] = self._params[i].detach().clone()
-        self._saved = Vector(entries)
+            if i not in self._saved:
+                self._saved[i] = self._params[i].clone()
 
+    @torch.no_grad()
     def _return(self) -> None:
-        if not self._moved:
-            return
-        if self._away is None:
-            self._saved.copy_to(self._params)
-        else:
+        if self._away is not None:
             self._away.add_to(self._params, sign=-1.0)
+        elif self._saved:
+            torch._foreach_copy_([self._params[i] for i in self._saved], list(self._saved.values()))
         self._moved, self._away = False, None
         torch.clear_autocast_cache()
+
+
+def _finite(displacement: Displacement) -> Displacement:
+    """Without a copy of the weights a displacement that is not finite could not be taken back."""
+    if isinstance(displacement, Vector) and not displacement.isfinite():
+        return Vector([None] * len(displacement))
+    return displacement

@@ -22,10 +22,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from flatmin.optim.parts import Part, num_rows, take_rows
 from flatmin.vectors import Vector
 
 
@@ -50,12 +51,17 @@ class Probe:
         displacement: where, relative to the weights; `None` is at the weights.
         weight: `None` hands the gradient to the rule; a number adds `weight` times the gradient to the sum
             that becomes the direction.
+        part: which samples; `None` is all of the batch.
         at_weights: whether this probe evaluates at the unperturbed weights.
+        offered, taken: samples that `take` has seen and has given, so far.
     """
 
     displacement: Displacement | None = None
     weight: float | None = None
+    part: Part | None = None
     at_weights: bool = field(init=False)
+    offered: int = field(init=False, default=0)
+    taken: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.at_weights = self.displacement is None
@@ -65,17 +71,40 @@ class Probe:
         displacement, self.displacement = self.displacement, None
         return displacement
 
-    def take(self, *tensors):
-        """The part of the batch that this probe is evaluated on (here: all of it).
+    def take(self, *batch: Any) -> Any:
+        """The part of the batch that this probe is evaluated on: all of it for most rules.
 
-        One argument comes back as it is, several as a tuple.
+        Args:
+            batch: tensors with the samples in their leading dimension, or dicts, lists and tuples of them.
+
+        Returns:
+            The same, with the samples of this probe only. One argument comes back as it is, several as a tuple.
         """
-        return tensors[0] if len(tensors) == 1 else tensors
+        if self.part is not None:
+            n = num_rows(batch)
+            batch = take_rows(batch, rows := self.part(n))
+            self.offered += n
+            self.taken += len(range(n)[rows]) if isinstance(rows, slice) else len(rows)
+        return batch[0] if len(batch) == 1 else batch
+
+
+@dataclass(slots=True, eq=False)
+class Update:
+    """A direction for the base optimizer, and a vector that is subtracted from the weights after its step.
+
+    Attributes:
+        direction: what the base optimizer gets.
+        drift: each parameter loses `lr * drift` after the base step, lr that of its group.
+    """
+
+    direction: Vector
+    drift: Vector
 
 
 HERE = Probe()
+NOTHING = Vector(())  # what a rule receives for a weighted probe
 
-Rule = Generator[Probe | Displacement, Vector, Vector | None]
+Rule = Generator[Probe | Displacement, Vector, Vector | Update | None]
 
 
 def plain() -> Rule:
@@ -89,7 +118,7 @@ def as_probe(request: Probe | Displacement) -> Probe:
 
 
 def drive(rule: Rule, point: Sequence[Tensor], gradient: Callable[[list[Tensor]], Vector]) -> Vector:
-    """Runs a rule on a function instead of a network and returns its direction.
+    """Runs a rule on a function instead of a network and returns its direction (with its drift, if any, added).
 
     Args:
         rule: the generator, e.g. `sam(Radii([0.05]))`.
@@ -115,8 +144,8 @@ def drive(rule: Rule, point: Sequence[Tensor], gradient: Callable[[list[Tensor]]
             if probe.weight is not None:
                 part = found * probe.weight
                 total = part if total is None else total + part
-            probe = as_probe(rule.send(found))
+            probe = as_probe(rule.send(found if probe.weight is None else NOTHING))
     except StopIteration as stop:
         direction = stop.value if stop.value is not None else total
     assert direction is not None, "the rule returned no direction and collected none"
-    return direction
+    return direction.direction + direction.drift if isinstance(direction, Update) else direction

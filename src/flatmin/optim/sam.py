@@ -6,7 +6,8 @@ from typing import Unpack
 
 from torch.optim import Optimizer
 
-from flatmin.optim.engine import EngineOptions, FlatOptimizer
+from flatmin.optim.engine import FlatOptimizer
+from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
 from flatmin.optim.rule import HERE, Rule
 from flatmin.vectors import Radii
@@ -15,7 +16,7 @@ from flatmin.vectors import Radii
 def sam(rho: Radii) -> Rule:
     """G = g(W + rho g(W) / |g(W)|), the norm taken over all moved parameters together. Two gradients."""
     # No local name for the first gradient: it would live on through the second pass.
-    return (yield rho.along((yield HERE)))
+    return (yield rho.ascent((yield HERE)))
 
 
 @register("sam", gradients=2, paper="Foret et al. 2021, arXiv:2010.01412")
@@ -32,7 +33,7 @@ class SAM(FlatOptimizer):
         base: an optimizer instance, e.g. `torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)`.
         rho: radius of the ascent step, in the units of the weights. A group option: it can differ by group, be
             scheduled, and 0 leaves a group alone. The paper's search grid is 0.01 to 0.5, its default 0.05.
-        options: see `flatmin.optim.engine.EngineOptions`.
+        options: see `flatmin.optim.options.EngineOptions`.
 
     Cost: two gradients a step. Memory inside a step: one copy of the parameters; none between steps.
     `step(closure)` returns the loss at the unperturbed weights.

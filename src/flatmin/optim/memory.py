@@ -1,0 +1,47 @@
+"""What a rule remembers from step to step: vectors that live in the base optimizer's state and its checkpoints.
+
+A rule reads `memory.get(name)` and writes `memory[name] = vector`. What it writes counts only once the base optimizer
+has stepped: a skipped step leaves no trace. In the state the vectors are per parameter, under `flatmin_<name>`, so
+that the layout is torch's. `dict` has the same face, which is what tests drive a rule with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from flatmin.vectors import Vector
+
+PREFIX = "flatmin_"
+
+
+class Memory:
+    """Named vectors in an optimizer's state."""
+
+    def __init__(self, params: Sequence[Tensor], state: Any):
+        self._params = params
+        self._state = state
+        self._written: dict[str, Vector] = {}
+
+    def get(self, name: str) -> Vector | None:
+        """The vector of that name, or `None` if none of its entries has been kept."""
+        if name in self._written:
+            return self._written[name]
+        key = PREFIX + name
+        vector = Vector(self._state[p].get(key) if p in self._state else None for p in self._params)
+        return vector if vector.support else None
+
+    def __setitem__(self, name: str, vector: Vector) -> None:
+        self._written[name] = vector
+
+    def commit(self) -> None:
+        """Keeps what was written. Called after the base optimizer's step, which may set up the state itself."""
+        for name, vector in self._written.items():
+            for p, entry in zip(self._params, vector.tensors, strict=True):
+                # A parameter that the base has not stepped may have no state yet, and an entry would stop the base
+                # from setting it up later.
+                if entry is not None and p.grad is not None:
+                    self._state[p][PREFIX + name] = entry.detach()
+        self._written = {}

@@ -1,0 +1,34 @@
+"""What every method takes beside its own arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypedDict
+
+from torch import Tensor, nn
+
+from flatmin.optim.place import Restore
+
+
+class EngineOptions(TypedDict, total=False):
+    """What every method takes beside its own arguments.
+
+    model: the model, needed only where it cannot be found by itself (a compiled one, see flatmin.quiet).
+    perturb: the parameters that may be moved, e.g. `flatmin.norm_parameters(model)`; `None` for all. All of them are
+        trained; the norm is over the moved ones.
+    restore: "exact" (default) keeps one copy of the moved parameters while they are away; "recompute" keeps none
+        and costs rounding (see flatmin.optim.place).
+    low_memory: draw noise again from its seed instead of holding it: one copy of the parameters less.
+    guard: skip the step, count it and warn when a loss or the direction is not finite (one host synchronisation).
+    every, start, stop: perturb only at steps t with start <= t < stop and (t - start) % every == 0; the other steps
+        are the base optimizer's.
+    """
+
+    model: nn.Module | None
+    perturb: Iterable[Tensor] | None
+    restore: Restore
+    low_memory: bool
+    guard: bool
+    every: int
+    start: int
+    stop: int | None
