@@ -1,6 +1,6 @@
 """flatmin: find flat minima of PyTorch models, and measure how flat they are.
 
-Training    NSO, SAM around any `torch.optim` optimizer; `methods()` lists them by name
+Training    NSO, RSP, SAP, SAM, MongeSAM and SAM's relatives around any `torch.optim` optimizer; `methods()` lists them
 Measuring   `measure(model, criterion, data)`, or `Objective` with `trace` and `top_eigenvalues`
 Problems    functions with known gradients, Hessians and spectra
 """
@@ -16,19 +16,51 @@ from flatmin.curvature import (
     top_eigenvalues,
     trace,
 )
-from flatmin.optim import NSO, SAM, FlatOptimizer, Probe, methods
+from flatmin.optim import (
+    BSAM,
+    ESAM,
+    GSAM,
+    NSO,
+    RSP,
+    SAM,
+    SAP,
+    WSAM,
+    EigenSAM,
+    FisherSAM,
+    FlatOptimizer,
+    FriendlySAM,
+    LookSAM,
+    MomentumSAM,
+    MongeSAM,
+    Probe,
+    RandomSAM,
+    methods,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BSAM",
+    "ESAM",
+    "GSAM",
     "NSO",
+    "RSP",
     "SAM",
+    "SAP",
+    "WSAM",
     "EigenResult",
+    "EigenSAM",
+    "FisherSAM",
     "FlatOptimizer",
     "FlatnessReport",
+    "FriendlySAM",
+    "LookSAM",
     "Measurement",
+    "MomentumSAM",
+    "MongeSAM",
     "Objective",
     "Probe",
+    "RandomSAM",
     "TraceResult",
     "measure",
     "methods",

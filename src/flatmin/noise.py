@@ -22,6 +22,9 @@ from flatmin.vectors import Radii, Vector
 Law = Literal["normal", "uniform", "laplace", "rademacher", "binomial"]
 
 
+Scale = Literal["absolute", "filter"]
+
+
 def _normal(out: Tensor, scale: float, generator: torch.Generator) -> Tensor:
     return out.normal_(0.0, scale, generator=generator)
 
@@ -92,16 +95,28 @@ class Noise:
         sigma: standard deviation per parameter. Entries with 0 are not moved.
         law: "normal", "uniform", "laplace", "rademacher" or "binomial"; all have mean 0 and variance 1.
         seed: the whole draw is a function of it.
+        scale: "absolute", or "filter": sigma is then in units of the norm of the filter that an entry belongs to (its
+            row along the leading dimension; all of a vector), as it is when the noise is made.
         keep: hold the draw in memory (one copy of the parameters) so that `-u` costs nothing; `False` draws it
             again at every use, tensor by tensor.
     """
 
-    def __init__(self, like: Sequence[Tensor], sigma: Radii, law: str, seed: int, *, keep: bool = True):
+    def __init__(
+        self,
+        like: Sequence[Tensor],
+        sigma: Radii,
+        law: str,
+        seed: int,
+        *,
+        scale: Scale = "absolute",
+        keep: bool = True,
+    ):
         self._like = like
         self._sigma = sigma
         self._law = law
         self._seed = seed
         self._keep = keep
+        self._norms = [filter_norms(p) for p in like] if scale == "filter" else None
         self._sign = 1.0
         self._drawn: list[Vector] = []  # shared with -self, so that one draw serves both
 
@@ -148,4 +163,11 @@ class Noise:
                 # The count keeps the streams of several devices apart.
                 generator.manual_seed(mix_seeds(self._seed, len(generators)))
                 generators[device] = generator
-            yield i, draw_like(self._like[i], self._law, generators[device], self._sigma.values[i])
+            z = draw_like(self._like[i], self._law, generators[device], self._sigma.values[i])
+            yield i, z if self._norms is None else z.mul_(self._norms[i])
+
+
+def filter_norms(weight: Tensor) -> Tensor:
+    """The norm of each filter, of a shape that multiplies `weight`."""
+    dims = tuple(range(1, weight.ndim)) if weight.ndim > 1 else None
+    return torch.linalg.vector_norm(weight.detach(), dim=dims, keepdim=weight.ndim > 1)

@@ -202,7 +202,7 @@ class Radii:
         moved = self.select(vector)
         size = moved.size()
         if isinstance(size, Tensor):
-            scale = torch.nan_to_num(factor(size), nan=0.0, posinf=0.0, neginf=0.0)
+            scale = torch.nan_to_num(torch.as_tensor(factor(size)), nan=0.0, posinf=0.0, neginf=0.0)
             return Step(self._scale(moved, scale), [1.0] * len(self.values))
         scale = factor(size) if math.isfinite(size) and size > 0 else 0.0
         return Step(moved, [scale * r for r in self.values])

@@ -5,6 +5,7 @@ A new method in the registry is picked up here by itself; a test that should hol
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,7 +115,7 @@ class Case:
         torch.manual_seed(0)
         self.model = MODELS[self.model_name]().to(self.dtype)
         base = BASES[self.base](self.model.parameters())
-        self.optimizer: Any = flatmin.methods()[self.method].build(base, **self.options)
+        self.optimizer: Any = build(self.method, base, **self.options)
         generator = torch.Generator().manual_seed(1)
         self.x = torch.randn(self.batch_size, 6, generator=generator).to(self.dtype)
         self.y = torch.randint(3, (self.batch_size,), generator=generator)
@@ -126,7 +127,12 @@ class Case:
         return name
 
     def loss(self, rows: slice = slice(None)) -> Tensor:
-        return F.cross_entropy(self.model(self.x[rows]), self.y[rows])
+        """As a caller writes it who uses everything that any method may need."""
+        x, y = self.x[rows], self.y[rows]
+        if self.method == "base":
+            return F.cross_entropy(self.model(x), y, reduction="none").mean()
+        x, y = self.optimizer.take(x, y)
+        return self.optimizer.mean(F.cross_entropy(self.model(x), y, reduction="none"))
 
     def closure(self) -> Tensor:
         self.optimizer.zero_grad()
@@ -152,6 +158,23 @@ class Case:
         return {**{k: v.clone() for k, v in self.model.state_dict().items()}, "rng": torch.get_rng_state()}
 
 
+# Options where the defaults do not suit a test: what has none, batch norm on one sample, a choice of tensors by
+# chance, a second gradient at every fifth step only.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "bsam": {"num_data": 1000},
+    "sap": {"num_samples": 4},
+    "esam": {"beta": 1.0},
+    "looksam": {"k": 2},
+}
+
+
+def build(method: str, base: Optimizer, **options: Any) -> Any:
+    """The method around `base`, with the options that the tests need."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="BSAM has a momentum", category=UserWarning)
+        return flatmin.methods()[method].build(base, **{**OPTIONS.get(method, {}), **options})
+
+
 def radius_zero(method: str) -> dict[str, float]:
     name = flatmin.methods()[method].radius_name
     assert name is not None
@@ -170,5 +193,9 @@ def differs(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 each_method = pytest.mark.parametrize("method", METHODS)
+# Those that may evaluate the whole batch in any way; the others need `take` or `mean`, as in Case.loss.
+each_whole_method = pytest.mark.parametrize(
+    "method", [m for m in METHODS if m not in ("sap", "esam", "nso-split", "rwp")]
+)
 each_base = pytest.mark.parametrize("base", list(BASES))
 each_model = pytest.mark.parametrize("model_name", list(MODELS))

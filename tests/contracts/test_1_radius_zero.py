@@ -46,7 +46,7 @@ def test_outside_its_window_a_rule_is_the_base_optimizer(method):
             calls += 1
             case.loss().backward()
         case.optimizer.step()
-        if calls == case.optimizer.gradients_per_step and calls > 1:
+        if calls > 1:
             perturbed.append(step)
     if case.optimizer.gradients_per_step > 1:
         assert perturbed == [3, 5, 7]

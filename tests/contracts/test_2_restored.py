@@ -152,10 +152,11 @@ class InterruptAt:
 @pytest.mark.parametrize("form", ["closure", "loop"])
 def test_an_interrupt_at_any_line_leaves_whole_weights(method, form):
     interrupted, hooks = 0, len(_global_forward_pre_hooks)
-    done = Case(method, batch_size=4)
-    (done.step if form == "closure" else done.loop_step)()
-    after = dict(done.model.named_parameters())
-    for line in range(1, 2000):
+    # WSAM applies a part of its step after the base optimizer; between the two the weights are the base's.
+    ends = [Case(method, batch_size=4), *([Case("base", batch_size=4)] if method == "wsam" else [])]
+    after = [dict(end.run(1).model.named_parameters()) for end in ends]
+    stride = 7 if method == "eigen-sam" else 1  # it takes twelve gradients at the first step
+    for line in range(1, 8000, stride):
         case = Case(method, batch_size=4)
         before = {k: v.detach().clone() for k, v in case.model.named_parameters()}
         trace = InterruptAt(line)
@@ -167,10 +168,13 @@ def test_an_interrupt_at_any_line_leaves_whole_weights(method, form):
         if trace.remaining > 0:
             break
         assert len(_global_forward_pre_hooks) == hooks, f"a forward hook is left behind after line {line}"
-        expected = after if case.optimizer.base.state else before  # whether the base optimizer had stepped
-        for name, value in case.model.named_parameters():
-            assert torch.equal(value, expected[name]), f"{name} is displaced after an interrupt at line {line}"
-    assert 50 < interrupted < 1999  # it began, and it ran to the end of the step
+        allowed = after if case.optimizer.base.state else [before]  # whether the base optimizer had stepped
+        found = dict(case.model.named_parameters())
+        whole = [all(torch.allclose(found[k], end[k], rtol=0, atol=1e-7) for k in found) for end in allowed]
+        assert any(whole), f"weights are displaced after an interrupt at line {line}"
+        if not case.optimizer.base.state:
+            assert_same({k: v.detach() for k, v in found.items()}, before)
+    assert 50 < interrupted < 7999 // stride  # it began, and it ran to the end of the step
 
 
 @each_method

@@ -5,12 +5,13 @@ import torch
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 
-import flatmin
-from tests.contracts.cases import Case, assert_same, each_base, each_method
+from tests.contracts.cases import Case, assert_same, build, each_base, each_method
 
 
 def displacements(case: Case) -> list[dict[str, torch.Tensor]]:
     """How far each parameter is from its weight, at each probe of one step."""
+    if case.method == "momentum-sam" and not case.optimizer.state:
+        case.run(1)  # before that there is no momentum to follow
     before = {k: v.detach().clone() for k, v in case.model.named_parameters()}
     found = []
     for _ in case.optimizer.probes():
@@ -23,8 +24,8 @@ def two_groups(case: Case, **second) -> None:
     """Replaces the case's optimizer by one with the first layer and the rest in groups of their own."""
     layers = list(case.model.children())
     rest = [p for layer in layers[1:] for p in layer.parameters()]
-    base = SGD([{"params": layers[0].parameters()}, {"params": rest, **second}], lr=0.1)
-    case.optimizer = flatmin.methods()[case.method].build(base)
+    base = SGD([{"params": layers[0].parameters()}, {"params": rest, **second}], lr=0.1, momentum=0.9)
+    case.optimizer = build(case.method, base)
 
 
 @each_method
@@ -44,6 +45,8 @@ def test_a_scheduler_drives_the_base_before_and_after_loading(method, base):
 
 @each_method
 def test_the_radius_can_be_scheduled_and_survives_loading(method):
+    if method == "bsam":
+        pytest.skip("its first probe is a draw whose scale is the precision, not the radius")
     case = Case(method)
     name = case.radius_name
     size = max(d.abs().max() for found in displacements(case) for d in found.values())
@@ -121,7 +124,8 @@ def test_a_group_added_through_the_base_is_noticed(method):
 
 @each_method
 def test_clipping_in_the_loop_acts_on_the_final_direction(method):
-    a, b = Case(method), Case(method)
+    options = {"decouple": False} if method == "wsam" else {}  # else a part of the step is not in .grad
+    a, b = Case(method, options=options), Case(method, options=options)
     a.optimizer.param_groups[0].update(momentum=0.0, weight_decay=0.0)
     b.optimizer.param_groups[0].update(momentum=0.0, weight_decay=0.0)
     before = a.snapshot()
@@ -170,7 +174,7 @@ def test_a_checkpoint_of_the_bare_base_keeps_each_groups_radius(method):
 def test_perturb_chooses_what_is_moved(method):
     case = Case(method)
     chosen = case.model.get_parameter("2.weight")
-    other = flatmin.methods()[method].build(case.optimizer.base, perturb=[chosen])
+    other = build(method, case.optimizer.base, perturb=[chosen])
     case.optimizer = other
     moved = displacements(case)
     assert any(d["2.weight"].abs().max() > 0 for d in moved)

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-import flatmin
-from tests.contracts.cases import MODELS, Case, assert_same, differs, each_method
+from tests.contracts.cases import MODELS, Case, assert_same, build, differs, each_method, each_whole_method
 
 with_buffers = pytest.mark.parametrize("model_name", ["batchnorm", "spectral-norm", "custom-norm"])
 
@@ -48,7 +47,7 @@ def test_buffers_stay_the_same_tensors(method, model_name):
     assert all(case.model.get_buffer(name) is buffer for name, buffer in before.items())
 
 
-@each_method
+@each_whole_method
 def test_all_probes_see_the_same_dropout_mask(method):
     case = Case(method, model_name="dropout")
     masks = []
@@ -61,7 +60,7 @@ def test_all_probes_see_the_same_dropout_mask(method):
     assert not torch.equal(masks[0], masks[-1])  # and another one at the next step
 
 
-@each_method
+@each_whole_method
 def test_the_random_state_ends_where_one_forward_leaves_it(method):
     ours, control = Case(method, model_name="dropout"), Case("base", model_name="dropout")
     torch.manual_seed(5)
@@ -104,7 +103,7 @@ def test_hooks_live_only_inside_probes(method):
         assert inside == [1] + [later] * (len(inside) - 1)
 
 
-@each_method
+@each_whole_method
 def test_a_module_called_in_parts_is_found(method):
     case = Case(method, model_name="batchnorm")
     first, *rest = case.model.children()
@@ -139,14 +138,14 @@ class Positions(nn.Module):
         return self.layer(x + self.get_buffer("offset") + self.get_buffer("frozen").clone())
 
 
-@each_method
+@each_whole_method
 def test_buffers_that_cannot_be_written_and_buffers_that_appear(method, monkeypatch):
     monkeypatch.setitem(MODELS, "positions", Positions)
     case = Case(method, model_name="positions").run(3)
     assert case.model.calls == 3
 
 
-@each_method
+@each_whole_method
 def test_a_functional_call_leaves_the_module_its_own_buffers(method):
     case = Case(method, model_name="batchnorm")
     own = {k: v for k, v in case.model.named_buffers() if v.is_floating_point()}
@@ -168,12 +167,12 @@ def test_a_functional_call_leaves_the_module_its_own_buffers(method):
             assert buffer is own[name]
 
 
-@each_method
+@each_whole_method
 def test_graphs_that_the_caller_holds_stay_valid(method):
     torch.manual_seed(0)
     generator = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4))
     critic = nn.Linear(4, 1)
-    optimizer = flatmin.methods()[method].build(torch.optim.SGD(critic.parameters(), lr=0.1))
+    optimizer = build(method, torch.optim.SGD(critic.parameters(), lr=0.1))
     fake = generator(torch.randn(8, 2))
 
     def closure():

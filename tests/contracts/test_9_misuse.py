@@ -7,7 +7,7 @@ import torch
 from torch.optim import LBFGS, SGD
 
 import flatmin
-from tests.contracts.cases import Case, assert_same, each_method
+from tests.contracts.cases import Case, assert_same, build, each_method, each_whole_method
 
 
 @each_method
@@ -172,16 +172,15 @@ def test_a_bad_radius(method, value):
 
 @each_method
 def test_a_base_that_is_no_optimizer_instance(method):
-    build = flatmin.methods()[method].build
     params = [torch.nn.Parameter(torch.zeros(1))]
     with pytest.raises(ValueError, match=r"instance, got the class SGD. Write .*SGD\(model.parameters\(\), lr="):
-        build(SGD)  # type: ignore[arg-type]
+        build(method, SGD)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="got list"):
-        build(params)  # type: ignore[arg-type]
+        build(method, params)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="LBFGS, which evaluates"):
-        build(LBFGS(params))
+        build(method, LBFGS(params))
     with pytest.raises(ValueError, match="cannot wrap SAM"):
-        build(flatmin.SAM(SGD(params, lr=0.1)))
+        build(method, flatmin.SAM(SGD(params, lr=0.1)))
 
 
 @each_method
@@ -191,7 +190,7 @@ def test_a_bad_window(method, options):
         Case(method, options=options)
 
 
-@each_method
+@each_whole_method
 def test_a_zero_gradient_is_not_a_nan(method):
     case = Case(method)
     for p in case.model.parameters():
@@ -235,7 +234,7 @@ def nan_loss(case):
     return loss
 
 
-@each_method
+@each_whole_method
 def test_a_later_probe_without_backward(method):
     case = Case(method)
     if case.optimizer.gradients_per_step < 2:
@@ -272,7 +271,7 @@ def test_clearing_gradients_between_the_loop_and_step(method):
         case.optimizer.step()
 
 
-@each_method
+@each_whole_method
 def test_gradients_that_autograd_or_a_hook_replaces_are_not_cleared_ones(method):
     plain, graph, hooked = Case(method), Case(method), Case(method)
     plain.loop_step()

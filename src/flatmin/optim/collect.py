@@ -40,7 +40,7 @@ class Collector:
         self._weight = probe.weight
         if probe.weight is None:
             self.handed_out = True
-            return self._take()
+            return self._take().apply(_without_graph)
         return NOTHING
 
     def install(self, direction: Vector | None) -> None:
@@ -91,6 +91,10 @@ class Collector:
 
 def _mark(grad: Tensor | None) -> tuple[Tensor | None, int]:
     return (grad, 0 if grad is None else grad._version)
+
+
+def _without_graph(grad: Tensor) -> Tensor:
+    return grad.detach() if grad.requires_grad else grad
 
 
 def _replaced_by_autograd(p: Tensor) -> bool:

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin.optim.host import Host
 from flatmin.optim.memory import Memory
 from flatmin.optim.misuse import SCALER_STEP, UNSCALED_NEEDED, warn_skipped
 from flatmin.optim.scaling import Scaling
+from flatmin.optim.tools import Tools
 from flatmin.quiet import Quiet
 from flatmin.vectors import Radii, Vector
 
 
-class Ending(Host):
+class Ending(Tools):
     """The last part of a step, after the rule has returned."""
 
     _guard: bool
@@ -26,11 +26,6 @@ class Ending(Host):
     _memory: Memory | None
     _drift: Vector | None
     _rule_saw_gradients: bool
-
-    @property
-    def params(self) -> list[Tensor]:
-        """All parameters, in group order."""
-        return [p for group in self.param_groups for p in group["params"]]
 
     def _check_scaled_by(self, scale: Tensor | None) -> None:
         """`scaler.step(opt)` after a loop: right for a rule that only adds gradients up, if they are unscaled now."""

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flatmin.noise import Noise, mix_seeds
 from flatmin.optim.collect import Collector
 from flatmin.optim.ending import Ending
 from flatmin.optim.memory import Memory
@@ -34,7 +33,6 @@ from flatmin.optim.misuse import (
     DIRECTION_CLEARED,
     DIRECTION_LOST,
     NO_LOSS,
-    NOT_TAKEN,
     NOTHING_TO_STEP,
     SCALER_STEP,
     STEP_IN_LOOP,
@@ -46,7 +44,7 @@ from flatmin.optim.place import Place, Restore, check_restore
 from flatmin.optim.rule import Probe, Rule, Update, as_probe, plain
 from flatmin.optim.scaling import Scaling
 from flatmin.quiet import Quiet
-from flatmin.vectors import Radii, Vector
+from flatmin.vectors import Vector
 
 # What a step is doing: nothing, evaluating by a closure or in a loop, or waiting for `step()` after a loop ("ready").
 _Stage = Literal["idle", "closure", "loop", "ready"]
@@ -122,40 +120,15 @@ class FlatOptimizer(Ending):
         """Gradients that one perturbed step needs (a mean, where steps differ)."""
         raise TypeError(f"{type(self).__name__} must define gradients_per_step")
 
-    # -- what a method may use -----------------------------------------------------------------------------------
-
-    def weights(self) -> Vector:
-        """The weights themselves, not a copy: to read, while the rule is not waiting for a gradient."""
-        return Vector([p.detach() for p in self.params])
-
-    def radii(self) -> Radii:
-        """The radius of each parameter, read from the groups (0 where it is frozen, or not to be perturbed)."""
-        name, moved = self.radius_name, self._perturbed
-        values: list[float] = []
-        for group in self.param_groups:
-            radius = float(group[name])
-            values += [radius if p.requires_grad else 0.0 for p in group["params"]]
-        if moved is not None:
-            chosen = {id(p) for p in moved}
-            values = [r if id(p) in chosen else 0.0 for r, p in zip(values, self.params, strict=True)]
-        return Radii(values)
+    @property
+    def needs_take(self) -> bool:
+        """Whether its probes are about parts of the batch, so that the caller has to use `take`."""
+        return False
 
     @property
-    def memory(self) -> Memory:
-        """What the rule remembers between steps."""
-        if self._memory is None:
-            self._memory = Memory(self.params, self.state)
-        return self._memory
-
-    def new_seed(self) -> int:
-        """The next seed of this step's stream: a function of the method's seed, the step and the draw."""
-        self._num_draws += 1
-        return mix_seeds(self.param_groups[0]["seed"], self.num_steps, self._num_draws - 1)
-
-    def noise(self, law: str, radii: Radii | None = None) -> Noise:
-        """A fresh displacement `radius * z`, the next of this step's stream."""
-        radii = self.radii() if radii is None else radii
-        return Noise(self.params, radii, law, self.new_seed(), keep=not self._low_memory)
+    def needs_losses(self) -> bool:
+        """Whether it chooses samples by their losses, so that the caller has to use `mean`."""
+        return False
 
     # -- the two ways to evaluate --------------------------------------------------------------------------------
 
@@ -211,7 +184,9 @@ class FlatOptimizer(Ending):
             if loss is None:
                 raise ValueError(NO_LOSS)
             # A clone: the caller may write the next loss into the same tensor.
-            losses.append((loss.detach().clone() if isinstance(loss, Tensor) else loss, probe.at_weights))
+            losses.append(
+                (loss.detach().clone() if isinstance(loss, Tensor) else loss, probe.at_weights and probe.part is None)
+            )
         self._finish([value for value, _ in losses])
         return _reported(losses)
 
@@ -222,8 +197,11 @@ class FlatOptimizer(Ending):
 
     def take(self, *batch: Any) -> Any:
         """The part of the batch that the present probe is evaluated on (`probe.take`, for closures)."""
-        probe = self._probe or Probe()
-        return probe.take(*batch)
+        return (self._probe or Probe()).take(*batch)
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """The mean of per-sample losses over the samples that the present probe is about (`probe.mean`)."""
+        return (self._probe or Probe()).mean(losses)
 
     # -- one step, inside ----------------------------------------------------------------------------------------
 
@@ -262,8 +240,7 @@ class FlatOptimizer(Ending):
                 finally:
                     quiet.settle()
                 quiet.leave()
-                if probe.part is not None and not probe.offered:
-                    raise ValueError(NOT_TAKEN)
+                probe.check_used()
                 if probe.weight is None:
                     scaling.unscale()
                 probe = as_probe(rule.send(collector.after(probe)))

@@ -49,6 +49,11 @@ NOT_TAKEN = (
     "probe.take(x, y) first, in a closure x, y = opt.take(x, y)."
 )
 
+NOT_CHOSEN = (
+    "this rule chooses samples by their losses, but mean() was not called. Compute one loss per sample "
+    "(reduction='none') and write probe.mean(losses).backward() in a loop, opt.mean(losses).backward() in a closure."
+)
+
 UNSCALED_NEEDED = (
     "this rule looks at gradients, and they were scaled. Pass the scaler: for probe in opt.probes(scaler): ..., then "
     "opt.step(); or opt.step(closure, scaler=scaler)."

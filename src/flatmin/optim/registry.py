@@ -18,16 +18,18 @@ class Method:
     Attributes:
         name: as the command line and the reports spell it.
         factory: `factory(base, **options)` wraps a base optimizer; `None` for the base itself.
-        gradients: gradients that one step costs, with these options.
+        gradients: gradients that one step costs, with these options (a mean, where steps differ).
         paper: where it comes from.
         options: what the name fixes, e.g. `antithetic=False`.
+        needs: options without a default, e.g. `num_data`.
     """
 
     name: str
     factory: Callable[..., Optimizer] | None
-    gradients: int
+    gradients: float
     paper: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
 
     @property
     def radius_name(self) -> str | None:
@@ -48,12 +50,12 @@ _METHODS: dict[str, Method] = {
 }
 
 
-def register(name: str, *, gradients: int, paper: str, **options: Any):
+def register(name: str, *, gradients: float, paper: str, needs: tuple[str, ...] = (), **options: Any):
     """Class decorator: makes a method known to `methods()`, and so to the contract suite and the lab."""
     assert name not in _METHODS, f"method {name!r} is registered twice"
 
     def add(factory):
-        _METHODS[name] = Method(name, factory, gradients, paper, MappingProxyType(options))
+        _METHODS[name] = Method(name, factory, gradients, paper, MappingProxyType(options), needs)
         return factory
 
     return add

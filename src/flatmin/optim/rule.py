@@ -26,6 +26,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from flatmin.optim.misuse import NOT_CHOSEN, NOT_TAKEN
 from flatmin.optim.parts import Part, num_rows, take_rows
 from flatmin.vectors import Vector
 
@@ -51,17 +52,17 @@ class Probe:
         displacement: where, relative to the weights; `None` is at the weights.
         weight: `None` hands the gradient to the rule; a number adds `weight` times the gradient to the sum
             that becomes the direction.
-        part: which samples; `None` is all of the batch.
+        part: which samples are evaluated; `None` is all of the batch.
+        choose: maps the per-sample losses (n,) to those that count; `None` is all of them.
         at_weights: whether this probe evaluates at the unperturbed weights.
-        offered, taken: samples that `take` has seen and has given, so far.
     """
 
     displacement: Displacement | None = None
     weight: float | None = None
     part: Part | None = None
+    choose: Callable[[Tensor], Tensor] | None = None
     at_weights: bool = field(init=False)
-    offered: int = field(init=False, default=0)
-    taken: int = field(init=False, default=0)
+    _used: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.at_weights = self.displacement is None
@@ -81,11 +82,21 @@ class Probe:
             The same, with the samples of this probe only. One argument comes back as it is, several as a tuple.
         """
         if self.part is not None:
-            n = num_rows(batch)
-            batch = take_rows(batch, rows := self.part(n))
-            self.offered += n
-            self.taken += len(range(n)[rows]) if isinstance(rows, slice) else len(rows)
+            self._used = True
+            batch = take_rows(batch, self.part(num_rows(batch)))
         return batch[0] if len(batch) == 1 else batch
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """The mean of per-sample losses (n,) over the samples that this probe is about: all of them for most rules."""
+        if self.choose is not None:
+            self._used = True
+            losses = self.choose(losses)
+        return losses.mean()
+
+    def check_used(self) -> None:
+        """Raises a `ValueError` if the caller evaluated everything where only a part was asked for."""
+        if not self._used and (self.part is not None or self.choose is not None):
+            raise ValueError(NOT_TAKEN if self.part is not None else NOT_CHOSEN)
 
 
 @dataclass(slots=True, eq=False)

@@ -1,0 +1,142 @@
+"""bSAM: SAM as variational inference, with a precision for every weight."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Unpack
+
+from torch.optim import SGD, Optimizer
+
+from flatmin.optim.engine import FlatOptimizer
+from flatmin.optim.options import EngineOptions
+from flatmin.optim.registry import register
+from flatmin.optim.rule import Rule
+from flatmin.vectors import Radii, Vector
+
+
+def bsam(
+    rho: Radii,
+    weights: Vector,
+    draw: Vector,
+    memory,
+    *,
+    num_data: int,
+    prior: float,
+    damping: float,
+    betas: tuple[float, float],
+    initial: float,
+) -> Rule:
+    """Theta = W + n / sqrt(N s); e = rho g(theta) / s; m <- b1 m + (1 - b1)(g(W + e) + delta W); G = m / s.
+
+    Afterwards s <- b2 s + (1 - b2)(sqrt(s) |g(theta)| + delta + damping). delta = prior / N.
+    """
+    delta, (b1, b2) = prior / num_data, betas
+    s = memory.get("precision") or draw.apply(lambda t: t.new_full(t.shape, initial))
+    m = memory.get("momentum")
+    noise = Vector(None if n is None or q is None else n * (num_data * q).rsqrt() for n, q in _pairs(draw, s))
+    g = yield noise
+    del noise
+    e = rho * Vector(None if t is None or q is None else t / q for t, q in _pairs(g, s))
+    perturbed = yield e
+    del e
+    inner = perturbed + Vector(None if t is None else w for t, w in _pairs(perturbed, weights)) * delta
+    m = inner * (1.0 - b1) if m is None else m * b1 + inner * (1.0 - b1)
+    memory["momentum"] = m
+    grown = Vector(
+        q if t is None or q is None else b2 * q + (1.0 - b2) * (q.sqrt() * t.abs() + delta + damping)
+        for t, q in _pairs(g, s)
+    )
+    memory["precision"] = grown
+    return Vector(
+        t if p is None or q is None else p / q for t, p, q in zip(perturbed.tensors, m.tensors, s.tensors, strict=True)
+    )
+
+
+def _pairs(a: Vector, b: Vector):
+    return zip(a.tensors, b.tensors, strict=True)
+
+
+@register("bsam", gradients=2, paper="Moellenhoff, Khan 2023, arXiv:2210.01620", needs=("num_data",))
+class BSAM(FlatOptimizer):
+    """bSAM around plain SGD: an Adam-like method that learns a Gaussian over the weights.
+
+    State: mean W, momentum m, precision s. With N the number of training samples, delta = prior / N and n ~ N(0, I):
+
+        g  = gradient at W + n / sqrt(N s)
+        g' = gradient at W + rho g / s                         (entry by entry, not normalised)
+        m <- b1 m + (1 - b1) (g' + delta W)
+        W <- W - lr m / s                                      (the old s)
+        s <- b2 s + (1 - b2) (sqrt(s) |g| + delta + damping)
+
+    without bias correction. The rule hands m / s to the base optimizer, which should be SGD without momentum.
+
+    Args:
+        base: `torch.optim.SGD(params, lr)`, without momentum and weight decay: m and delta are theirs.
+        rho: of the ascent; a group option; 0.01 in the published CIFAR runs.
+        num_data: N, the number of training samples.
+        prior: precision of the prior; 40 in the published CIFAR runs.
+        damping: added to s's update.
+        betas: b1 and b2.
+        initial: first value of s.
+        seed: of n; `None` is really random.
+        options: see `flatmin.optim.options.EngineOptions`.
+
+    Cost: two gradients a step. Memory inside a step: seven copies of the parameters; two between steps and in
+    checkpoints: m and s. `step(closure)` returns the mean loss over its two points.
+
+    Raises:
+        ValueError: negative `rho`, `num_data` < 1.
+
+    Source: Moellenhoff, Khan, "SAM as an Optimal Relaxation of Bayes", ICLR 2023, and its published JAX code, which
+    also averages over 8 sub-batches with noise of their own (here: one). Learning rate there 0.5.
+    """
+
+    radius_name = "rho"
+    num_kept = 2
+    is_random = True
+
+    def __init__(
+        self,
+        base: Optimizer,
+        rho: float = 0.01,
+        *,
+        num_data: int,
+        prior: float = 40.0,
+        damping: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.999),
+        initial: float = 1.0,
+        seed: int | None = 0,
+        **options: Unpack[EngineOptions],
+    ):
+        if num_data < 1:
+            raise ValueError(f"num_data is the number of training samples, at least 1; got {num_data}.")
+        self.num_data, self.prior, self.damping, self.betas, self.initial = num_data, prior, damping, betas, initial
+        super().__init__(base, rho, seed=seed, **options)
+        if not isinstance(base, SGD) or any(g.get("momentum") or g.get("weight_decay") for g in base.param_groups):
+            warnings.warn(
+                "BSAM has a momentum, a preconditioner and a prior of its own: its base should be SGD without momentum "
+                "and weight decay.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def rule(self) -> Rule:
+        """See `bsam`."""
+        rho = self.radii()
+        unit = self.noise("normal", Radii(float(r > 0) for r in rho.values)).vector()
+        return bsam(
+            rho,
+            self.weights(),
+            unit,
+            self.memory,
+            num_data=self.num_data,
+            prior=self.prior,
+            damping=self.damping,
+            betas=self.betas,
+            initial=self.initial,
+        )
+
+    @property
+    def gradients_per_step(self) -> int:
+        """Two."""
+        return 2

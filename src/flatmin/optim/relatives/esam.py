@@ -1,0 +1,111 @@
+"""Efficient SAM: perturb some of the weights, and learn from the samples that the perturbation hurts."""
+
+from __future__ import annotations
+
+import math
+from typing import Unpack
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from flatmin.optim.engine import FlatOptimizer
+from flatmin.optim.options import EngineOptions
+from flatmin.optim.registry import register
+from flatmin.optim.rule import Probe, Rule
+from flatmin.vectors import Radii, Vector
+
+
+class Hardest:
+    """Chooses the samples whose loss has risen most between two probes."""
+
+    def __init__(self, gamma: float):
+        self._gamma = gamma
+        self._before: list[Tensor] = []  # one entry for each micro-batch
+        self._calls = 0
+
+    def remember(self, losses: Tensor) -> Tensor:
+        """The first probe: all samples count."""
+        self._before.append(losses.detach())
+        return losses
+
+    def choose(self, losses: Tensor) -> Tensor:
+        """The second probe: the gamma n samples with the largest increase."""
+        rise = losses.detach() - self._before[self._calls]
+        self._calls += 1
+        return losses[rise.topk(max(1, math.ceil(self._gamma * len(losses)))).indices]
+
+
+def esam(rho: Radii, beta: float, hardest: Hardest) -> Rule:
+    """G = g_S(W + rho / beta g / |g|), S the samples that were hurt most; rho is 0 outside a random set of tensors."""
+    return (yield Probe(_step(rho, (yield Probe(choose=hardest.remember)), beta), choose=hardest.choose))
+
+
+def _step(rho: Radii, g: Vector, beta: float) -> Vector:
+    return rho * (rho.select(g) * (1.0 / (beta * g.norm())).nan_to_num(nan=0.0, posinf=0.0))
+
+
+@register("esam", gradients=2, paper="Du et al. 2022, arXiv:2110.03141")
+class ESAM(FlatOptimizer):
+    """Efficient SAM around any base optimizer.
+
+    SAM with two savings: each parameter tensor is perturbed with probability beta only (and 1/beta times as far, so
+    that the expectation is SAM's step), and the second gradient is that of the share gamma of the samples whose loss
+    the perturbation raised most.
+
+    Args:
+        base: an optimizer instance.
+        rho: radius; a group option.
+        beta: share of the tensors that are perturbed; 0.6 (ResNet-18) or 0.5 in the paper.
+        gamma: share of the samples in the second gradient; 0.5 in the paper.
+        seed: of the choice of tensors; `None` is really random.
+        options: see `flatmin.optim.options.EngineOptions`.
+
+    Needs one loss per sample: `probe.mean(losses).backward()` in the loop, `opt.mean(losses)` in a closure.
+
+    Cost: two gradients a step. The saving of the published code, which runs a separate forward pass to choose samples
+    and then works on those only, is *not* realised here: this is the method, as a baseline for what it learns, not
+    for its time. Memory inside a step: two copies of the parameters. `step(closure)` returns the loss at the
+    unperturbed weights.
+
+    Raises:
+        ValueError: negative `rho`, `beta` or `gamma` outside (0, 1], a body that does not call `mean`.
+
+    Source: Du et al., "Efficient Sharpness-aware Minimization for Improved Training of Neural Networks", ICLR 2022.
+    As in its published code whole tensors are chosen, and the norm is over all of the gradient.
+    """
+
+    radius_name = "rho"
+    is_random = True
+
+    def __init__(
+        self,
+        base: Optimizer,
+        rho: float = 0.05,
+        beta: float = 0.6,
+        gamma: float = 0.5,
+        seed: int | None = 0,
+        **options: Unpack[EngineOptions],
+    ):
+        for name, value in (("beta", beta), ("gamma", gamma)):
+            if not 0 < value <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {value}.")
+        self.beta, self.gamma = beta, gamma
+        super().__init__(base, rho, seed=seed, **options)
+
+    def rule(self) -> Rule:
+        """See `esam`."""
+        rho = self.radii().values
+        chance = torch.rand(len(rho), generator=torch.Generator().manual_seed(self.new_seed())).tolist()
+        chosen = Radii(r if c < self.beta else 0.0 for r, c in zip(rho, chance, strict=True))
+        return esam(chosen, self.beta, Hardest(self.gamma))
+
+    @property
+    def needs_losses(self) -> bool:
+        """Yes: one for each sample."""
+        return True
+
+    @property
+    def gradients_per_step(self) -> int:
+        """Two."""
+        return 2

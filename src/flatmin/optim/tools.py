@@ -1,0 +1,57 @@
+"""What a method may use to build its rule: weights, radii, noise, and what it remembers."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flatmin.noise import Noise, Scale, mix_seeds
+from flatmin.optim.host import Host
+from flatmin.optim.memory import Memory
+from flatmin.vectors import Radii, Vector
+
+
+class Tools(Host):
+    """Read-only views of the parameters and their options, and the method's own stream of random numbers."""
+
+    _low_memory: bool
+    _memory: Memory | None
+    _num_draws: int
+    _perturbed: list[Tensor] | None
+
+    @property
+    def params(self) -> list[Tensor]:
+        """All parameters, in group order."""
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def weights(self) -> Vector:
+        """The weights themselves, not a copy: to read, while the rule is not waiting for a gradient."""
+        return Vector([p.detach() for p in self.params])
+
+    def radii(self) -> Radii:
+        """The radius of each parameter, read from the groups (0 where it is frozen, or not to be perturbed)."""
+        name, moved = self.radius_name, self._perturbed
+        values: list[float] = []
+        for group in self.param_groups:
+            radius = float(group[name])
+            values += [radius if p.requires_grad else 0.0 for p in group["params"]]
+        if moved is not None:
+            chosen = {id(p) for p in moved}
+            values = [r if id(p) in chosen else 0.0 for r, p in zip(values, self.params, strict=True)]
+        return Radii(values)
+
+    @property
+    def memory(self) -> Memory:
+        """What the rule remembers between steps."""
+        if self._memory is None:
+            self._memory = Memory(self.params, self.state)
+        return self._memory
+
+    def new_seed(self) -> int:
+        """The next seed of this step's stream: a function of the method's seed, the step and the draw."""
+        self._num_draws += 1
+        return mix_seeds(self.param_groups[0]["seed"], self.num_steps, self._num_draws - 1)
+
+    def noise(self, law: str = "normal", radii: Radii | None = None, scale: Scale = "absolute") -> Noise:
+        """A fresh displacement `radius * z`, the next of this step's stream."""
+        radii = self.radii() if radii is None else radii
+        return Noise(self.params, radii, law, self.new_seed(), scale=scale, keep=not self._low_memory)
