@@ -91,5 +91,5 @@ def _verdict(summary: dict[str, Any]) -> list[str]:
 
 def _significance(p: float | None) -> str:
     if p is None:
-        return "not tested: too few seeds"
+        return "not tested: too few seeds, or the same difference on each"
     return f"p = {p:.1g}" if p < LEVEL else f"not significant, p = {p:.2g}"
