@@ -89,3 +89,13 @@ def test_json_is_replaced_whole(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_finished_run_is_never_overwritten(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write(path)
+    before = path.read_text()
+    with pytest.raises(ValueError, match=r"a\.jsonl is finished, and a finished run is never overwritten"):
+        write(path)
+    assert path.read_text() == before
+    assert list(tmp_path.iterdir()) == [path]
