@@ -96,8 +96,9 @@ class EigenResult(Measurement):
 
     Attributes:
         values: eigenvalues, the wanted end first.
-        residuals: |H v - value v| for each, |v| = 1: an eigenvalue lies within this distance.
-        converged: whether every residual is at most `tol` times its value.
+        residuals: |H v - value v| for each, |v| = 1, with a bound of rounding: an eigenvalue lies within this distance.
+        converged: whether every residual is small beside its value and beside the spread of the spectrum, and the
+            values have stayed (see `top_eigenvalues`).
         which: "LA" (largest algebraic) or "SA" (smallest).
     """
 
