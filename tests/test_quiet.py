@@ -25,20 +25,18 @@ class Merging(nn.Linear):
             self.merged = not mode
         return self
 
-    def forward(self, x):
-        self.cache = x.sum()
-        return super().forward(x)
+    def forward(self, input):
+        self.cache = input.sum()
+        return super().forward(input)
 
 
 @pytest.mark.parametrize("where", ["the root", "in an eval root", "in a part"])
 def test_a_module_whose_train_does_work_is_as_before(where):
     layer = Merging()
-    model = {
-        "the root": layer,
-        "in an eval root": nn.Sequential(layer),
-        "in a part": nn.Sequential(nn.Sequential(layer)),
-    }
-    model = model[where].train()
+    model: nn.Module = layer
+    for _ in range({"the root": 0, "in an eval root": 1, "in a part": 2}[where]):
+        model = nn.Sequential(model)
+    model.train()
     if where == "in an eval root":
         model.training = False
     modes, weight = [m.training for m in model.modules()], layer.weight.clone()
@@ -52,13 +50,14 @@ def test_a_module_whose_train_does_work_is_as_before(where):
 
 
 def test_a_frozen_part_stays_frozen():
-    model = nn.Sequential(Merging(), nn.Sequential(Merging())).train()
+    first, second = Merging(), Merging()
+    model = nn.Sequential(first, nn.Sequential(second)).train()
     model[1].eval()
     weights = [p.clone() for p in model.parameters()]
     with undisturbed(model):
         pass
     assert [m.training for m in model.modules()] == [True, True, False, False]
-    assert [layer.merged for layer in (model[0], model[1][0])] == [False, True]
+    assert [first.merged, second.merged] == [False, True]
     assert all(torch.allclose(p, w) for p, w in zip(model.parameters(), weights, strict=True))
 
 

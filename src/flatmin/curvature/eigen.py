@@ -144,7 +144,7 @@ class _Lanczos:
         spread, values = np.ptp(theta), theta[:k]
         small = bounds[:k] <= np.maximum(tol * np.minimum(np.abs(values), spread), self.floor)
         moved = max(float(np.abs(earlier - values).max()) for earlier in history[:-1])
-        return bool(small.all()) and moved <= max(tol * spread, 10 * self.floor)
+        return bool(small.all() and moved <= max(tol * spread, 10 * self.floor))
 
     def extend(self) -> None:
         """One product: q_{m+1}, alpha_m, beta_m."""

@@ -11,7 +11,7 @@ from flatmin.lab.folder import FORMAT, check_name, done, locked, prepare, read_c
 from flatmin.lab.pool import run_all
 from flatmin.lab.records import RunRecord, read_run, write_json
 from flatmin.lab.report import write_report
-from flatmin.lab.summary import summarize
+from flatmin.lab.summary import mixed_versions, summarize
 from flatmin.lab.tasks import get_task
 from flatmin.lab.train import RunSpec
 from flatmin.optim.registry import get_method
@@ -130,7 +130,7 @@ class Compare:
     def conclude(self) -> Path:
         """Summarises the finished runs, prints the table, writes summary.json and report.html."""
         runs = self.runs()
-        summary = {**self.config(), **summarize(runs)}
+        summary = {**self.config(), **summarize(runs), "mixed_versions": mixed_versions(runs)}
         write_json(self.folder / "summary.json", summary)
         report = write_report(self.folder / "report.html", summary, runs)
         print_table(summary)

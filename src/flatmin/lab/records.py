@@ -141,12 +141,16 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
+    """The commit of this package's source; a repository around an installed package knows nothing of it."""
+    here = Path(__file__)
+
     def git(*arguments: str) -> str:
-        here = Path(__file__).parents[1]
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(["git", *arguments], cwd=here.parent, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
+        git("ls-files", "--error-unmatch", here.name)
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "..") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 

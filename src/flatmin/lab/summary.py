@@ -79,6 +79,15 @@ def summarize(runs: Runs) -> dict[str, Any]:
     }
 
 
+def mixed_versions(runs: Runs) -> str | None:
+    """One sentence with the versions that differ between runs (numbers may then differ too); `None` if none does."""
+    headers = [r.header["versions"] for records in runs.values() for r in records]
+    names = dict.fromkeys(name for h in headers for name in h)
+    found = {name: sorted({h.get(name, "unknown") for h in headers}) for name in names}
+    differing = [f"{name} {', '.join(versions)}" for name, versions in found.items() if len(versions) > 1]
+    return f"The runs were made with different versions: {'; '.join(differing)}." if differing else None
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down adjustment of p-values (controls the family-wise error); one that is nan counts as 1."""
     p_values = [1.0 if math.isnan(p) else p for p in p_values]
