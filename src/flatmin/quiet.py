@@ -23,6 +23,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,10 @@ def set_random_state(states: RandomState) -> None:
 
 @contextmanager
 def undisturbed(model: nn.Module, *, eval_mode: bool = True) -> Iterator[None]:
-    """Restores random state, buffers and train/eval mode of `model` on leaving; switches to eval inside if asked."""
+    """Restores random state, buffers and train/eval mode of `model` on leaving; switches to eval inside if asked.
+
+    Modes are switched by `eval()` and `train()`, which in some modules do work (LoRA layers merge their update).
+    """
     modes = [(module, module.training) for module in model.modules()]
     states = random_state({p.device for p in model.parameters()})
     buffers = KeptBuffers(model)
@@ -59,10 +63,15 @@ def undisturbed(model: nn.Module, *, eval_mode: bool = True) -> Iterator[None]:
             model.eval()
         yield
     finally:
-        buffers.put_back(only_changed=True)
-        set_random_state(states)
-        for module, training in modes:
-            module.training = training
+        try:
+            for module, training in modes:  # parents first, so that a child has the last word on itself
+                if module.training != training:
+                    module.train(training)
+        finally:
+            buffers.put_back(only_changed=True)
+            set_random_state(states)
+            for module, training in modes:
+                module.training = training
 
 
 class Quiet:
@@ -189,7 +198,7 @@ class KeptBuffers:
         self._model = model
         self._hook: RemovableHandle | None = None
         self._seen: set[nn.Module] = set()
-        self._kept: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        self._kept: list[tuple[nn.Module, str, Any, Any]] = []  # module, name, buffer, value; None if it has none
 
     def keep(self) -> None:
         """Begins to watch."""
@@ -208,7 +217,7 @@ class KeptBuffers:
         if self._hook is not None:
             self._hook.remove()
         for module, name, buffer, value in self._kept:
-            if not (only_changed and torch.equal(buffer, value)):
+            if buffer is not None and not (only_changed and torch.equal(buffer, value)):
                 buffer.copy_(value)
             module._buffers[name] = buffer
         self._seen, self._kept = set(), []
@@ -220,5 +229,5 @@ class KeptBuffers:
             if part not in self._seen:
                 self._seen.add(part)
                 for name, buffer in part._buffers.items():
-                    if buffer is not None:
-                        self._kept.append((part, name, buffer, buffer.detach().clone()))
+                    value = None if buffer is None else buffer.detach().clone()
+                    self._kept.append((part, name, buffer, value))

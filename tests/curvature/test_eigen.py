@@ -88,3 +88,69 @@ def test_a_linear_loss_has_only_zeros():
     model = torch.nn.Linear(2, 1)
     objective = flatmin.Objective(model, None, [torch.ones(4, 2)], forward=lambda m, b: (m(b).mean(), b))
     assert flatmin.top_eigenvalues(objective, 2).values == (0.0, 0.0)
+
+
+class Diagonal(torch.nn.Module):
+    """h x^2 / 2 entry by entry: the Hessian is diag(h)."""
+
+    def __init__(self, h):
+        super().__init__()
+        self.h, self.x = h, torch.nn.Parameter(torch.zeros_like(h))
+
+    def forward(self):
+        return 0.5 * (self.h * self.x**2).sum()
+
+
+def objective_with(h):
+    return flatmin.Objective(Diagonal(h), None, [torch.zeros(1)], forward=lambda m, b: (m(), b))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_value_outside_a_crowd_is_found(dtype, seed):
+    # All but one eigenvalue are 1 to within 0.25%, so after two products the residual is below a thousandth of it.
+    h = 1 + 5e-4 * torch.randn(300_000, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    h[7] = 1.02
+    for sign in (1.0, -1.0):
+        result = flatmin.top_eigenvalues(objective_with(sign * h), which="LA" if sign > 0 else "SA", seed=seed)
+        assert result.converged
+        assert abs(result.value - sign * 1.02) <= min(result.residuals[0], 1e-4)
+
+
+def test_adding_a_constant_to_the_spectrum_changes_nothing():
+    spectrum = torch.linspace(0, 1, 300, dtype=torch.float64) ** 2
+    plain, shifted = (flatmin.top_eigenvalues(objective_with(spectrum + shift)) for shift in (0.0, 1000.0))
+    assert shifted.value == pytest.approx(plain.value + 1000, abs=1e-3)
+    assert shifted.num_products == plain.num_products
+
+
+def test_a_multiple_of_the_identity():
+    result = flatmin.top_eigenvalues(objective_with(torch.full((50,), 3.0)), 2)
+    assert result.converged
+    assert np.allclose(result.values, 3.0, atol=2 * max(result.residuals))
+
+
+@pytest.mark.parametrize("tol", [1e-3, 1e-7])
+def test_residuals_are_bounds_in_single_precision(tol):
+    model, x, y = make("relu")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.float())  # the same point in both precisions
+    x = x.float().double()
+    truth = torch.linalg.eigvalsh(dense_hessian(model, lambda: criterion(model(x), y))).numpy()[::-1][:3]
+    objective = flatmin.Objective(model.float(), criterion, [(x.float(), y)])
+    for seed in range(10):
+        result = flatmin.top_eigenvalues(objective, 3, tol=tol, seed=seed)
+        assert (np.abs(np.array(result.values) - truth) <= result.residuals).all()
+        assert max(result.residuals) <= 2 * tol * truth[0] + 1e-4 * truth[0]
+
+
+@pytest.mark.parametrize("tol", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_bad_tolerance(tol):
+    with pytest.raises(ValueError, match="tol must be positive and finite"):
+        flatmin.top_eigenvalues(setting("relu")[0], tol=tol)
+
+
+def test_no_products():
+    with pytest.raises(ValueError, match="max_products must be at least 1, got 0"):
+        flatmin.top_eigenvalues(setting("relu")[0], max_products=0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import flatmin
 from flatmin.curvature import hessian_product
@@ -162,3 +162,55 @@ def test_a_frozen_parameter_that_is_asked_for():
     assert "0.weight" not in flatmin.Objective(model, criterion, [(x, y)]).names
     with pytest.raises(ValueError, match=r"'0.weight' is frozen"):
         flatmin.Objective(model, criterion, [(x, y)], params=["0.weight"])
+
+
+def test_a_gradient_is_taken_under_no_grad():
+    model, x, y = make("relu")
+    objective = flatmin.Objective(model, criterion, [(x, y)])
+    expected = objective.gradient()
+    with torch.no_grad():
+        torch.testing.assert_close(flat(objective.gradient()), flat(expected))
+
+
+def test_a_tied_parameter_is_known_by_both_names():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    model[2].weight = model[0].weight
+    data = [(torch.randn(4, 3), torch.randint(3, (4,)))]
+    for params in (["2.weight"], ["2.weight", "0.weight"], lambda name, _: name == "2.weight"):
+        objective = flatmin.Objective(model, criterion, data, params=params)
+        assert objective.names == ("2.weight",)
+        assert objective.params == (model[0].weight,)
+    assert flatmin.Objective(model, criterion, data).names == ("0.weight", "0.bias", "2.bias")
+
+
+class NormAtZero(nn.Module):
+    """Its loss is finite at zero, with a gradient; its second derivative there is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.fine = nn.Parameter(torch.ones(3))
+        self.norm = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        return (self.fine**2).sum() + self.norm.norm() + x.sum() * 0
+
+
+@pytest.mark.parametrize("work", [flatmin.trace, flatmin.top_eigenvalues])
+def test_a_hessian_that_is_not_finite_is_refused_by_name(work):
+    objective = flatmin.Objective(NormAtZero(), None, [torch.ones(4)], forward=lambda m, b: (m(b), b))
+    with pytest.raises(ValueError, match=r"the Hessian is not finite: .* parameter 'norm'"):
+        work(objective)
+
+
+@pytest.mark.parametrize("own", ["generator", "sampler"])
+def test_the_generator_of_a_loader_is_as_before(own):
+    model, x, y = make("relu")
+    generator = torch.Generator().manual_seed(5)
+    data = TensorDataset(x, y)
+    if own == "generator":
+        loader = DataLoader(data, batch_size=8, shuffle=True, generator=generator)
+    else:
+        loader = DataLoader(data, batch_size=8, sampler=RandomSampler(data, generator=generator))
+    before = generator.get_state()
+    flatmin.trace(flatmin.Objective(model, criterion, loader), max_products=2)
+    assert torch.equal(generator.get_state(), before)

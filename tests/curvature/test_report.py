@@ -35,6 +35,22 @@ def test_plain_data(report):
     assert data["top_eigenvalue"]["residuals"]
 
 
+def test_plain_data_is_plain(report):
+    def types(value):
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+        return {type(value)}.union(*map(types, parts))
+
+    assert types(report.to_dict()) <= {dict, list, str, int, float, bool, type(None)}
+
+
+def test_what_is_not_finite_is_null_in_json():
+    model, x, y = make("relu")
+    result = flatmin.trace(flatmin.Objective(model, criterion, [(x, y)]), max_products=1)
+    assert result.stderr == float("inf")
+    assert result.to_dict()["stderr"] is None
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["samples"] == [result.value]
+
+
 def test_text(report):
     text = str(report)
     for word in ("loss", "trace", "lambda_max", "+-", "products", "24 samples"):

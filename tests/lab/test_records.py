@@ -1,9 +1,12 @@
 """Runs on disk: whole lines, final names only when finished, and nothing foreign is ever overwritten."""
 
 import json
+import re
+import subprocess
 
 import pytest
 
+import flatmin.lab.records as records_module
 from flatmin.lab.records import RunWriter, environment, read_run, write_json
 
 SPEC = {"method": "nso", "seed": 1, "settings": {}}
@@ -89,3 +92,35 @@ def test_json_is_replaced_whole(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_finished_run_is_never_overwritten(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write(path)
+    before = path.read_text()
+    with pytest.raises(ValueError, match=r"a\.jsonl is finished, and a finished run is never overwritten"):
+        write(path)
+    assert path.read_text() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def git(folder, *arguments):
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def test_the_commit_is_of_our_source_and_not_of_a_repository_around_it(tmp_path, monkeypatch):
+    file = tmp_path / "venv" / "flatmin" / "lab" / "records.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("")
+    monkeypatch.setattr(records_module, "__file__", str(file))
+    assert environment()["commit"] is None
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "a stranger's")
+    assert environment()["commit"] is None
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "with our source")
+    commit = environment()["commit"]
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    file.write_text("changed")
+    assert environment()["commit"] == commit + "+changes"

@@ -42,13 +42,18 @@ def test_the_paired_test_is_scipys():
 def test_the_paired_test_at_its_limits():
     assert paired_p_value({0: 1.0, 1: 2.0}, {0: 0.0, 1: 0.0}) is None  # two seeds prove nothing
     assert paired_p_value(dict.fromkeys(range(5), 1.0), dict.fromkeys(range(5), 1.0)) == 1.0
-    assert paired_p_value(dict.fromkeys(range(5), 2.0), dict.fromkeys(range(5), 1.0)) == 0.0
+    # The same difference every time has no spread to judge it by: accuracies on few samples often do, by chance.
+    assert paired_p_value(dict.fromkeys(range(5), 2.0), dict.fromkeys(range(5), 1.0)) is None
+    hundredths = {seed: 0.9 + seed / 100 for seed in range(5)}  # the same difference up to rounding
+    assert paired_p_value({seed: a + 0.03 for seed, a in hundredths.items()}, hundredths) is None
 
 
 def test_holm():
     # Worked by hand: sorted .01 .02 .03 .04 times 4 3 2 1 is .04 .06 .06 .04, made monotone .04 .06 .06 .06.
     assert holm([0.02, 0.01, 0.04, 0.03]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([0.01, float("nan")]) == pytest.approx([0.02, 1.0])  # what could not be tested is not significant
+    assert holm([]) == []
 
 
 def test_best_is_marked_only_if_it_beats_every_other():
@@ -81,3 +86,27 @@ def test_diverged_runs_are_counted_and_left_out():
     assert found["methods"]["sam"]["columns"]["test_accuracy"]["values"] == pytest.approx([90, 93])
     everything = {"base": all_runs["base"], "sam": [all_runs["sam"][1]]}
     assert summarize(everything)["methods"]["sam"]["columns"]["test_accuracy"]["mean"] is None
+
+
+def diverged(seed):
+    return RunRecord({"spec": {"seed": seed}}, [], {"status": "diverged", "message": "no"})
+
+
+def test_a_method_that_diverged_is_never_best():
+    # On the seeds that nso finished it is better; the hard seeds, which lower base's mean, are those that it lost.
+    base = [0.90, 0.91, 0.92, 0.90, 0.60, 0.61]
+    all_runs = runs(base=base, nso=[a + 0.01 + 0.001 * i for i, a in enumerate(base[:4])])
+    assert summarize(all_runs)["best"]["test_accuracy"] == "nso"
+    all_runs["nso"] += [diverged(4), diverged(5)]
+    assert summarize(all_runs)["best"]["test_accuracy"] is None
+
+
+def test_best_is_decided_on_common_seeds():
+    # base lost its worst seeds: its mean over the rest is the highest, though sam beats it wherever both finished.
+    sam = [0.90, 0.91, 0.92, 0.90, 0.40, 0.41]
+    all_runs = runs(base=[a - 0.01 - 0.001 * i for i, a in enumerate(sam[:4])], sam=sam)
+    all_runs["base"] += [diverged(4), diverged(5)]
+    assert summarize(all_runs)["best"]["test_accuracy"] == "sam"
+    # Without the diverged records (seeds that were never run), the same holds.
+    all_runs["base"] = all_runs["base"][:4]
+    assert summarize(all_runs)["best"]["test_accuracy"] == "sam"

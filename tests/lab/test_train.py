@@ -1,11 +1,13 @@
 """One run: reproducible, recorded, interruptible, and honest about divergence."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import flatmin
 import flatmin.lab.train as train_module
 from flatmin.lab.records import read_run
 from flatmin.lab.tasks import Settings, get_task
@@ -128,3 +130,43 @@ def test_the_seed_decides_the_first_weights_and_the_order_of_the_batches(tmp_pat
     order = [next(train_module._batches(data, 10, seed))[1] for seed in (0, 0, 1)]
     assert torch.equal(order[0], order[1])
     assert not torch.equal(order[0], order[2])
+
+
+def test_a_run_whose_steps_are_skipped_has_diverged(tmp_path):
+    record = run(tmp_path, spec("sam", radius=1e20))
+    assert not record.finished
+    assert "sam on digits, seed 0: step 1 was skipped" in record.result["message"]
+    assert "A lower learning rate or rho usually mends it." in record.result["message"]
+    assert record.result["steps"] == 1
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_run_whose_final_loss_is_not_finite_has_diverged(tmp_path, monkeypatch, split):
+    scores = train_module._scores
+    monkeypatch.setattr(train_module, "_scores", lambda *a: {**scores(*a), f"{split}_loss": float("nan")})
+    record = run(tmp_path, spec())
+    assert not record.finished
+    assert f"the {split}_loss became nan at step 1 " in record.result["message"]
+    assert record.progress == []
+
+
+def refused(*_, **__):
+    raise ValueError("the Hessian is not finite")
+
+
+def test_a_run_whose_flatness_cannot_be_measured_has_diverged(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "measure", refused)
+    record = run(tmp_path, spec())
+    assert not record.finished
+    assert record.result["message"].endswith("flatness could not be measured: the Hessian is not finite")
+    assert len(record.progress) == 20
+
+
+def test_a_run_whose_flatness_is_not_finite_has_diverged(tmp_path, monkeypatch):
+    def measure(*arguments, **options):
+        report = flatmin.measure(*arguments, **options)
+        return dataclasses.replace(report, trace=dataclasses.replace(report.trace, value=float("nan")))
+
+    monkeypatch.setattr(train_module, "measure", measure)
+    record = run(tmp_path, spec())
+    assert record.result["message"].endswith("flatness could not be measured: the trace is nan")

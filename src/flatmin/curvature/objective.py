@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatmin.curvature.batches import SampleCount, check_data, forward_pair, generators
 from flatmin.quiet import undisturbed
 from flatmin.vectors import Vector
 
@@ -18,8 +19,9 @@ Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 class Objective:
     """L(w) = 1/N sum_i loss(w; sample i), the mean over all samples of `data`.
 
-    Batches are weighted by their number of samples, so a short last batch changes nothing. Nothing is changed by
-    measuring: mode, gradients, buffers, random state and weights are as before.
+    Batches are weighted by their number of samples, so a short last batch changes nothing. That number is the leading
+    dimension of the first tensor in the targets, else in the batch; dicts, lists and objects are looked into. Nothing
+    is changed by measuring: mode, gradients, buffers, random state and weights are as before.
 
     Args:
         model: a module; one made by `torch.compile` is measured on the module it wraps.
@@ -32,8 +34,8 @@ class Objective:
         eval_mode: measure in evaluation mode (dropout off, batch norm with its running statistics).
 
     Raises:
-        ValueError: no batches, a one-shot iterator, no parameters, a loss that is not a finite scalar, or two
-            passes over the data that disagree.
+        ValueError: no batches, a one-shot iterator, no parameters, a loss that is not a finite scalar, batches whose
+            number of samples cannot be told, or two passes over the data that disagree.
 
     Example:
         objective = Objective(model, nn.CrossEntropyLoss(), loader)
@@ -53,13 +55,14 @@ class Objective:
         _check_arguments(model, criterion)
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.criterion = criterion
-        self.data = _check_data(data)
+        self.data = check_data(data)
         self.eval_mode = eval_mode
-        self._forward = forward or _forward_pair
+        self._forward = forward or forward_pair
         chosen = _choose(self.model, params)
         self.names: tuple[str, ...] = tuple(chosen)
         self.params: tuple[Tensor, ...] = tuple(chosen.values())
         self._num_samples: int | None = None
+        self._rounding = max(_eps(p) for p in self.params)  # of the coarsest number on the way to the loss
 
     @property
     def num_params(self) -> int:
@@ -82,40 +85,54 @@ class Objective:
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Inside, the model may be evaluated; on leaving everything is as before."""
-        with undisturbed(self.model, eval_mode=self.eval_mode):
-            yield
+        own = [(generator, generator.get_state()) for generator in generators(self.data)]
+        try:
+            with undisturbed(self.model, eval_mode=self.eval_mode):
+                yield
+        finally:
+            for generator, state in own:
+                generator.set_state(state)
 
     def batch_losses(self) -> Iterator[tuple[Tensor, int]]:
-        """The mean loss of each batch, with its graph if gradients are enabled, and its number of samples."""
-        total = 0
+        """The mean loss of each batch, with its graph if gradients are enabled, and its number of samples.
+
+        Whoever iterates deletes the loss before asking for the next: a loop variable would keep its graph alive.
+        """
+        samples = SampleCount()
         for batch in self.data:
             outputs, targets = self._forward(self.model, batch)
-            count = _count(batch, targets)
-            total += count
-            yield self._batch_loss(outputs, targets, count), count
-        if total == 0:
+            count = samples.add(batch, targets)
+            self._rounding = max(self._rounding, _eps(outputs))
+            result = [(self._batch_loss(outputs, targets, count), count)]
+            del batch, outputs, targets  # what a batch leaves must be gone when the next one is evaluated
+            yield result.pop()
+        if samples.total == 0:
             raise ValueError("the data has no batches: an empty loader has no loss to measure.")
-        self._num_samples = total
+        self._num_samples = samples.total
 
     def loss(self) -> float:
         """L(w), summed in float64. One forward pass over the data."""
         with self.quiet():
-            return self._mean_loss()
+            return self._mean_loss()[0]
 
     @torch.no_grad()
-    def _mean_loss(self) -> float:
-        total, count = 0.0, 0
+    def _mean_loss(self) -> tuple[float, float]:
+        """The mean loss, and the mean size of what was added up for it."""
+        total, size, count = 0.0, 0.0, 0
         for loss, n in self.batch_losses():
-            total, count = total + n * float(loss.double()), count + n
-        return total / count
+            value = n * float(loss.double())
+            total, size, count = total + value, size + abs(value), count + n
+            self._rounding = max(self._rounding, _eps(loss))
+        return total / count, size / count
 
     def gradient(self) -> Vector:
         """The gradient of L. One forward and one backward pass."""
-        with self.quiet():
+        with self.quiet(), torch.enable_grad():
             total, count = self.zeros(), 0
             for loss, n in self.batch_losses():
                 grads = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
                 total, count = total.add_(Vector(grads) * float(n)), count + n
+                del loss, grads
         return total / count
 
     def zeros(self) -> Vector:
@@ -129,8 +146,9 @@ class Objective:
             ValueError: if it does not: a derivative of a function that changes between calls means nothing.
         """
         with self.quiet():  # one context: the random state goes on from the first pass to the second
-            first, second = self._mean_loss(), self._mean_loss()
-        if abs(first - second) > 1e-5 * max(abs(first), abs(second)):
+            (first, size), (second, _) = self._mean_loss(), self._mean_loss()
+        # A shuffling loader rounds other batches: in single precision that is far below 1e-5, in half precision not.
+        if abs(first - second) > max(1e-5, 2 * self._rounding) * size:
             raise ValueError(
                 f"two passes over the data give different losses ({first:.7g} and {second:.7g}), so there is no "
                 f"function to differentiate. {self._suspect()}"
@@ -176,21 +194,8 @@ def _check_arguments(model: object, criterion: object) -> None:
         raise ValueError("derivatives cannot be taken inside torch.inference_mode(): measure outside of it.")
 
 
-def _check_data(data: Iterable[Any]) -> Iterable[Any]:
-    if isinstance(data, Iterator):
-        raise ValueError(
-            f"data is a one-shot iterator ({type(data).__name__}), but measuring takes several passes. Pass a "
-            "DataLoader or a list of batches."
-        )
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
-        raise ValueError("data is an (inputs, targets) pair, not a list of batches: write [(inputs, targets)].")
-    if hasattr(data, "__len__") and len(data) == 0:  # type: ignore[arg-type]
-        raise ValueError("the data has no batches: an empty loader has no loss to measure.")
-    return data
-
-
 def _choose(model: nn.Module, params: Any) -> Mapping[str, Tensor]:
-    named = dict(model.named_parameters())
+    named = dict(model.named_parameters(remove_duplicate=False))  # a tied parameter is known by all its names
     if params is None:
         chosen = {name: p for name, p in named.items() if p.requires_grad}
     elif callable(params):
@@ -201,6 +206,8 @@ def _choose(model: nn.Module, params: Any) -> Mapping[str, Tensor]:
         if missing:
             raise ValueError(f"no parameter is called {missing[0]!r}. The model has: {', '.join(named)}.")
         chosen = {name: named[name] for name in names}
+    first_names = {p: name for name, p in reversed(chosen.items())}
+    chosen = {name: p for name, p in chosen.items() if first_names[p] == name}
     frozen = [name for name, p in chosen.items() if not p.requires_grad]
     if frozen:
         raise ValueError(f"{frozen[0]!r} is frozen: call requires_grad_() on it, or leave it out of params.")
@@ -209,25 +216,6 @@ def _choose(model: nn.Module, params: Any) -> Mapping[str, Tensor]:
     return chosen
 
 
-def _forward_pair(model: nn.Module, batch: Any) -> tuple[Any, Any]:
-    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-        raise ValueError(
-            f"a batch is a {type(batch).__name__}, not an (inputs, targets) pair. Say how to evaluate it with "
-            "forward=lambda model, batch: (outputs, targets)."
-        )
-    device = next(model.parameters()).device
-    inputs, targets = (x.to(device) if isinstance(x, Tensor) else x for x in batch)
-    return model(inputs), targets
-
-
-def _count(batch: Any, targets: Any) -> int:
-    """The number of samples: the leading dimension of the targets, else of the first tensor in the batch."""
-    if isinstance(targets, Tensor) and targets.ndim == 0:
-        raise ValueError(
-            "the targets of a batch have no batch dimension. If data is a Dataset, its items are single samples: pass "
-            "DataLoader(dataset, batch_size=...)."
-        )
-    for item in (targets, *(batch.values() if isinstance(batch, Mapping) else batch)):
-        if isinstance(item, Tensor) and item.ndim > 0:
-            return item.shape[0]
-    return 1
+def _eps(value: object) -> float:
+    """The relative rounding of a floating-point tensor."""
+    return torch.finfo(value.dtype).eps if isinstance(value, Tensor) and value.is_floating_point() else 0.0

@@ -53,10 +53,29 @@ class BatchHessian:
 
 
 def hessian_product(objective: Objective, v: Vector) -> Vector:
-    """H v over the whole data, sample-weighted. Cost: about three gradients of the data."""
+    """H v over the whole data, sample-weighted.
+
+    Cost: about three gradients of the data. Memory: the graph of one batch.
+
+    Raises:
+        ValueError: if the product is not finite; it names the first parameter where.
+    """
     total, count = objective.zeros(), 0
     with differentiable_twice(objective):
         for loss, n in objective.batch_losses():
             part = BatchHessian(loss, objective.params).product(v.present)
             total, count = total.add_(Vector(part) * float(n)), count + n
+            del loss, part
+    check_finite([t.isfinite().all() for t in total.present], objective)
     return total / count
+
+
+def check_finite(finite: Sequence[Tensor], objective: Objective) -> None:
+    """Refuses a product that is not finite; `finite` says so for each parameter. One synchronisation."""
+    if not (good := torch.stack([f.to(finite[0].device) for f in finite])).all():
+        name = objective.names[int(good.logical_not().nonzero()[0, 0])]
+        raise ValueError(
+            f"the Hessian is not finite: its product with a vector is not, at parameter {name!r}. The loss is, so it "
+            "has no second derivative here (a norm or a square root at zero?) or overflows. Leave the parameter out "
+            "with params=, or measure at another point."
+        )

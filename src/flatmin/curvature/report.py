@@ -89,8 +89,11 @@ def measure(
     Returns:
         A FlatnessReport; `print` it, or use `.to_dict()`, `.to_json()`, `.plot()`.
 
-    Cost: two forward passes to check the data, about 2 gradients per trace probe, 3 per Lanczos step; typically 50 to
-    200 gradients of the data in all.
+    Cost: five forward passes over the data (the loss, and two before each of the others to see that it does not
+    change), about 2 gradients per trace probe, 3 per Lanczos step; typically 50 to 200 gradients of the data in all.
+
+    Raises:
+        ValueError: for a model, criterion or data that Objective refuses, bad numbers, or a Hessian that is not finite.
 
     Example:
         print(flatmin.measure(model, nn.CrossEntropyLoss(), loader))

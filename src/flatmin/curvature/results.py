@@ -7,7 +7,6 @@ the choice of the data: another sample of the same population has another loss a
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,8 +38,8 @@ class Measurement:
     seed: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        """Plain numbers, strings, lists and dicts; `None` for a number that is not finite (JSON has none)."""
+        return plain(dataclasses.asdict(self))
 
     def __str__(self) -> str:
         return format_estimate(self.value, self.stderr)
@@ -97,8 +96,9 @@ class EigenResult(Measurement):
 
     Attributes:
         values: eigenvalues, the wanted end first.
-        residuals: |H v - value v| for each, |v| = 1: an eigenvalue lies within this distance.
-        converged: whether every residual is at most `tol` times its value.
+        residuals: |H v - value v| for each, |v| = 1, with a bound of rounding: an eigenvalue lies within this distance.
+        converged: whether every residual is small beside its value and beside the spread of the spectrum, and the
+            values have stayed (see `top_eigenvalues`).
         which: "LA" (largest algebraic) or "SA" (smallest).
     """
 
@@ -119,6 +119,15 @@ class EigenResult(Measurement):
         ax.set_xlabel("rank")
         ax.set_ylabel("eigenvalue of the Hessian")
         return ax
+
+
+def plain(value: Any) -> Any:
+    """The same data as JSON can hold it: tuples as lists, numbers that are not finite as `None`."""
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def format_estimate(value: float, stderr: float) -> str:

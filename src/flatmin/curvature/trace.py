@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from flatmin.curvature.objective import Objective
-from flatmin.curvature.products import METHOD, BatchHessian, differentiable_twice
+from flatmin.curvature.products import METHOD, BatchHessian, check_finite, differentiable_twice
 from flatmin.curvature.results import Estimate, TraceResult
 from flatmin.noise import draw_like, mix_seeds
 
@@ -55,7 +55,8 @@ def trace(
     Cost: 1 + 2 m gradients of the data for a round of m probes. Memory: the graph of one batch.
 
     Raises:
-        ValueError: unknown method, a budget below 1, or data that gives another loss on a second pass.
+        ValueError: unknown method, a budget that is not positive, data that gives another loss on a second pass, or a
+            Hessian that is not finite.
 
     Source: Hutchinson 1990; Avron and Toledo 2011 for the variance 2 (|H|_F^2 - sum_i H_ii^2).
     """
@@ -76,16 +77,18 @@ def _round(objective: Objective, first: int, size: int, seed: int) -> np.ndarray
     device = objective.params[0].device
     generator = torch.Generator(device)
     totals = torch.zeros(size, len(objective.params), dtype=torch.float64, device=device)
-    count = 0
+    batch = count = 0
     with differentiable_twice(objective):
-        for batch, (loss, n) in enumerate(objective.batch_losses()):
+        for loss, n in objective.batch_losses():  # not enumerate(), which would keep the last loss
             hessian = BatchHessian(loss, objective.params)
             for row in range(size):
                 generator.manual_seed(mix_seeds(seed, first + row, batch))
                 v = [draw_like(p, "rademacher", generator) for p in objective.params]
                 terms = [(a * b).sum(dtype=torch.float64) for a, b in zip(v, hessian.product(v), strict=True)]
                 totals[row] += n * torch.stack(terms)
-            count += n
+            batch, count = batch + 1, count + n
+            del loss, hessian
+    check_finite(list(totals.isfinite().all(0)), objective)
     return (totals / count).cpu().numpy()
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Annotated
 
 from flatmin.extras import need
+
+CONTINUES = "Finished runs are kept; the same command continues."
 
 
 @dataclass
@@ -36,8 +42,15 @@ class Tasks:
             print(f"{task.name}: {task.summary}\n  data: {task.source}; {task.licence}\n  settings: {task.tuning}")
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: a clean stop, as for Ctrl-C."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; an error that the user can mend is one line on stderr and exit status 2."""
+    """Runs one command; an error that the user can mend is one line on stderr and exit status 2.
+
+    Ctrl-C and SIGTERM stop all runs with whole records; the exit status is 130 or 143.
+    """
     tyro = need("tyro", "lab")
     from flatmin.lab.compare import Compare, Report
     from flatmin.lab.tune import Tune
@@ -53,14 +66,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(metadata.version("flatmin"))
         return 0
     try:
-        tyro.cli(commands, prog="flatmin", args=arguments).run()
+        with _terminable():
+            tyro.cli(commands, prog="flatmin", args=arguments).run()
     except (ValueError, ImportError) as error:
-        print(f"flatmin: error: {error}", file=sys.stderr)
-        return 2
+        return _end(f"error: {error}", 2)
+    except BrokenProcessPool:
+        return _end(f"error: a worker process died, perhaps for want of memory. {CONTINUES}", 2)
+    except Terminated:
+        return _end(f"terminated. {CONTINUES}", 143)
     except KeyboardInterrupt:
-        print("flatmin: interrupted. Finished runs are kept; the same command continues.", file=sys.stderr)
-        return 130
+        return _end(f"interrupted. {CONTINUES}", 130)
     return 0
+
+
+def _end(message: str, status: int) -> int:
+    print(f"flatmin: {message}", file=sys.stderr)
+    return status
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Inside, SIGTERM raises `Terminated` (where a handler can be set: in the main thread)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

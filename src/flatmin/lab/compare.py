@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from flatmin.lab.display import Live, print_table
+from flatmin.lab.folder import FORMAT, check_name, done, locked, prepare, read_config
 from flatmin.lab.pool import run_all
-from flatmin.lab.records import RunRecord, cannot_write, make_writable, read_run, write_json
+from flatmin.lab.records import RunRecord, read_run, write_json
 from flatmin.lab.report import write_report
-from flatmin.lab.summary import summarize
+from flatmin.lab.summary import mixed_versions, summarize
 from flatmin.lab.tasks import get_task
 from flatmin.lab.train import RunSpec
 from flatmin.optim.registry import get_method
-
-FORMAT = "flatmin-comparison/1"
 
 
 @dataclass(kw_only=True)
@@ -100,8 +98,10 @@ class Compare:
     def run(self) -> Path:
         """Does what is left to do, prints the table, writes the report; returns the report's path."""
         self.specs()  # unknown names are refused before anything is written
-        known = self.folder.exists() and _prepare(self.folder)
-        return (self._joined_with(known) if known else self)._run()
+        prepare(self.folder)  # a folder that is not ours is refused before it is locked
+        with locked(self.folder):
+            known = prepare(self.folder)
+            return (self._joined_with(known) if known else self)._run()
 
     def _joined_with(self, before: dict[str, Any]) -> Compare:
         """This comparison and the one that is there; the control stays the same."""
@@ -121,8 +121,7 @@ class Compare:
     def _run(self) -> Path:
         specs = self.specs()
         records = self.folder / "records"
-        _prepare(self.folder)
-        todo = [spec for spec in specs if not _done(spec, records)]
+        todo = [spec for spec in specs if not done(spec, records)]
         write_json(self.folder / "comparison.json", self.config())
         with Live(len(specs), len(specs) - len(todo), str(self.folder)) as live:
             run_all([(spec, records) for spec in todo], self.jobs, live)
@@ -131,7 +130,7 @@ class Compare:
     def conclude(self) -> Path:
         """Summarises the finished runs, prints the table, writes summary.json and report.html."""
         runs = self.runs()
-        summary = {**self.config(), **summarize(runs)}
+        summary = {**self.config(), **summarize(runs), "mixed_versions": mixed_versions(runs)}
         write_json(self.folder / "summary.json", summary)
         report = write_report(self.folder / "report.html", summary, runs)
         print_table(summary)
@@ -170,7 +169,7 @@ class Report:
             raise ValueError(
                 f"there is no comparison {self.name!r} in {self.out}. There is: {', '.join(there) or 'none'}."
             )
-        config = _read_config(self.out / self.name)
+        config = read_config(self.out / self.name)
         return Compare(
             task=config["task"],
             methods=tuple(config["methods"]),
@@ -180,52 +179,3 @@ class Report:
             name=self.name,
             out=self.out,
         ).conclude()
-
-
-def check_name(name: str) -> None:
-    """Refuses a name that would leave the folder of comparisons."""
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise ValueError(f"--name is the name of a folder inside --out, got {name!r}.")
-
-
-def _prepare(folder: Path) -> dict[str, Any] | None:
-    """Makes the folder, or makes sure that it is a comparison's; returns the configuration that is there."""
-    found = None
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            found = _read_config(folder)
-    except OSError as error:
-        raise ValueError(cannot_write(folder, error)) from error
-    make_writable(folder / "records")
-    return found
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "comparison.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder} is not a comparison that flatmin wrote (no valid comparison.json). It is left as it is: choose "
-            "another --name, or delete comparison.json if it is damaged and the folder holds nothing else."
-        )
-    return config
-
-
-def _done(spec: RunSpec, folder: Path) -> bool:
-    """Whether the run is finished; a record of another run under its name is refused."""
-    path = folder / f"{spec.name}.jsonl"
-    if not path.exists():
-        return False
-    found = read_run(path).header["spec"]
-    wanted = spec.to_dict()
-    changed = [key for key in wanted if found.get(key) != wanted[key]]
-    if changed:
-        key = changed[0]
-        raise ValueError(
-            f"{path} is a run with another {key} ({found.get(key)}, not {wanted[key]}). It is left as it is: choose "
-            "another --name."
-        )
-    return True

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -18,10 +19,10 @@ class Live:
     def __init__(self, total: int, done: int, folder: str):
         self._console = Console()
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             console=self._console,
         )
@@ -93,9 +94,11 @@ def print_table(summary: dict[str, Any], console: Console | None = None) -> None
     if summary["num_seeds"] >= 3 and len(names) > 1:
         console.print("* better than every other method: paired t-test over seeds, Holm, p < 0.05.")
     console.print(budget_line(summary))
+    if summary.get("mixed_versions"):
+        console.print(f"[yellow]{escape(summary['mixed_versions'])}[/]", highlight=False)
     for name in names:
         for message in summary["methods"][name]["messages"]:
-            console.print(f"[red]diverged[/]: {message}", highlight=False)
+            console.print(f"[red]diverged[/]: {escape(message)}", highlight=False)
 
 
 def markdown_table(summary: dict[str, Any]) -> str:

@@ -1,17 +1,20 @@
 """Many runs at once, one process and one thread each, with progress and a clean stop.
 
-Workers ignore Ctrl-C; the parent tells them to stop, and each leaves its run at the next step with whole records.
+Workers ignore Ctrl-C; the parent tells them to stop, and each leaves its run at the next step with whole records. A
+worker whose parent has died ends at once.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +40,7 @@ def run_all(runs: Sequence[tuple[RunSpec, Path]], jobs: int, watcher: Watcher) -
 
     Raises:
         KeyboardInterrupt: after all workers have stopped; what is finished is on disk.
+        BrokenProcessPool: if a worker was killed.
     """
     if not runs:
         return
@@ -83,6 +87,15 @@ def _ignoring_interrupts() -> Iterator[None]:
 
 def _initialize(messages: Any, stop: Any) -> None:
     _shared.update(messages=messages, stop=stop)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot say stop. Lines of a record are written whole, so to end anywhere leaves whole ones."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _work(spec: RunSpec, folder: Path) -> None:

@@ -20,6 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from flatmin.curvature.results import plain
+
 FORMAT = "flatmin-run/1"
 
 # What a reader relies on, as paths into the header and into the result (of a diverged and of a finished run).
@@ -53,6 +55,8 @@ class RunWriter:
     def __init__(self, path: Path, header: dict[str, Any]):
         self._path = path
         self._partial = path.with_name(path.name + ".partial")
+        if path.exists():
+            raise ValueError(f"{path} is finished, and a finished run is never overwritten. Choose another place.")
         if self._partial.exists():
             _check_partial(self._partial)
         self._file = self._partial.open("w", encoding="utf-8")
@@ -60,7 +64,7 @@ class RunWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """One line, written at once: an interrupt leaves whole lines."""
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(plain(record), allow_nan=False) + "\n")
         self._file.flush()
 
     def finish(self, result: dict[str, Any]) -> None:
@@ -100,10 +104,18 @@ def read_run(path: Path) -> RunRecord:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """Writes JSON so that a reader sees the old file or the new one, never half; what is not finite is null."""
+    write_text(path, json.dumps(plain(data), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all; the temporary name is this process's own."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def make_writable(folder: Path) -> None:
@@ -112,7 +124,7 @@ def make_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may probe at the same time
     except OSError as error:
         raise ValueError(cannot_write(folder, error)) from error
 
@@ -129,12 +141,16 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
+    """The commit of this package's source; a repository around an installed package knows nothing of it."""
+    here = Path(__file__)
+
     def git(*arguments: str) -> str:
-        here = Path(__file__).parents[1]
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(["git", *arguments], cwd=here.parent, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
+        git("ls-files", "--error-unmatch", here.name)
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "..") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -2,12 +2,13 @@
 
 interval   Student's t over the seeds: mean +- t(0.975, n - 1) s / sqrt(n)
 paired     two methods share the training samples, initial weights and batch order of a seed, so they are compared
-by the t-test on the differences, seed by seed
-best       a method is marked best in a column only if it beats *every* other method there, p < 0.05 after Holm's
-correction for the number of comparisons
+           by the t-test on the differences, seed by seed
+best       a method is marked best in a column only if it beats *every* other method on the seeds that both
+           finished, p < 0.05 after Holm's correction for the number of comparisons, and none of its runs diverged
 versus     the same test of each method against the control (the first method), Holm-corrected within a column
 
-With fewer than three common seeds nothing is tested, and p is None.
+With fewer than three common seeds nothing is tested, nor if the difference is the same on every seed (there is then no
+spread to judge it by); p is None.
 """
 
 from __future__ import annotations
@@ -78,8 +79,18 @@ def summarize(runs: Runs) -> dict[str, Any]:
     }
 
 
+def mixed_versions(runs: Runs) -> str | None:
+    """One sentence with the versions that differ between runs (numbers may then differ too); `None` if none does."""
+    headers = [r.header["versions"] for records in runs.values() for r in records]
+    names = dict.fromkeys(name for h in headers for name in h)
+    found = {name: sorted({h.get(name, "unknown") for h in headers}) for name in names}
+    differing = [f"{name} {', '.join(versions)}" for name, versions in found.items() if len(versions) > 1]
+    return f"The runs were made with different versions: {'; '.join(differing)}." if differing else None
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment of p-values (controls the family-wise error)."""
+    """Holm's step-down adjustment of p-values (controls the family-wise error); one that is nan counts as 1."""
+    p_values = [1.0 if math.isnan(p) else p for p in p_values]
     order = np.argsort(p_values)
     adjusted = np.empty(len(p_values))
     running = 0.0
@@ -90,15 +101,18 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def paired_p_value(a: Mapping[int, float], b: Mapping[int, float]) -> float | None:
-    """Two-sided p-value of the t-test on the differences a - b over common seeds; `None` with fewer than three."""
+    """Two-sided p-value of the t-test on the differences a - b over common seeds.
+
+    `None` with fewer than three seeds, or if the differences are all the same (up to rounding) but not zero.
+    """
     seeds = sorted(a.keys() & b.keys())
     differences = np.array([a[s] - b[s] for s in seeds])
     if len(seeds) < 3:
         return None
     if not np.any(differences):
         return 1.0
-    if np.ptp(differences) == 0:  # the same difference every time
-        return 0.0
+    if np.ptp(differences) <= 1e-12 * max(abs(v[s]) for v in (a, b) for s in seeds):
+        return None
     return float(stats.ttest_1samp(differences, 0.0)[1])  # type: ignore[arg-type]
 
 
@@ -118,10 +132,23 @@ def _best(runs: Runs, column: Column) -> str | None:
     values = {name: v for name, v in values.items() if v}
     if len(values) < 2:
         return None
-    leader = max(values, key=lambda name: column.better * np.mean(list(values[name].values())))
-    others = [v for name, v in values.items() if name != leader]
-    p_values = [p for v in others if (p := paired_p_value(values[leader], v)) is not None]
-    return leader if len(p_values) == len(others) and max(holm(p_values)) < LEVEL else None
+    whole = [name for name in values if all(r.finished for r in runs[name])]
+    return next((name for name in whole if _beats_all(values, name, column.better)), None)
+
+
+def _beats_all(values: Mapping[str, Mapping[int, float]], name: str, better: int) -> bool:
+    """Whether it is better than every other on common seeds, significantly. At most one method is."""
+    others = [v for other, v in values.items() if other != name]
+    p_values = [paired_p_value(values[name], v) for v in others]
+    if any(better * _mean_difference(values[name], v) <= 0 for v in others) or None in p_values:
+        return False
+    return max(holm([p for p in p_values if p is not None])) < LEVEL
+
+
+def _mean_difference(a: Mapping[int, float], b: Mapping[int, float]) -> float:
+    """The mean of a - b over common seeds, nan without any."""
+    common = sorted(a.keys() & b.keys())
+    return float(np.mean([a[s] - b[s] for s in common])) if common else math.nan
 
 
 def _versus(runs: Runs, column: Column) -> dict[str, dict[str, Any]]:
@@ -130,9 +157,8 @@ def _versus(runs: Runs, column: Column) -> dict[str, dict[str, Any]]:
     found = {}
     for name in others:
         values = _by_seed(runs[name], column)
-        common = sorted(values.keys() & reference.keys())
-        difference = float(np.mean([values[s] - reference[s] for s in common])) if common else math.nan
-        found[name] = {"difference": _number(difference), "p": paired_p_value(values, reference)}
+        difference = _number(_mean_difference(values, reference))
+        found[name] = {"difference": difference, "p": paired_p_value(values, reference)}
     tested = [name for name in others if found[name]["p"] is not None]
     for name, p in zip(tested, holm([found[name]["p"] for name in tested]), strict=True):
         found[name]["p"] = p

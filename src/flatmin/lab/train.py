@@ -48,14 +48,15 @@ class RunSpec:
 
 
 class Diverged(Exception):
-    """Training met a loss that is not finite."""
+    """Training met a number that is not finite."""
 
 
 def train(spec: RunSpec, folder: Path, report: Progress = lambda *_: None) -> None:
     """Trains one run and writes `<name>.jsonl` and `<name>.safetensors` into `folder`.
 
     One thread and the spec's seed: the same spec gives the same numbers on the same machine. An interrupt leaves
-    whole records and no finished file. A loss that is not finite ends the run with status "diverged".
+    whole records and no finished file. A loss that is not finite, a step that the optimizer skipped for that reason,
+    and flatness that cannot be measured end the run with status "diverged" and a message.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -79,7 +80,7 @@ def _train(spec: RunSpec, writer: RunWriter, report: Progress) -> tuple[nn.Modul
     gradients_per_step = getattr(optimizer, "gradients_per_step", 1)
     scheduler = CosineAnnealingLR(optimizer, spec.num_steps)
     every = max(1, spec.num_steps // NUM_PROGRESS)
-    seconds, step, status = 0.0, 0, {"status": "finished"}
+    seconds, step = 0.0, 0
     batches = _batches(splits.train, task.batch_size, spec.seed)
     try:
         for step in range(1, spec.num_steps + 1):
@@ -87,19 +88,18 @@ def _train(spec: RunSpec, writer: RunWriter, report: Progress) -> tuple[nn.Modul
             loss = _step(model, optimizer, task.criterion, next(batches))
             scheduler.step()
             seconds += time.perf_counter() - started
-            if not math.isfinite(loss):
-                raise Diverged(_divergence(spec, step, loss))
+            _check_step(spec, step, loss, getattr(optimizer, "num_skipped", 0))
             if step % every == 0 or step == spec.num_steps:
                 scores = _scores(model, task.criterion, splits)
+                _check_scores(spec, step, scores)
                 writer.write({"type": "progress", "step": step, "gradients": step * gradients_per_step, **scores})
                 report(spec.name, step, spec.num_steps, loss)
+        flatness = _flatness(spec, model, task.criterion, splits)
     except Diverged as error:
-        status = {"status": "diverged", "message": str(error)}
+        cost = {"seconds": seconds, "steps": step, "gradients": step * gradients_per_step}
+        return model, {"status": "diverged", "message": str(error), **cost}
     cost = {"seconds": seconds, "steps": step, "gradients": step * gradients_per_step}
-    if status["status"] == "diverged":
-        return model, {**status, **cost}
-    flatness = measure(model, task.criterion, [splits.train], seed=spec.seed)
-    return model, {**status, **cost, **_scores(model, task.criterion, splits), "flatness": flatness.to_dict()}
+    return model, {"status": "finished", **cost, **_scores(model, task.criterion, splits), "flatness": flatness}
 
 
 def build_optimizer(spec: RunSpec, model: nn.Module) -> Optimizer:
@@ -149,10 +149,37 @@ def _scores(model: nn.Module, criterion: nn.Module, splits: Splits) -> dict[str,
     return {**scores, "gap": scores["test_loss"] - scores["train_loss"]}
 
 
-def _divergence(spec: RunSpec, step: int, loss: float) -> str:
+def _check_step(spec: RunSpec, step: int, loss: float, num_skipped: int) -> None:
+    if not math.isfinite(loss):
+        raise Diverged(_divergence(spec, f"the loss became {loss} at step {step}"))
+    if num_skipped:
+        raise Diverged(_divergence(spec, f"step {step} was skipped, since its direction or a loss is not finite"))
+
+
+def _check_scores(spec: RunSpec, step: int, scores: dict[str, float]) -> None:
+    for name, value in scores.items():
+        if not math.isfinite(value):
+            raise Diverged(_divergence(spec, f"the {name} became {value} at step {step}"))
+
+
+def _flatness(spec: RunSpec, model: nn.Module, criterion: nn.Module, splits: Splits) -> dict[str, Any]:
+    """How flat it is on its training data. Weights that are finite may still have no finite Hessian."""
+    try:
+        report = measure(model, criterion, [splits.train], seed=spec.seed)
+        for name in ("trace", "top_eigenvalue"):
+            value = getattr(report, name).value
+            if not math.isfinite(value):
+                raise ValueError(f"the {name} is {value}")
+    except ValueError as error:
+        where = f"{spec.method} on {spec.task}, seed {spec.seed}"
+        raise Diverged(f"{where}: trained, but its flatness could not be measured: {error}") from error
+    return report.to_dict()
+
+
+def _divergence(spec: RunSpec, what: str) -> str:
     radius = get_method(spec.method).radius_name
     settings = f"lr={spec.settings.lr:g}" + (f", {radius}={spec.settings.radius:g}" if radius else "")
     return (
-        f"{spec.method} on {spec.task}, seed {spec.seed}: the loss became {loss} at step {step} ({settings}). A lower "
-        f"learning rate{f' or {radius}' if radius else ''} usually mends it."
+        f"{spec.method} on {spec.task}, seed {spec.seed}: {what} ({settings}). A lower learning rate"
+        f"{f' or {radius}' if radius else ''} usually mends it."
     )

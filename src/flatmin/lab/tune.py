@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from flatmin.lab.display import Live
+from flatmin.lab.folder import done, locked
 from flatmin.lab.pool import run_all
 from flatmin.lab.records import environment, make_writable, read_run, write_json
 from flatmin.lab.tasks import Settings, get_task
@@ -30,8 +31,8 @@ class Tune:
     """Choose learning rate and radius for each method by validation loss, on an equal number of trials each.
 
     The control is tuned over learning rate x weight decay, the other methods over learning rate x radius at the
-    control's best weight decay. What it finds is printed and written to tuning.json; `compare` takes its settings from
-    the task's definition, where the winners are copied by hand.
+    control's best weight decay. Interrupted, it continues where it stopped. What it finds is printed and written to
+    tuning.json; `compare` takes its settings from the task's definition, where the winners are copied by hand.
     """
 
     task: str = "digits"
@@ -55,7 +56,34 @@ class Tune:
     best: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
 
     def run(self) -> None:
-        """Tunes method by method, prints the winners, writes tuning.json."""
+        """Tunes method by method, prints the winners, writes tuning.json. Finished runs are not done again.
+
+        Raises:
+            ValueError: for an unknown task or method, a control with a radius, unequal numbers of trials, or another
+                process at work in the folder; nothing is trained then.
+        """
+        self._check()
+        make_writable(self.out)
+        with locked(self.out):
+            self._run()
+
+    def _check(self) -> None:
+        get_task(self.task)
+        if not self.methods or len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"--methods names at least one method, and none twice, got {' '.join(self.methods)!r}.")
+        radii = {name: get_method(name).radius_name for name in self.methods}
+        control = self.methods[0]
+        if radii[control] is not None:
+            raise ValueError(
+                f"the first of --methods is the control and has no radius, got {control}: begin with base."
+            )
+        grids = {name: ("weight_decay" if r is None else "rho" if r == "rho" else "sigma") for name, r in radii.items()}
+        counts = {name: len(self.lr) * len(getattr(self, grid)) for name, grid in grids.items()}
+        if min(counts.values()) < 1 or len(set(counts.values())) > 1:
+            listed = ", ".join(f"{name} {n} (--lr x --{grids[name].replace('_', '-')})" for name, n in counts.items())
+            raise ValueError(f"every method is to have the same number of trials, and at least one; here: {listed}.")
+
+    def _run(self) -> None:
         trials: dict[str, list[dict[str, Any]]] = {}
         for method in self.methods:
             trials[method] = self._tune(method)
@@ -88,8 +116,9 @@ class Tune:
         runs = [run for trial in trials for run in trial]
         for _, folder in runs:
             make_writable(folder)
-        with Live(len(runs), 0, f"{self.out} {method}") as live:
-            run_all(runs, self.jobs, live)
+        todo = [(spec, folder) for spec, folder in runs if not done(spec, folder)]
+        with Live(len(runs), len(runs) - len(todo), f"{self.out} {method}") as live:
+            run_all(todo, self.jobs, live)
         return [_outcome(settings, trial) for settings, trial in zip(candidates, trials, strict=True)]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from flatmin.extras import need
 from flatmin.lab.display import budget_line, format_cell
-from flatmin.lab.records import RunRecord
+from flatmin.lab.records import RunRecord, write_text
 from flatmin.lab.report import charts
 from flatmin.lab.summary import COLUMNS, LEVEL
 from flatmin.lab.tasks import get_task
@@ -34,9 +34,7 @@ def write_report(path: Path, summary: dict[str, Any], runs: Mapping[str, Sequenc
         header=first.header if first else {},
         messages=[m for entry in summary["methods"].values() for m in entry["messages"]],
     )
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(html, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, html)
     return path
 
 
@@ -91,5 +89,5 @@ def _verdict(summary: dict[str, Any]) -> list[str]:
 
 def _significance(p: float | None) -> str:
     if p is None:
-        return "not tested: too few seeds"
+        return "not tested: too few seeds, or the same difference on each"
     return f"p = {p:.1g}" if p < LEVEL else f"not significant, p = {p:.2g}"

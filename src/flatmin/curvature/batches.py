@@ -1,0 +1,121 @@
+"""Batches of any kind: how one is evaluated if nothing else is said, and how many samples it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Shape = tuple[int, ...]
+
+NO_COUNT = (
+    "the number of samples of a batch cannot be told: no tensor with a batch dimension was found in {what}. Let "
+    "forward=lambda model, batch: (outputs, targets) return targets with a batch dimension."
+)
+SINGLE = (
+    "the targets of a batch have no batch dimension. If data is a Dataset, its items are single samples: pass "
+    "DataLoader(dataset, batch_size=...)."
+)
+DEPTH = 6  # how deep samples are looked for; objects may refer to each other in circles
+
+
+def check_data(data: Iterable[Any]) -> Iterable[Any]:
+    """`data`, if it can be iterated more than once and is not a single batch or empty."""
+    if isinstance(data, Iterator):
+        raise ValueError(
+            f"data is a one-shot iterator ({type(data).__name__}), but measuring takes several passes. Pass a "
+            "DataLoader or a list of batches."
+        )
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+        raise ValueError("data is an (inputs, targets) pair, not a list of batches: write [(inputs, targets)].")
+    if hasattr(data, "__len__") and len(data) == 0:  # type: ignore[arg-type]
+        raise ValueError("the data has no batches: an empty loader has no loss to measure.")
+    return data
+
+
+def forward_pair(model: nn.Module, batch: Any) -> tuple[Any, Any]:
+    """Evaluates the model on an (inputs, targets) pair, on the device of its parameters."""
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+        raise ValueError(
+            f"a batch is a {type(batch).__name__}, not an (inputs, targets) pair. Say how to evaluate it with "
+            "forward=lambda model, batch: (outputs, targets)."
+        )
+    device = next(model.parameters()).device
+    inputs, targets = (x.to(device) if isinstance(x, Tensor) else x for x in batch)
+    return model(inputs), targets
+
+
+def count_samples(batch: Any, targets: Any) -> int | None:
+    """The leading dimension of the first tensor that has one: in the targets, else in the batch.
+
+    Mappings, sequences and the attributes of objects are looked into. Targets that are a list of mappings are one
+    mapping per sample (detection). `None` if there are only numbers: a function without samples.
+
+    Raises:
+        ValueError: if the targets are scalars beside a batch that has samples, or if nothing was found although there
+            are things in the batch that may hold samples.
+    """
+    if isinstance(targets, list) and targets and all(isinstance(t, Mapping) for t in targets):
+        return len(targets)
+    size, of_targets = _first(targets)
+    if size is not None:
+        return size
+    size, of_batch = _first(batch)
+    if size is not None and () in of_targets:
+        raise ValueError(SINGLE)
+    if size is None and None in of_targets | of_batch:
+        raise ValueError(NO_COUNT.format(what=f"a {type(batch).__name__}"))
+    return size
+
+
+class SampleCount:
+    """Counts the samples of one pass, batch by batch; batches without samples count as 1 if all are without."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._counted: bool | None = None
+
+    def add(self, batch: Any, targets: Any) -> int:
+        """The number of samples of this batch."""
+        size = count_samples(batch, targets)
+        if self._counted not in (None, size is not None):
+            raise ValueError(NO_COUNT.format(what="one batch, but in another"))
+        self._counted = size is not None
+        size = 1 if size is None else size
+        self.total += size
+        return size
+
+
+def generators(data: object) -> list[torch.Generator]:
+    """The random generators that a loader or its samplers own."""
+    sampler, batches = getattr(data, "sampler", None), getattr(data, "batch_sampler", None)
+    owners = (data, sampler, batches, getattr(batches, "sampler", None))
+    found = [getattr(owner, "generator", None) for owner in owners]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def _first(value: Any) -> tuple[int | None, set[Shape | None]]:
+    """The leading dimension of the first tensor that has one, and what was met before it."""
+    met: set[Shape | None] = set()
+    for shape in _shapes(value, DEPTH):
+        if shape:
+            return shape[0], met
+        met.add(shape)
+    return None, met
+
+
+def _shapes(value: Any, depth: int) -> Iterator[Shape | None]:
+    """The shapes of all tensors and arrays within; `None` for what cannot be looked into. Numbers have none."""
+    if isinstance(shape := getattr(value, "shape", None), tuple):
+        yield tuple(shape)
+    elif value is None or isinstance(value, (int, float, complex)):
+        return
+    elif depth > 0 and isinstance(value, (Mapping, list, tuple)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _shapes(part, depth - 1)
+    elif depth > 0 and getattr(value, "__dict__", None):
+        yield from _shapes(vars(value), depth - 1)
+    else:
+        yield None

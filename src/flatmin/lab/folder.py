@@ -1,0 +1,131 @@
+"""The folder of a comparison: whose it is, what is done in it, and that one process at a time works there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flatmin.lab.records import cannot_write, make_writable, read_run
+from flatmin.lab.train import RunSpec
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: two processes in one folder are then the user's care
+    fcntl = None
+
+FORMAT = "flatmin-comparison/1"
+
+
+def check_name(name: str) -> None:
+    """Refuses a name that would leave the folder of comparisons."""
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise ValueError(f"--name is the name of a folder inside --out, got {name!r}.")
+
+
+def prepare(folder: Path) -> dict[str, Any] | None:
+    """Makes the folder, or makes sure that it is a comparison's; returns the configuration that is there."""
+    found = None
+    try:
+        if folder.exists() and not _just_begun(folder):
+            found = read_config(folder)
+    except OSError as error:
+        raise ValueError(cannot_write(folder, error)) from error
+    make_writable(folder / "records")
+    return found
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of comparison.json; a folder without a valid one is refused."""
+    path = folder / "comparison.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder} is not a comparison that flatmin wrote (no valid comparison.json). It is left as it is: choose "
+            "another --name, or delete comparison.json if it is damaged and the folder holds nothing else."
+        )
+    return config
+
+
+def done(spec: RunSpec, folder: Path) -> bool:
+    """Whether the run is finished; a record of another run under its name is refused."""
+    path = folder / f"{spec.name}.jsonl"
+    if not path.exists():
+        return False
+    found = read_run(path).header["spec"]
+    wanted = spec.to_dict()
+    changed = [key for key in wanted if found.get(key) != wanted[key]]
+    if changed:
+        key = changed[0]
+        raise ValueError(
+            f"{path} is a run with another {key} ({found.get(key)}, not {wanted[key]}). It is left as it is: choose "
+            "another --name or --out."
+        )
+    return True
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside, no other process works in `folder`; two of them would write the same records.
+
+    Raises:
+        ValueError: if another one does.
+    """
+    path = folder / ".lock"
+    try:
+        descriptor = _acquire(path)
+    except BlockingIOError as error:
+        raise ValueError(f"another flatmin is at work in {folder}.") from error
+    except OSError as error:
+        raise ValueError(cannot_write(folder, error)) from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # before the lock is given up: nobody else's file is removed
+        os.close(descriptor)
+
+
+def _acquire(path: Path) -> int:
+    """An open file that holds the lock: the one that is at `path` now, not one that was removed in between."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _flock(descriptor)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _flock(descriptor: int) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # a file system without locks
+        return
+
+
+def _just_begun(folder: Path) -> bool:
+    """Whether the folder holds no more than what is there before comparison.json is."""
+    if not folder.is_dir():
+        return False
+    records = folder / "records"
+    others = [path for path in folder.iterdir() if path != records and not _ours(path.name)]
+    return not others and not (records.exists() and any(path.name != ".writable" for path in records.iterdir()))
+
+
+def _ours(name: str) -> bool:
+    return name == ".lock" or (name.startswith("comparison.json.") and name.endswith(".tmp"))

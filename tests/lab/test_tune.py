@@ -1,0 +1,51 @@
+"""Choosing settings: as many trials for every method, checked before anything is trained, nothing done twice."""
+
+import json
+
+import pytest
+
+import flatmin.lab.pool as pool
+from flatmin.lab.tune import Tune
+
+
+def tune(tmp_path, **options):
+    options = {"methods": ("base", "sam"), "lr": (0.1,), "weight_decay": (0.0,), "rho": (0.05,), **options}
+    return Tune(out=tmp_path / "tuning", num_seeds=1, jobs=1, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": ("base", "sma")}, "unknown method 'sma'. Did you mean 'sam'"),
+        ({"methods": ("sam", "base")}, "the first of --methods is the control and has no radius, got sam"),
+        ({"methods": ("sam",)}, "the first of --methods is the control"),
+        ({"methods": ()}, "--methods names at least one method"),
+        ({"methods": ("base", "sam", "sam")}, "none twice, got 'base sam sam'"),
+        ({"rho": (0.1, 0.2)}, r"same number of trials.*base 1 \(--lr x --weight-decay\), sam 2 \(--lr x --rho\)"),
+        ({"lr": ()}, "same number of trials, and at least one"),
+        ({"task": "digit"}, "unknown task 'digit'"),
+    ],
+)
+def test_everything_is_checked_before_anything_is_trained(tmp_path, options, message, monkeypatch):
+    monkeypatch.setattr(pool, "train", lambda *_: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=message):
+        tune(tmp_path, **options).run()
+    assert not (tmp_path / "tuning").exists()
+
+
+def test_finished_runs_are_used_again_and_never_overwritten(tmp_path, monkeypatch):
+    tune(tmp_path).run()
+    before = json.loads((tmp_path / "tuning" / "tuning.json").read_text())
+    assert set(before["best"]) == {"base", "sam"}
+    monkeypatch.setattr(pool, "train", lambda *_: pytest.fail("trained again"))
+    tune(tmp_path).run()
+    assert json.loads((tmp_path / "tuning" / "tuning.json").read_text()) == before
+    with pytest.raises(ValueError, match="is a run with another settings"):
+        tune(tmp_path, lr=(0.2,)).run()
+
+
+def test_a_trial_that_diverges_is_null_in_the_file(tmp_path):
+    tune(tmp_path, methods=("base",), lr=(0.1, 1e8)).run()
+    text = (tmp_path / "tuning" / "tuning.json").read_text()
+    trials = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["trials"]["base"]
+    assert [trial["validation_loss"] is None for trial in trials] == [False, True]
