@@ -23,12 +23,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_pre_hooks, register_module_forward_pre_hook
-from torch.utils.hooks import RemovableHandle
+from torch.nn.modules.module import _global_forward_pre_hooks
 
 RandomState = dict[torch.device, Tensor]
 
@@ -56,8 +54,7 @@ def undisturbed(model: nn.Module, *, eval_mode: bool = True) -> Iterator[None]:
     """
     modes = [(module, module.training) for module in model.modules()]
     states = random_state({p.device for p in model.parameters()})
-    buffers = KeptBuffers(model)
-    buffers.keep()
+    buffers = Buffers(weakref.ref(module) for module in model.modules())
     try:
         if eval_mode:
             model.eval()
@@ -68,7 +65,7 @@ def undisturbed(model: nn.Module, *, eval_mode: bool = True) -> Iterator[None]:
                 if module.training != training:
                     module.train(training)
         finally:
-            buffers.put_back(only_changed=True)
+            buffers.put_back()
             set_random_state(states)
             for module, training in modes:
                 module.training = training
@@ -189,45 +186,3 @@ def _can_be_written(buffer: Tensor) -> bool:
     """False for tensors that nobody can have changed in place: made in inference mode, or expanded."""
     expanded = any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
     return not expanded and not buffer.is_inference()
-
-
-class KeptBuffers:
-    """Copies of the buffers of every module that has run since `keep()` (or of `model`, if given)."""
-
-    def __init__(self, model: nn.Module | None):
-        self._model = model
-        self._hook: RemovableHandle | None = None
-        self._seen: set[nn.Module] = set()
-        self._kept: list[tuple[nn.Module, str, Any, Any]] = []  # module, name, buffer, value; None if it has none
-
-    def keep(self) -> None:
-        """Begins to watch."""
-        if self._model is not None:
-            self._copy(self._model)
-        else:
-            self._hook = register_module_forward_pre_hook(self._copy)
-
-    @torch.no_grad()
-    def put_back(self, *, only_changed: bool = False) -> None:
-        """Restores every copied buffer; may be called again.
-
-        With `only_changed` a buffer that still has its value is not written to, so that graphs which saved it stay
-        valid; that comparison costs a host synchronisation per buffer.
-        """
-        if self._hook is not None:
-            self._hook.remove()
-        for module, name, buffer, value in self._kept:
-            if buffer is not None and not (only_changed and torch.equal(buffer, value)):
-                buffer.copy_(value)
-            module._buffers[name] = buffer
-        self._seen, self._kept = set(), []
-
-    def _copy(self, module: nn.Module, _args: object = None) -> None:
-        if module in self._seen:
-            return
-        for part in module.modules():
-            if part not in self._seen:
-                self._seen.add(part)
-                for name, buffer in part._buffers.items():
-                    value = None if buffer is None else buffer.detach().clone()
-                    self._kept.append((part, name, buffer, value))

@@ -12,7 +12,9 @@ import flatmin.lab.train as train_module
 from flatmin.lab.records import read_run
 from flatmin.lab.tasks import Settings, get_task
 from flatmin.lab.train import RunSpec, build_optimizer, train
-from flatmin.optim import methods
+
+# One of each kind: what the lab does differently for a method is its base, its seed, parts of a batch, losses by sample.
+FEW = ("base", "sam", "nso", "bsam", "esam", "sap")
 
 
 def spec(method="nso", seed=0, steps=20, lr=0.1, radius=0.05):
@@ -26,7 +28,7 @@ def run(path, which):
     return read_run(path / f"{which.name}.jsonl")
 
 
-@pytest.mark.parametrize("method", list(methods()))
+@pytest.mark.parametrize("method", FEW)
 def test_same_seed_same_numbers(tmp_path, method):
     a, b = run(tmp_path / "a", spec(method)), run(tmp_path / "b", spec(method))
     for record in (a, b):
@@ -97,11 +99,11 @@ def test_an_interrupt_leaves_whole_records(tmp_path):
     assert whole.progress[: len(lines) - 2] == lines[1:-1]  # started again from the beginning, with the same numbers
 
 
-@pytest.mark.parametrize("method", list(methods()))
+@pytest.mark.parametrize("method", FEW)
 def test_divergence_is_recorded_and_names_the_mend(tmp_path, method):
     record = run(tmp_path, spec(method, steps=200, lr=1e8))
     assert not record.finished
-    assert f"{method} on digits, seed 0: the loss became" in record.result["message"]
+    assert f"{method} on digits, seed 0: " in record.result["message"]
     assert "A lower learning rate" in record.result["message"]
     assert record.result["steps"] < 200
 
@@ -118,7 +120,7 @@ def test_settings_are_checked():
     with pytest.raises(ValueError, match="weight_decay must be >= 0"):
         Settings(lr=1, weight_decay=-1)
     with pytest.raises(ValueError, match="rho must be a finite number >= 0"):
-        build_optimizer(spec("sam", radius=-1.0), torch.nn.Linear(2, 2))
+        build_optimizer(spec("sam", radius=-1.0), torch.nn.Linear(2, 2), 200)
 
 
 def test_the_seed_decides_the_first_weights_and_the_order_of_the_batches(tmp_path):

@@ -16,7 +16,7 @@ def tune(tmp_path, **options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"methods": ("base", "sma")}, "unknown method 'sma'. Did you mean 'sam'"),
+        ({"methods": ("base", "gsma")}, "unknown method 'gsma'. Did you mean 'gsam'"),
         ({"methods": ("sam", "base")}, "the first of --methods is the control and has no radius, got sam"),
         ({"methods": ("sam",)}, "the first of --methods is the control"),
         ({"methods": ()}, "--methods names at least one method"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
@@ -76,7 +77,7 @@ def _train(spec: RunSpec, writer: RunWriter, report: Progress) -> tuple[nn.Modul
     splits = task.load(spec.seed)
     torch.manual_seed(spec.seed)
     model = task.build_model()
-    optimizer = build_optimizer(spec, model)
+    optimizer = build_optimizer(spec, model, len(splits.train[1]))
     gradients_per_step = getattr(optimizer, "gradients_per_step", 1)
     scheduler = CosineAnnealingLR(optimizer, spec.num_steps)
     every = max(1, spec.num_steps // NUM_PROGRESS)
@@ -102,24 +103,34 @@ def _train(spec: RunSpec, writer: RunWriter, report: Progress) -> tuple[nn.Modul
     return model, {"status": "finished", **cost, **_scores(model, task.criterion, splits), "flatness": flatness}
 
 
-def build_optimizer(spec: RunSpec, model: nn.Module) -> Optimizer:
-    """SGD with momentum 0.9 and the spec's settings, inside the spec's method."""
+def build_optimizer(spec: RunSpec, model: nn.Module, num_data: int) -> Optimizer:
+    """SGD with momentum 0.9 and the spec's settings, inside the spec's method; `num_data` training samples."""
     settings, method = spec.settings, get_method(spec.method)
-    base = SGD(model.parameters(), lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay)
+    if getattr(method.factory, "replaces_momentum", False):
+        base = SGD(model.parameters(), lr=settings.lr)
+    else:
+        base = SGD(model.parameters(), lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay)
     options: dict[str, Any] = {}
     if settings.radius is not None and method.radius_name is not None:
         options[method.radius_name] = settings.radius
-    if spec.method.startswith("nso"):
+    if getattr(method.factory, "is_random", False):
         options["seed"] = spec.seed
+    if "num_data" in method.needs:
+        options["num_data"] = num_data
     return method.build(base, **options)
 
 
 def _step(model: nn.Module, optimizer: Optimizer, criterion: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
-    inputs, labels = batch
+    if getattr(optimizer, "needs_losses", False):
+        criterion = copy.copy(criterion)
+        criterion.reduction = "none"  # type: ignore[assignment]
+    take = getattr(optimizer, "take", lambda *batch: batch)
+    mean = getattr(optimizer, "mean", lambda losses: losses)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = criterion(model(inputs), labels)
+        inputs, labels = take(*batch)
+        loss = mean(criterion(model(inputs), labels))
         loss.backward()
         return loss
 

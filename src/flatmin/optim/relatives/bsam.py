@@ -93,6 +93,7 @@ class BSAM(FlatOptimizer):
 
     radius_name = "rho"
     num_kept = 2
+    replaces_momentum = True
     is_random = True
 
     def __init__(
