@@ -13,7 +13,7 @@ from flatmin.lab.records import read_run
 from flatmin.lab.tasks import Settings, get_task
 from flatmin.lab.train import RunSpec, build_optimizer, train
 
-# One of each kind: what the lab does differently for a method is its base, its seed, parts of a batch, losses by sample.
+# One of each kind: what the lab does differently is the base, a seed, parts of a batch, losses by sample.
 FEW = ("base", "sam", "nso", "bsam", "esam", "sap")
 
 
