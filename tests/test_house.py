@@ -38,7 +38,7 @@ PUBLIC = [
     "BSAM", "ESAM", "GSAM", "NSO", "RSP", "SAM", "SAP", "WSAM", "EigenResult", "EigenSAM", "FisherSAM", "FlatOptimizer",
     "FlatnessReport", "FriendlySAM", "LookSAM", "Measurement", "MomentumSAM", "MongeSAM", "Objective", "Probe",
     "RandomSAM", "TraceResult",
-    "measure", "methods", "problems", "top_eigenvalues", "trace",
+    "measure", "methods", "norm_parameters", "problems", "top_eigenvalues", "trace",
 ]  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from flatmin.optim import (
     Probe,
     RandomSAM,
     methods,
+    norm_parameters,
 )
 
 __version__ = "0.1.0"
@@ -64,6 +65,7 @@ __all__ = [
     "TraceResult",
     "measure",
     "methods",
+    "norm_parameters",
     "problems",
     "top_eigenvalues",
     "trace",

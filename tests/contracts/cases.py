@@ -87,6 +87,19 @@ class Tied(nn.Module):
         return self.head(self.layer(self.layer(x).tanh()).tanh())
 
 
+class Embedded(nn.Module):
+    """The signs of the inputs as an index into an embedding, whose gradient may be sparse."""
+
+    def __init__(self, sparse: bool):
+        super().__init__()
+        self.embed = nn.Embedding(64, 5, sparse=sparse)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        index = ((x > 0).long() * 2 ** torch.arange(6)).sum(1)
+        return self.head(self.embed(index).tanh())
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "plain": lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)),
     "batchnorm": lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)),

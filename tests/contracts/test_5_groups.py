@@ -5,6 +5,7 @@ import torch
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 
+import flatmin
 from tests.contracts.cases import Case, assert_same, build, each_base, each_method
 
 
@@ -192,3 +193,14 @@ def test_global_hooks_run_once_a_step(method):
     finally:
         handle.remove()
     assert seen == ["SGD", "SGD"]
+
+
+def test_norm_layers_only():
+    case = Case("sam", model_name="batchnorm")
+    case.optimizer = flatmin.SAM(case.optimizer.base, perturb=flatmin.norm_parameters(case.model))
+    *_, moved = displacements(case)
+    assert {name for name, d in moved.items() if d.abs().max() > 0} == {"1.weight", "1.bias"}
+    size = torch.cat([d.flatten() for d in moved.values()]).norm()
+    torch.testing.assert_close(size, torch.tensor(0.05))  # the norm is over what is moved
+    with pytest.raises(ValueError, match="Linear has no normalisation layer"):
+        flatmin.norm_parameters(torch.nn.Linear(2, 2))

@@ -20,6 +20,7 @@ from flatmin.optim.relatives import (
 )
 from flatmin.optim.rule import HERE, Displacement, Probe, Rule, drive
 from flatmin.optim.sam import SAM
+from flatmin.optim.select import norm_parameters
 
 __all__ = [
     "BSAM",
@@ -47,5 +48,6 @@ __all__ = [
     "drive",
     "get_method",
     "methods",
+    "norm_parameters",
     "register",
 ]

@@ -37,6 +37,7 @@ from flatmin.optim.misuse import (
     SCALER_STEP,
     STEP_IN_LOOP,
     check_base,
+    check_dense,
     check_options,
     check_window,
 )
@@ -243,6 +244,8 @@ class FlatOptimizer(Ending):
                 probe.check_used()
                 if probe.weight is None:
                     scaling.unscale()
+                if not self.takes_sparse:
+                    check_dense([p.grad for p in self.params], type(self).__name__)
                 probe = as_probe(rule.send(collector.after(probe)))
         except StopIteration as stop:
             place.home()

@@ -22,6 +22,7 @@ class Host(Optimizer):
     base: Optimizer
     num_kept: int = 0  # vectors of the size of the parameters that the method keeps between steps
     replaces_momentum: bool = False  # whether the base should be plain SGD
+    takes_sparse: bool = True  # whether its formula can be evaluated on sparse gradients
     is_random: bool = False  # whether the method draws random numbers
 
     def __init__(self, base: Optimizer, radius: float, seed: int | None):

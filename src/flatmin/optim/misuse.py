@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 
+from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 NOTHING_TO_STEP = """step() before any gradient. Either pass a closure,
@@ -101,6 +102,12 @@ def check_base(base: object, name: str) -> Optimizer:
             "optimizer."
         )
     return base
+
+
+def check_dense(gradients: Iterable[Tensor | None], name: str) -> None:
+    """Raises a `ValueError` if a gradient is sparse."""
+    if any(g is not None and g.is_sparse for g in gradients):
+        raise ValueError(f"{name} cannot take sparse gradients. Use sparse=False in the embedding, or another method.")
 
 
 def check_options(unknown: Iterable[str], cls: type, radius_name: str) -> None:

@@ -92,6 +92,7 @@ class BSAM(FlatOptimizer):
     """
 
     radius_name = "rho"
+    takes_sparse = False
     num_kept = 2
     replaces_momentum = True
     is_random = True

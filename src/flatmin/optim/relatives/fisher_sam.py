@@ -51,6 +51,7 @@ class FisherSAM(FlatOptimizer):
     """
 
     radius_name = "rho"
+    takes_sparse = False
 
     def __init__(self, base: Optimizer, rho: float = 0.1, eta: float = 1.0, **options: Unpack[EngineOptions]):
         if eta < 0:

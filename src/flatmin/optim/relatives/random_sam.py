@@ -49,6 +49,7 @@ class RandomSAM(FlatOptimizer):
     """
 
     radius_name = "rho"
+    takes_sparse = False
     is_random = True
 
     def __init__(
