@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import flatmin
 from flatmin import problems
 
 ALL = [
@@ -11,6 +12,7 @@ ALL = [
     problems.rank_deficient(),
     problems.quartic(),
     problems.hyperbola(),
+    problems.matrix_sensing(4, 1),
 ]
 each_problem = pytest.mark.parametrize("problem", ALL, ids=lambda p: p.name)
 
@@ -45,3 +47,42 @@ def test_the_hyperbola_starts_at_a_sharp_minimum():
     problem = problems.hyperbola()
     assert problem.value(problem.start) == 0
     assert problem.trace(problem.start) == 2 * (16 + 1 / 16)
+
+
+def test_matrix_sensing_is_underdetermined_and_its_truth_is_a_minimum():
+    problem = problems.matrix_sensing(12, 2)
+    values, vectors = torch.linalg.eigh(problem.truth)
+    root = (vectors * values.clamp(min=0).sqrt()).flatten()
+    assert problem.value(root) < 1e-20
+    assert problem.recovery_error(root) < 1e-20
+    assert problem.validation_error(root) < 1e-20
+    assert (problem.spectrum(root) > -1e-9).all()
+    assert 2 * (problem.fresh.shape[0] - 1) < 12 * 13 / 2
+    # The trace at a minimum: (2/m) sum |A_i U|^2, about d |U|^2 for Gaussian measurements.
+    expected = 12 * root.square().sum()
+    assert 0.7 < problem.trace(root) / expected < 1.6
+
+
+def sense(problem, steps, **options):
+    model = problem.module(problem.start.float())
+    base = torch.optim.SGD(model.parameters(), lr=0.0025)
+    optimizer = flatmin.NSO(base, sigma=0.08, **options)
+
+    def closure():
+        model.x.grad = problem.gradient(model.x.detach())
+        return problem.value(model.x.detach())
+
+    for _ in range(steps):
+        optimizer.step(closure)
+    return float(problem.validation_error(model.x.detach().double()))
+
+
+@pytest.mark.slow
+def test_the_published_order_on_matrix_sensing():
+    # Gradient descent interpolates and does not recover the matrix; noise does; two points better than one.
+    problem = problems.matrix_sensing()
+    steps = 7000
+    descent = sense(problem, steps, clean_weight=1.0)
+    one_point, two_point = sense(problem, steps, antithetic=False), sense(problem, steps)
+    assert two_point < 0.5 * one_point
+    assert one_point < 0.02 * descent

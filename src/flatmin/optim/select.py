@@ -29,7 +29,7 @@ def norm_parameters(model: nn.Module) -> list[Tensor]:
         opt = flatmin.SAM(base, rho=0.5, perturb=flatmin.norm_parameters(model))
     """
     norms = [m for m in model.modules() if isinstance(m, _NORMS) or "Norm" in type(m).__name__]
-    found = list(dict.fromkeys(p for m in norms for p in m.parameters(recurse=False)))
+    found: list[Tensor] = list(dict.fromkeys(p for m in norms for p in m.parameters(recurse=False)))
     if not found:
         raise ValueError(f"{type(model).__name__} has no normalisation layer with parameters.")
     return found

@@ -12,5 +12,15 @@ from flatmin.problems.analytic import (
     quartic,
     rank_deficient,
 )
+from flatmin.problems.sensing import MatrixSensing, matrix_sensing
 
-__all__ = ["Problem", "hyperbola", "ill_conditioned", "quadratic", "quartic", "rank_deficient"]
+__all__ = [
+    "MatrixSensing",
+    "Problem",
+    "hyperbola",
+    "ill_conditioned",
+    "matrix_sensing",
+    "quadratic",
+    "quartic",
+    "rank_deficient",
+]
