@@ -3,19 +3,43 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch.nn import Parameter
+from torch.optim import SGD
+
+import flatmin
 from benchmarks.step import markdown as cost_table
 from flatmin.lab.display import markdown_table
 
 ROOT = Path(__file__).parent.parent
 
 
+def methods_table() -> str:
+    """The registry as a Markdown table."""
+    rows = ["| method | class | gradients a step | kept | sparse | needs | source |", "|---|---|---:|---:|---|---|---|"]
+    for method in flatmin.methods().values():
+        if method.factory is None:
+            rows.append(f"| {method.name} | | {method.gradients:g} | 0 | | | {method.paper} |")
+            continue
+        optimizer: Any = method.build(SGD([Parameter(torch.zeros(1))], lr=0.1), **dict.fromkeys(method.needs, 1))
+        fixed = ", ".join(f"{k}={v!r}" for k, v in method.options.items())
+        needs = [f"`{name}=`" for name in method.needs]
+        needs += ["take"] * optimizer.needs_take + ["mean"] * optimizer.needs_losses
+        rows.append(
+            f"| {method.name} | `{type(optimizer).__name__}({fixed})` | {method.gradients:g} | {optimizer.num_kept} "
+            f"| {'yes' if optimizer.takes_sparse else 'no'} | {', '.join(needs)} | {method.paper} |"
+        )
+    return "\n".join(rows)
+
+
 def main() -> None:
     """Replaces what stands between `<!-- name -->` and `<!-- /name -->`."""
     summary = json.loads((ROOT / "docs" / "records" / "digits" / "summary.json").read_text())
     cost = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())
-    tables = {"demo": markdown_table(summary), "cost": cost_table(cost)}
-    for path in (ROOT / "README.md", ROOT / "docs" / "results.md"):
+    tables = {"demo": markdown_table(summary), "cost": cost_table(cost), "methods": methods_table()}
+    for path in (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "methods.md"):
         text = path.read_text()
         for name, table in tables.items():
             pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"

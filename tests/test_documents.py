@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.step import markdown as cost_table
+from docs.refresh import methods_table
 from flatmin.lab.compare import Compare
 from flatmin.lab.display import markdown_table
 from flatmin.lab.summary import summarize
@@ -76,6 +77,10 @@ def test_the_tables_are_computed_from_the_records(path):
     text = (ROOT / path).read_text()
     assert markdown_table(committed_summary()) in text
     assert cost_table(json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())) in text
+
+
+def test_the_table_of_methods_is_computed_from_the_registry():
+    assert methods_table() in (ROOT / "docs" / "methods.md").read_text()
 
 
 def test_links_lead_somewhere():

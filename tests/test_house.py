@@ -35,10 +35,10 @@ CORE = {"torch", "numpy", "scipy"}
 THIRD_PARTY = {"problems": {"torch"}, "lab": {*CORE, "rich", "tyro"}}
 
 PUBLIC = [
-    "BSAM", "ESAM", "GSAM", "NSO", "RSP", "SAM", "SAP", "WSAM", "EigenResult", "EigenSAM", "FisherSAM", "FlatOptimizer",
-    "FlatnessReport", "FriendlySAM", "LookSAM", "Measurement", "MomentumSAM", "MongeSAM", "Objective", "Probe",
-    "RandomSAM", "TraceResult",
-    "measure", "methods", "norm_parameters", "problems", "top_eigenvalues", "trace",
+    "BSAM", "ESAM", "GSAM", "NSO", "RSP", "SAM", "SAP", "WSAM", "EigenResult", "EigenSAM", "FisherSAM",
+    "FlatMinimum", "FlatOptimizer", "FlatnessReport", "FriendlySAM", "LookSAM", "Measurement", "MomentumSAM",
+    "MongeSAM", "Objective", "Probe", "RandomSAM", "TraceResult", "flat_minimum", "limit_map", "measure",
+    "methods", "norm_parameters", "problems", "top_eigenvalues", "trace",
 ]  # fmt: skip
 
 

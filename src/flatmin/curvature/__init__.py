@@ -1,6 +1,7 @@
 """Measuring: an objective, Hessian products, and what is estimated from them, each with its error."""
 
 from flatmin.curvature.eigen import top_eigenvalues
+from flatmin.curvature.manifold import FlatMinimum, flat_minimum, limit_map
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.products import hessian_product
 from flatmin.curvature.report import FlatnessReport, measure
@@ -10,11 +11,14 @@ from flatmin.curvature.trace import trace
 __all__ = [
     "EigenResult",
     "Estimate",
+    "FlatMinimum",
     "FlatnessReport",
     "Measurement",
     "Objective",
     "TraceResult",
+    "flat_minimum",
     "hessian_product",
+    "limit_map",
     "measure",
     "top_eigenvalues",
     "trace",
