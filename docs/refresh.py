@@ -10,10 +10,12 @@ from torch.nn import Parameter
 from torch.optim import SGD
 
 import flatmin
+from benchmarks.split_batch import markdown as split_table
 from benchmarks.step import markdown as cost_table
 from flatmin.lab.display import markdown_table
 
 ROOT = Path(__file__).parent.parent
+PAGES = ("results.md", "methods.md", "concepts/step.md")
 
 
 def methods_table() -> str:
@@ -38,8 +40,14 @@ def main() -> None:
     """Replaces what stands between `<!-- name -->` and `<!-- /name -->`."""
     summary = json.loads((ROOT / "docs" / "records" / "digits" / "summary.json").read_text())
     cost = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())
-    tables = {"demo": markdown_table(summary), "cost": cost_table(cost), "methods": methods_table()}
-    for path in (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "methods.md"):
+    split = json.loads((ROOT / "benchmarks" / "results" / "split_batch.json").read_text())
+    tables = {
+        "demo": markdown_table(summary),
+        "cost": cost_table(cost),
+        "methods": methods_table(),
+        "split": split_table(split),
+    }
+    for path in (ROOT / "README.md", *(ROOT / "docs" / name for name in PAGES)):
         text = path.read_text()
         for name, table in tables.items():
             pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"

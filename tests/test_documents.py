@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.split_batch import markdown as split_table
 from benchmarks.step import markdown as cost_table
 from docs.refresh import methods_table
 from flatmin.lab.compare import Compare
@@ -81,6 +82,11 @@ def test_the_tables_are_computed_from_the_records(path):
 
 def test_the_table_of_methods_is_computed_from_the_registry():
     assert methods_table() in (ROOT / "docs" / "methods.md").read_text()
+
+
+def test_the_table_of_half_batches_is_the_committed_result():
+    results = json.loads((ROOT / "benchmarks" / "results" / "split_batch.json").read_text())
+    assert split_table(results) in (ROOT / "docs" / "concepts" / "step.md").read_text()
 
 
 def test_links_lead_somewhere():
