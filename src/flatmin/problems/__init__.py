@@ -6,11 +6,22 @@ work in the dtype of `x`. `module()` turns it into an `nn.Module` for optimizers
 
 from flatmin.problems.analytic import (
     Problem,
+    cubic,
     hyperbola,
     ill_conditioned,
     quadratic,
     quartic,
     rank_deficient,
 )
+from flatmin.problems.smoothing import smoothed_by_steps
 
-__all__ = ["Problem", "hyperbola", "ill_conditioned", "quadratic", "quartic", "rank_deficient"]
+__all__ = [
+    "Problem",
+    "cubic",
+    "hyperbola",
+    "ill_conditioned",
+    "quadratic",
+    "quartic",
+    "rank_deficient",
+    "smoothed_by_steps",
+]
