@@ -1,5 +1,7 @@
 """The closed forms against autograd, and the smoothed values against a large sample."""
 
+import math
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ ALL = [
     problems.quadratic(torch.tensor([[2.0, 1.0], [1.0, 3.0]]).double(), torch.tensor([1.0, -1.0]).double()),
     problems.ill_conditioned(),
     problems.rank_deficient(),
+    problems.cubic(),
     problems.quartic(),
     problems.hyperbola(),
     problems.matrix_sensing(4, 1),
@@ -86,3 +89,45 @@ def test_the_published_order_on_matrix_sensing():
     one_point, two_point = sense(problem, steps, antithetic=False), sense(problem, steps)
     assert two_point < 0.5 * one_point
     assert one_point < 0.02 * descent
+
+
+@pytest.mark.parametrize("problem", [problems.cubic(), problems.quartic()], ids=lambda p: p.name)
+def test_smoothing_by_quadrature_equals_the_closed_form(problem):
+    eta, noise_std = 0.4, 0.5
+    v = problem.start.clone().requires_grad_()
+    closed = problems.smoothed_by_steps(problem, eta, noise_std)(v)
+    computed = problems.smoothed_by_steps(problem.value, eta, noise_std)(v)
+    torch.testing.assert_close(computed, closed, rtol=1e-13, atol=0)
+    torch.testing.assert_close(closed, problem.smoothed(v, eta * noise_std), rtol=0, atol=0)
+    slopes = [torch.autograd.grad(value, v)[0] for value in (computed, closed)]
+    torch.testing.assert_close(*slopes, rtol=1e-13, atol=0)
+
+
+def test_quadrature_is_exact_beyond_polynomials():
+    v = torch.tensor([0.7], dtype=torch.float64)
+    smoothed = problems.smoothed_by_steps(lambda x: x.cos().sum(), 0.5, 0.8)(v)
+    closed = math.exp(-0.5 * 0.4**2) * math.cos(0.7)  # E cos(v + u) = exp(-sigma^2 / 2) cos v
+    assert abs(smoothed - closed) < 1e-14
+
+
+def test_smoothing_by_draws():
+    problem, eta, noise_std, n = problems.hyperbola(), 0.5, 0.6, 100_000
+    v = torch.tensor([1.5, 0.5], dtype=torch.float64)
+    smoothed = problems.smoothed_by_steps(problem.value, eta, noise_std, num_draws=n, seed=1)
+    u = eta * noise_std * torch.randn(n, 2, dtype=torch.float64)
+    error = torch.vmap(problem.value)(v + u).std() / n**0.5  # of plain draws; that of pairs is smaller here
+    assert abs(smoothed(v) - problem.smoothed(v, eta * noise_std)) < 4 * error
+    assert smoothed(v) == smoothed(v)
+
+
+def test_the_minimum_of_the_smoothed_cubic():
+    m, sigma = 0.3, 0.5
+    v = torch.tensor([((1 - m**2 * sigma**2) ** 0.5 - 1) / m], dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(problems.smoothed_by_steps(problems.cubic(m), 1.0, sigma)(v), v)
+    assert abs(slope) < 1e-15
+
+
+@pytest.mark.parametrize("arguments", [(-0.1, 1.0), (0.1, -1.0), (float("inf"), 1.0)])
+def test_wrong_steps_are_refused(arguments):
+    with pytest.raises(ValueError, match="must be a finite number >= 0"):
+        problems.smoothed_by_steps(problems.cubic(), *arguments)

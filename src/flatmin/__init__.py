@@ -1,6 +1,7 @@
 """flatmin: find flat minima of PyTorch models, and measure how flat they are.
 
 Training    NSO, RSP, SAP, SAM, MongeSAM and SAM's relatives around any `torch.optim` optimizer; `methods()` lists them
+Averaging   `Averager(model)`, the mean of the path of any of them, or of the base optimizer alone
 Measuring   `measure(model, criterion, data)`, or `Objective` with `trace` and `top_eigenvalues`
 Problems    functions with known gradients, Hessians and spectra
 """
@@ -28,6 +29,7 @@ from flatmin.optim import (
     SAM,
     SAP,
     WSAM,
+    Averager,
     EigenSAM,
     FisherSAM,
     FlatOptimizer,
@@ -52,6 +54,7 @@ __all__ = [
     "SAM",
     "SAP",
     "WSAM",
+    "Averager",
     "EigenResult",
     "EigenSAM",
     "FisherSAM",

@@ -1,5 +1,6 @@
 """Training: rules, the engine that runs them, and the registry of methods."""
 
+from flatmin.optim.averaging import Averager
 from flatmin.optim.engine import FlatOptimizer
 from flatmin.optim.escape import RSP, SAP
 from flatmin.optim.monge import MongeSAM
@@ -32,6 +33,7 @@ __all__ = [
     "SAM",
     "SAP",
     "WSAM",
+    "Averager",
     "Displacement",
     "EigenSAM",
     "EngineOptions",

@@ -6,6 +6,7 @@ work in the dtype of `x`. `module()` turns it into an `nn.Module` for optimizers
 
 from flatmin.problems.analytic import (
     Problem,
+    cubic,
     hyperbola,
     ill_conditioned,
     quadratic,
@@ -13,14 +14,17 @@ from flatmin.problems.analytic import (
     rank_deficient,
 )
 from flatmin.problems.sensing import MatrixSensing, matrix_sensing
+from flatmin.problems.smoothing import smoothed_by_steps
 
 __all__ = [
     "MatrixSensing",
     "Problem",
+    "cubic",
     "hyperbola",
     "ill_conditioned",
     "matrix_sensing",
     "quadratic",
     "quartic",
     "rank_deficient",
+    "smoothed_by_steps",
 ]

@@ -1,4 +1,4 @@
-"""Quadratics, x^4 and the hyperbola (1 - xy)^2."""
+"""Quadratics, a cubic, x^4 and the hyperbola (1 - xy)^2."""
 
 from __future__ import annotations
 
@@ -100,6 +100,26 @@ def quartic() -> Problem:
         hessian=lambda x: torch.diag(12 * x**2),
         smoothed=lambda x, sigma: (x**4 + 6 * sigma**2 * x**2 + 3 * sigma**4).sum(),
         start=torch.tensor([1.5], dtype=torch.float64),
+    )
+
+
+def cubic(m: float = 0.3) -> Problem:
+    """f(x) = x^2 / 2 + m x^3 / 6: the simplest minimum, at 0, whose Hessian 1 + m x changes.
+
+    Smoothed: f + sigma^2 (1 + m x) / 2, minimal at (sqrt(1 - m^2 sigma^2) - 1) / m, on the flatter side. Below -2 / m
+    the function falls without end, so keep to the basin of 0.
+    """
+
+    def value(x: Tensor) -> Tensor:
+        return (0.5 * x**2 + m / 6 * x**3).sum()
+
+    return Problem(
+        name="x^2 / 2 + m x^3 / 6",
+        value=value,
+        gradient=lambda x: x + 0.5 * m * x**2,
+        hessian=lambda x: torch.diag(1 + m * x),
+        smoothed=lambda x, sigma: value(x) + 0.5 * sigma**2 * (1 + m * x).sum(),
+        start=torch.tensor([1.0], dtype=torch.float64),
     )
 
 

@@ -1,0 +1,54 @@
+"""Which iterates count in an average, and how much."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, get_args
+
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
+
+Kind = Literal["tail", "mean", "ema"]
+
+NO_LENGTH = (
+    "start={start} is a fraction of the run, so the length of the run is needed: pass num_steps=, or the first step to "
+    "average as a whole number (start=1000), or kind='mean' for all steps."
+)
+NO_START = (
+    "start must be a step (a whole number >= 1) or a fraction between 0 and 1, got {start!r}. For all steps take "
+    "kind='mean'."
+)
+
+
+def averaging_function(kind: str, decay: float) -> Callable[[list[Tensor], list[Tensor], int], None]:
+    """(averages, weights, how many are in the averages) brings the averages up to date, in place."""
+    if kind != "ema":
+        return get_swa_multi_avg_fn()
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay must be in [0, 1), got {decay!r}: the part of the last average that the next keeps.")
+    return get_ema_multi_avg_fn(decay)
+
+
+def first_step(kind: str, start: float, num_steps: int | None, every: int) -> int:
+    """The first step that may be averaged, counted from 1."""
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind must be 'tail', 'mean' or 'ema', got {kind!r}.")
+    if every < 1 or every != int(every):
+        raise ValueError(f"every must be a whole number >= 1, the steps between two averaged iterates; got {every!r}.")
+    first = _tail(start, num_steps) if kind == "tail" else 1
+    if num_steps is not None and math.ceil(first / every) * every > num_steps:
+        raise ValueError(
+            f"no step would be averaged: the first is {first}, every={every}, and the run ends after {num_steps}."
+        )
+    return first
+
+
+def _tail(start: float, num_steps: int | None) -> int:
+    if start >= 1 and start == int(start):
+        return int(start)
+    if not 0 < start < 1:
+        raise ValueError(NO_START.format(start=start))
+    if num_steps is None:
+        raise ValueError(NO_LENGTH.format(start=start))
+    return min(num_steps, math.floor(start * num_steps + 1e-9) + 1)  # 0.29 * 100 is a little less than 29

@@ -1,0 +1,89 @@
+"""The running statistics of batch norm, for weights that the model does not have while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+Forward = Callable[[nn.Module, Any], Any]
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+NO_BATCHES = "the data has no batches: there is nothing to compute statistics from."
+
+
+class Norms:
+    """The batch-norm layers of a model that keep statistics; other statistics for them live in a copy of the model.
+
+    Attributes:
+        known: whether the statistics in the copy may be used.
+    """
+
+    def __init__(self, model: nn.Module, copy: nn.Module):
+        copies = dict(copy.named_modules())
+        self._model = model
+        self._pairs: dict[str, tuple[_BatchNorm, nn.Module]] = {
+            name: (part, copies[name])
+            for name, part in model.named_modules()
+            if isinstance(part, _BatchNorm) and part.running_mean is not None
+        }
+        self.known = False
+
+    def __bool__(self) -> bool:
+        return bool(self._pairs)
+
+    @torch.no_grad()
+    def wear(self) -> None:
+        """Gives the model the statistics of the copy, if they are known. The caller takes them off again."""
+        if self.known:
+            for norm, copy in self._pairs.values():
+                for name in STATISTICS:
+                    getattr(norm, name).copy_(getattr(copy, name))
+
+    @torch.no_grad()
+    def recompute(self, data: Iterable[Any], forward: Forward | None) -> None:
+        """Computes the statistics of the copy with the model, whose mode, buffers and random state are the caller's."""
+        norms = [norm for norm, _ in self._pairs.values()]
+        momenta = [norm.momentum for norm in norms]
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # torch's sign for a cumulative average
+            self._model.train()
+            num_batches = sum(1 for batch in data if _evaluate(self._model, batch, forward))
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+        if not num_batches:
+            raise ValueError(NO_BATCHES)
+        for norm, copy in self._pairs.values():
+            for name in STATISTICS:
+                getattr(copy, name).copy_(getattr(norm, name))
+        self.known = True
+
+    def state(self) -> dict[str, Tensor]:
+        """The statistics of the copy, by name."""
+        return {f"{name}.{s}": getattr(copy, s) for name, (_, copy) in self._pairs.items() for s in STATISTICS}
+
+
+def _evaluate(model: nn.Module, batch: Any, forward: Forward | None) -> bool:
+    (forward or forward_inputs)(model, batch)
+    return True
+
+
+def forward_inputs(model: nn.Module, batch: Any) -> Any:
+    """Calls the model with a tensor, the first entry of a tuple or list, or a mapping as keyword arguments."""
+    device = next(model.parameters()).device
+    if isinstance(batch, Mapping):
+        return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+    if isinstance(batch, (tuple, list)) and batch:
+        batch = batch[0]
+    if not isinstance(batch, Tensor):
+        raise ValueError(
+            f"a batch holds a {type(batch).__name__}, not a tensor. Say how to evaluate it with "
+            "forward=lambda model, batch: ..."
+        )
+    return model(batch.to(device))
