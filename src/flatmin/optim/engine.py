@@ -243,6 +243,7 @@ class FlatOptimizer(Ending):
                 probe.check_used()
                 if probe.weight is None:
                     scaling.unscale()
+                place.move(None)  # a rule may read the weights, or draw noise in their scale
                 probe = as_probe(rule.send(collector.after(probe)))
         except StopIteration as stop:
             place.home()
