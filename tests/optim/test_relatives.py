@@ -137,6 +137,11 @@ def test_eigen_sam_without_an_eigenvector_is_sam():
     close(ask(eigen_sam(Radii([0.5]), 0.25, None, {}), [G, GP])[1][1], 0.5 * U)
 
 
+def test_eigen_sam_searches_on_from_the_eigenvector_that_it_remembers():
+    _, places = ask(eigen_sam(Radii([0.5]), 0.2, vec(1, 0), {"eigenvector": vec(0.6, 0.8)}), lambda x: x, [G])
+    close(places[1], 0.01 * f64(0.6, 0.8))
+
+
 def test_eigen_sam_finds_the_top_eigenvector_of_a_quadratic():
     c, s, memory = 0.8, 0.6, {}
     basis = torch.stack([f64(c, s, 0), f64(-s, c, 0), f64(0, 0, 1)], 1)
