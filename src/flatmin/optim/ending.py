@@ -66,7 +66,9 @@ class Ending(Tools):
 
     def _not_finite(self, losses: list[Any]) -> str:
         """What is not finite, "" if nothing: one synchronisation for the norm of the direction and the losses."""
-        size = Vector([p.grad for p in self.params]).size()
+        drift = () if self._drift is None else self._drift.tensors
+        update = Vector([*(p.grad for p in self.params), *drift])
+        size = update.size()
         if isinstance(size, float):
             if math.isfinite(size) and all(math.isfinite(loss) for loss in losses):
                 return ""
@@ -74,7 +76,7 @@ class Ending(Tools):
             return ""
         if not all(math.isfinite(loss) for loss in losses):
             return "loss"
-        return "" if Vector(p.grad for p in self.params).isfinite() else "direction"
+        return "" if update.isfinite() else "direction"
 
     def _skip(self, culprit: str | None) -> None:
         """Leaves weights, buffers and the base's state as they were before the step."""

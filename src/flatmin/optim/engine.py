@@ -246,6 +246,7 @@ class FlatOptimizer(Ending):
                     scaling.unscale()
                 if not self.takes_sparse:
                     check_dense([p.grad for p in self.params], type(self).__name__)
+                place.move(None)  # a rule may read the weights, or draw noise in their scale
                 probe = as_probe(rule.send(collector.after(probe)))
         except StopIteration as stop:
             place.home()

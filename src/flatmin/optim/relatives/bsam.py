@@ -31,8 +31,7 @@ def bsam(
     Afterwards s <- b2 s + (1 - b2)(sqrt(s) |g(theta)| + delta + damping). delta = prior / N.
     """
     delta, (b1, b2) = prior / num_data, betas
-    s = memory.get("precision") or draw.apply(lambda t: t.new_full(t.shape, initial))
-    m = memory.get("momentum")
+    s, m = _filled(memory.get("precision"), draw, initial), memory.get("momentum")
     noise = Vector(None if n is None or q is None else n * (num_data * q).rsqrt() for n, q in _pairs(draw, s))
     g = yield noise
     del noise
@@ -50,6 +49,13 @@ def bsam(
     return Vector(
         t if p is None or q is None else p / q for t, p, q in zip(perturbed.tensors, m.tensors, s.tensors, strict=True)
     )
+
+
+def _filled(s: Vector | None, draw: Vector, initial: float) -> Vector:
+    """The precision so far, and the first value where there is none yet: a layer may join later."""
+    if s is None:
+        s = Vector([None] * len(draw))
+    return Vector(None if n is None else n.new_full(n.shape, initial) if q is None else q for n, q in _pairs(draw, s))
 
 
 def _pairs(a: Vector, b: Vector):

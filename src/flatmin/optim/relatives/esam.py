@@ -33,16 +33,18 @@ class Hardest:
         """The second probe: the gamma n samples with the largest increase."""
         rise = losses.detach() - self._before[self._calls]
         self._calls += 1
-        return losses[rise.topk(max(1, math.ceil(self._gamma * len(losses)))).indices]
+        return losses[rise.topk(max(1, math.ceil(self._gamma * len(losses) - 1e-9))).indices]
 
 
-def esam(rho: Radii, beta: float, hardest: Hardest) -> Rule:
-    """G = g_S(W + rho / beta g / |g|), S the samples that were hurt most; rho is 0 outside a random set of tensors."""
-    return (yield Probe(_step(rho, (yield Probe(choose=hardest.remember)), beta), choose=hardest.choose))
+def esam(rho: Radii, chosen: Radii, beta: float, hardest: Hardest) -> Rule:
+    """G = g_S(W + rho / beta g / |g|), S the samples that were hurt most; `chosen` is rho, and 0 for some tensors."""
+    first = Probe(choose=hardest.remember)
+    return (yield Probe(_step(rho, chosen, (yield first), beta), choose=hardest.choose))
 
 
-def _step(rho: Radii, g: Vector, beta: float) -> Vector:
-    return rho * (rho.select(g) * (1.0 / (beta * g.norm())).nan_to_num(nan=0.0, posinf=0.0))
+def _step(rho: Radii, chosen: Radii, g: Vector, beta: float) -> Vector:
+    norm = rho.select(g).norm()
+    return chosen * (chosen.select(g) * (1.0 / (beta * norm)).nan_to_num(nan=0.0, posinf=0.0))
 
 
 @register("esam", gradients=2, paper="Du et al. 2022, arXiv:2110.03141")
@@ -72,7 +74,8 @@ class ESAM(FlatOptimizer):
         ValueError: negative `rho`, `beta` or `gamma` outside (0, 1], a body that does not call `mean`.
 
     Source: Du et al., "Efficient Sharpness-aware Minimization for Improved Training of Neural Networks", ICLR 2022.
-    As in its published code whole tensors are chosen, and the norm is over all of the gradient.
+    As in its published code whole tensors are chosen. The norm is over all moved parameters, chosen or not, as in the
+    paper; in that code the others have no gradient, so that its norm is over the chosen ones, and the step longer.
     """
 
     radius_name = "rho"
@@ -95,10 +98,10 @@ class ESAM(FlatOptimizer):
 
     def rule(self) -> Rule:
         """See `esam`."""
-        rho = self.radii().values
-        chance = torch.rand(len(rho), generator=torch.Generator().manual_seed(self.new_seed())).tolist()
-        chosen = Radii(r if c < self.beta else 0.0 for r, c in zip(rho, chance, strict=True))
-        return esam(chosen, self.beta, Hardest(self.gamma))
+        rho = self.radii()
+        chance = torch.rand(len(rho.values), generator=torch.Generator().manual_seed(self.new_seed())).tolist()
+        chosen = Radii(r if c < self.beta else 0.0 for r, c in zip(rho.values, chance, strict=True))
+        return esam(rho, chosen, self.beta, Hardest(self.gamma))
 
     @property
     def needs_losses(self) -> bool:

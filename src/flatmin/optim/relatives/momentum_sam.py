@@ -66,7 +66,7 @@ class MomentumSAM(FlatOptimizer):
             velocity = Vector(state.get(name) for state in states)
             if velocity.support:
                 return velocity
-        if any(states):
+        if self.num_steps > self.num_skipped:  # plain SGD has no state at all
             raise ValueError(
                 f"MomentumSAM needs momentum, and {type(self.base).__name__} keeps no {' or '.join(BUFFERS)}. Use e.g. "
                 "SGD(..., momentum=0.9) or AdamW."
