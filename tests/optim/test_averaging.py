@@ -404,7 +404,7 @@ def test_modules_without_parameters_may_come_and_go():
     model[2] = nn.Tanh()
     model.append(nn.Sequential())
     averager.update()
-    model[5].append(nn.Linear(3, 3, bias=False))
+    model[5].append(nn.Linear(3, 3, bias=False))  # type: ignore[operator]
     with pytest.raises(ValueError, match=r"\(added: 5.0.weight\)"):
         averager.update()
 
