@@ -24,6 +24,7 @@ class Host(Optimizer):
     replaces_momentum: bool = False  # whether the base should be plain SGD
     takes_sparse: bool = True  # whether its formula can be evaluated on sparse gradients
     is_random: bool = False  # whether the method draws random numbers
+    sync_ascent: bool = True  # whether processes average gradients that only say where to look
 
     def __init__(self, base: Optimizer, radius: float, seed: int | None):
         self._default_radius = check_radius(self.radius_name, radius)
@@ -91,7 +92,7 @@ class Host(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks, a step that a scheduler has wrapped, and what a step under way holds belong to this instance.
-        own = ("step", "_session", "_quiet", "_place", "_scaling", "_memory", "_probe")
+        own = ("step", "_session", "_quiet", "_ranks", "_place", "_scaling", "_memory", "_probe")
         return {k: v for k, v in self.__dict__.items() if not k.startswith("_optimizer_") and k not in own}
 
     def _common(self) -> dict[str, Any]:

@@ -79,8 +79,8 @@ class NSO(FlatOptimizer):
         options: see `flatmin.optim.options.EngineOptions`.
 
     Cost: 2k gradients a step (k if not `antithetic`), one more if `clean_weight` > 0; half of that with
-    `split_batch`. Memory inside a step: two copies of the parameters in the loop form, three with a closure; one less
-    with `low_memory=True`; none between steps. `step(closure)` returns the mean loss over the probes, or the loss at W
+    `split_batch`. Memory inside a step: two copies of the parameters (three with a closure and several perturbations);
+    one less with `low_memory=True`; none between steps. `step(closure)` returns the mean loss over the probes, or the loss at W
     if `clean_weight` > 0.
 
     Raises:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from flatmin.distributed import Ranks
 from flatmin.noise import Noise, Scale, mix_seeds
 from flatmin.optim.host import Host
 from flatmin.optim.memory import Memory
@@ -15,8 +16,10 @@ class Tools(Host):
 
     _low_memory: bool
     _memory: Memory | None
+    _model: nn.Module | None
     _num_draws: int
     _perturbed: list[Tensor] | None
+    _ranks: Ranks | None
 
     @property
     def params(self) -> list[Tensor]:
@@ -45,6 +48,14 @@ class Tools(Host):
         if self._memory is None:
             self._memory = Memory(self.params, self.state)
         return self._memory
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the parameters."""
+        params = self.params
+        if self._ranks is None or self._ranks.num_params != len(params):
+            self._ranks = Ranks(params, self._model)
+        return self._ranks
 
     def new_seed(self) -> int:
         """The next seed of this step's stream: a function of the method's seed, the step and the draw."""
