@@ -102,4 +102,3 @@ class Ranks:
         if replica is not None and not self._exchange and replica.require_backward_grad_sync:
             self._silenced.append(replica)
             replica.require_backward_grad_sync = False
-

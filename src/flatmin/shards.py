@@ -64,8 +64,16 @@ def place_of(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)  # type: ignore[return-value]
 
 
+def whole_rows(tensor: Any) -> Tensor:
+    """This process's rows along the leading dimension, all of each row: gathered if they are cut along another one."""
+    if is_sharded(tensor) and any(p.is_shard() and p.dim != 0 for p in tensor.placements):
+        replicate = sys.modules["torch.distributed.tensor"].Replicate()
+        tensor = tensor.redistribute(placements=[p if p.is_shard(0) else replicate for p in tensor.placements])
+    return local(tensor)
+
+
 def summed(terms: Sequence[Tensor], owners: Sequence[Any]) -> Tensor:
-    """Adds up what the local parts of the `owners` contribute, elementwise, over owners and processes.
+    """Adds up what the local parts of the `owners` contribute, over owners and processes.
 
     Args:
         terms: tensors of one shape on one device, `terms[i]` computed from the local part of `owners[i]`.
@@ -73,16 +81,31 @@ def summed(terms: Sequence[Tensor], owners: Sequence[Any]) -> Tensor:
 
     Cost: one all-reduce of the size of a term for each set of processes (one, with FSDP2; none without DTensor).
     """
-    buckets: dict[tuple[Any, ...], list[Tensor]] = {}
-    for term, owner in zip(terms, owners, strict=True):
-        buckets.setdefault(_spread(owner), []).append(term)
-    totals = []
-    for groups, members in buckets.items():
-        total = torch.stack(members).sum(0)
-        for group in groups:
-            distributed.all_reduce(total, group=group)
-        totals.append(total)
+    totals = [_all_reduced(torch.stack([terms[i] for i in at]).sum(0), groups) for groups, at in _sets(owners)]
     return torch.stack(totals).sum(0)
+
+
+def summed_apart(terms: Sequence[Tensor], owners: Sequence[Any]) -> list[Tensor]:
+    """The same for each owner by itself: over processes only. Cost: one all-reduce of all terms together."""
+    totals = list(terms)
+    for groups, at in _sets(owners):
+        for i, total in zip(at, _all_reduced(torch.stack([terms[i] for i in at]), groups), strict=True):
+            totals[i] = total
+    return totals
+
+
+def _all_reduced(tensor: Tensor, groups: Iterable[Any]) -> Tensor:
+    for group in groups:
+        distributed.all_reduce(tensor, group=group)
+    return tensor
+
+
+def _sets(owners: Sequence[Any]) -> list[tuple[tuple[Any, ...], list[int]]]:
+    """The owners' indices, by the groups of processes that hold different parts of them."""
+    found: dict[tuple[Any, ...], list[int]] = {}
+    for i, owner in enumerate(owners):
+        found.setdefault(_spread(owner), []).append(i)
+    return list(found.items())
 
 
 def _spread(tensor: Any) -> tuple[Any, ...]:

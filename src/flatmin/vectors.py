@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin.shards import any_sharded, local, parts, summed
+from flatmin.shards import any_sharded, is_sharded, local, parts, summed
 
 
 class Vector:
@@ -278,15 +278,22 @@ def _scaled(tensors: list[Tensor], scalar: float | Tensor) -> Sequence[Tensor]:
         scalar = scalar if tensors[0].dtype.itemsize < 4 else scalar.to(tensors[0].dtype)
     if isinstance(scalar, Tensor) and any(t.device != scalar.device for t in tensors):
         return [t * scalar.to(t.device) for t in tensors]
-    if any(t.layout != torch.strided for t in tensors):
+    if _one_by_one(tensors):
         return [t * scalar for t in tensors]
     return torch._foreach_mul(tensors, scalar)
 
 
 def _added(a: list[Tensor], b: list[Tensor], alpha: float) -> Sequence[Tensor]:
-    if any(t.layout != torch.strided for t in (*a, *b)):
+    if _one_by_one([*a, *b]):
         return [torch.add(x, y, alpha=alpha) for x, y in zip(a, b, strict=True)]
     return torch._foreach_add(a, b, alpha=alpha) if a else []
+
+
+def _one_by_one(tensors: list[Tensor]) -> bool:
+    """Whether `foreach` kernels refuse them: sparse ones, or ordinary ones beside shards."""
+    if any(t.layout != torch.strided for t in tensors):
+        return True
+    return any_sharded(tensors) and not all(is_sharded(t) for t in tensors)
 
 
 def _values(tensor: Tensor) -> Tensor:

@@ -224,6 +224,7 @@ def poisoned(rank, method, form, how, who):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         for step in range(3):
+
             def closure(bad=rank == who and step == 1):
                 run.optimizer.zero_grad()
                 loss = run.evaluate()

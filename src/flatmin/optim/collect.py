@@ -13,6 +13,7 @@ from torch import Tensor
 from flatmin.distributed import Ranks
 from flatmin.optim.misuse import CLEARED_IN_LOOP, NO_BACKWARD
 from flatmin.optim.rule import NOTHING, Probe
+from flatmin.shards import local
 from flatmin.vectors import Vector
 
 
@@ -90,14 +91,14 @@ class Collector:
                 changed = True
                 if grad is not None and not _replaced_by_autograd(p) and not self._ranks.reuse_gradients:
                     raise ValueError(CLEARED_IN_LOOP)
-            elif grad is not None and grad._version != version:
+            elif grad is not None and local(grad)._version != version:
                 changed = True
         if not changed:
             raise ValueError(NO_BACKWARD)
 
 
 def _mark(grad: Tensor | None) -> tuple[Tensor | None, int]:
-    return (grad, 0 if grad is None else grad._version)
+    return (grad, 0 if grad is None else local(grad)._version)
 
 
 def _without_graph(grad: Tensor) -> Tensor:
