@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, distributed
 
 PARTIAL = (
-    "a gradient is a partial sum, spread over the processes (tensor parallelism leaves some so), and has no norm before "
-    "it is added up. Redistribute it to the placements of its parameter first."
+    "a gradient is a partial sum, spread over the processes (tensor parallelism leaves some so), and has no norm "
+    "before it is added up. Redistribute it to the placements of its parameter first."
 )
 
 

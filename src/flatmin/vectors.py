@@ -271,16 +271,18 @@ def _add_in_place(params: list[Tensor], tensors: list[Tensor], alpha: float) -> 
 
 
 def _scaled(tensors: list[Tensor], scalar: float | Tensor) -> Sequence[Tensor]:
+    """Each of `tensors` times `scalar`, in its own dtype."""
     if not tensors:
         return tensors
-    if isinstance(scalar, Tensor) and scalar.dtype != tensors[0].dtype:
-        # A 0-dim factor of another width would take the slow path (and low precision needs it rounded only once).
-        scalar = scalar if tensors[0].dtype.itemsize < 4 else scalar.to(tensors[0].dtype)
-    if isinstance(scalar, Tensor) and any(t.device != scalar.device for t in tensors):
-        return [t * scalar.to(t.device) for t in tensors]
-    if _one_by_one(tensors):
-        return [t * scalar for t in tensors]
-    return torch._foreach_mul(tensors, scalar)
+    if not isinstance(scalar, Tensor):
+        return [t * scalar for t in tensors] if _one_by_one(tensors) else torch._foreach_mul(tensors, scalar)
+    first = tensors[0]
+    # A 0-dim factor of another width would take the slow path (and low precision needs it rounded only once).
+    scalar = scalar if first.dtype.itemsize < 4 else scalar.to(first.dtype)
+    alike = all(t.device == scalar.device and t.dtype == first.dtype for t in tensors) and not _one_by_one(tensors)
+    products = torch._foreach_mul(tensors, scalar) if alike else [t * scalar.to(t.device) for t in tensors]
+    # A 0-dim entry would take the dtype of a wider 0-dim factor.
+    return [product.to(t.dtype) for product, t in zip(products, tensors, strict=True)]
 
 
 def _added(a: list[Tensor], b: list[Tensor], alpha: float) -> Sequence[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import multiprocessing
 import os
@@ -76,6 +77,6 @@ def _serve(end: Connection, rank: int, world_size: int, store: str) -> None:
         function, args = end.recv()
         torch.manual_seed(0)
         try:
-            end.send((True, function(rank, *args)))
+            end.send((True, function(rank, *copy.deepcopy(args))))  # tensors arrive in memory that ranks share
         except Exception:
             end.send((False, traceback.format_exc()))

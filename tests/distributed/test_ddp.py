@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ import torch.nn.functional as F
 from torch.nn.modules.module import _global_forward_pre_hooks
 
 import flatmin
-from flatmin.optim.parts import some
 from benchmarks.collectives import Collectives
+from flatmin.optim.parts import some
 from tests.distributed.setups import METHODS, Run, assert_near, make_batch, share
 
 STEPS = 3
@@ -35,7 +36,7 @@ def synced(method):
 def test_ranks_equal_one_process(ranks, method, base, form):
     first, second = ranks(train, method, "ddp", form, base, synced(method))
     assert_near(first, second, atol=0)
-    one = Run(method, base=base, **synced(method)).run(STEPS, form)
+    one = Run(method, "alone", slice(None), base, **synced(method)).run(STEPS, form)
     assert_near(first, one.weights())
     assert (first["3.weight"] - Run(method).weights()["3.weight"]).abs().max() > 1e-3
 
@@ -183,10 +184,11 @@ def test_collectives_of_a_step(ranks, method, form, options, expected):
 def micro_batches(rank):
     """Accumulation as its authors write it: the caller's own no_sync on all but the last micro-batch."""
     run = Run("nso", "ddp", share(rank), num_perturbations=2)
+    model: Any = run.model
     x, y = (t[run.rows] for t in make_batch())
     with Collectives() as seen:
         for _ in run.optimizer.probes():
-            with run.model.no_sync():
+            with model.no_sync():
                 (F.cross_entropy(run.model(x[:8]), y[:8]) / 2).backward()
             (F.cross_entropy(run.model(x[8:]), y[8:]) / 2).backward()
         run.optimizer.step()
@@ -299,5 +301,6 @@ def test_gradients_that_are_views_of_buckets(ranks, method):
 
 
 def test_only_rules_that_look_take_the_argument():
+    gsam: Any = flatmin.GSAM
     with pytest.raises(ValueError, match="part of its direction"):
-        flatmin.GSAM(torch.optim.SGD(Run("base").model.parameters(), lr=0.1), sync_ascent=True)
+        gsam(torch.optim.SGD(Run("base").model.parameters(), lr=0.1), sync_ascent=True)

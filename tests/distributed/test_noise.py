@@ -8,6 +8,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from flatmin import noise
 from flatmin.noise import Noise
 from flatmin.vectors import Radii
+from tests.distributed.setups import whole
 
 SHAPES = [(7, 5), (1,), (), (3, 4, 2), (11,), (64, 33)]
 PLACEMENTS = {"rows": Shard(0), "columns": Shard(1), "copies": Replicate()}
@@ -34,7 +35,7 @@ def drawn_in_shards(rank, placement, law, scale, block, world_size):
         vector = draw(like, law, scale).vector()
         moved = [torch.zeros_like(t) for t in like]
         draw(like, law, scale, keep=False).add_to(moved)
-        return [t.full_tensor() for t in vector.present], [t.full_tensor() for t in moved]
+        return [whole(t) for t in vector.present], [whole(t) for t in moved]
     finally:
         noise.BLOCK, noise.SMALL = 2**20, 2**12
 

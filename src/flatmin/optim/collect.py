@@ -7,7 +7,6 @@ closure (which does) the running sum is set aside instead, in memory of its own.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from flatmin.distributed import Ranks

@@ -17,8 +17,8 @@ from flatmin.shards import any_sharded
 from flatmin.vectors import Radii, Vector
 
 SHARDED = (
-    "SAP looks where one sample points. The parameters are sharded (FSDP2), so all processes look at one place, and the "
-    "samples of all would be averaged: its effect is lost. Use DistributedDataParallel, or RSP."
+    "SAP looks where one sample points. The parameters are sharded (FSDP2), so all processes look at one place, and "
+    "the samples of all would be averaged: its effect is lost. Use DistributedDataParallel, or RSP."
 )
 
 
@@ -149,7 +149,8 @@ class SAP(_Escape):
     the parameters. `step(closure)` returns the loss of the batch at the unperturbed weights.
 
     Raises:
-        ValueError: negative `rho`, `threshold` <= 0, `num_samples` < 1, a body that does not call `take`, sharded parameters.
+        ValueError: negative `rho`, `threshold` <= 0, `num_samples` < 1, a body that does not call `take`, sharded
+            parameters.
 
     Source: Ahn, Jadbabaie, Sra, ICML 2024, algorithm 2 and remark 2 (where g_i vanishes exactly, a tiny random step
     is taken first). Unlike SAM it keeps g, draws a sign and projects.

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from flatmin.optim.misuse import check_names
 from flatmin.vectors import check_radius
 
 
@@ -32,6 +33,7 @@ class Host(Optimizer):
         # Optimizer.__init__ would build groups and state of its own. Unpickling is torch's protocol for an
         # optimizer that already has them: it only sets up the hooks.
         self.__setstate__({"base": base})
+        check_names(base, type(self).__name__, (self.radius_name, *self._common()))
         self._fill_groups()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -69,6 +71,12 @@ class Host(Optimizer):
     def num_skipped(self) -> int:
         """Steps skipped because a loss or the direction was not finite."""
         return self.param_groups[0].get("num_skipped", 0)
+
+    def __getattr__(self, name: str) -> Any:
+        # `train` and `eval` exist exactly if the base has them: trainers ask (schedule-free bases have).
+        if name in ("train", "eval"):
+            return getattr(self.base, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the base optimizer; it may set its own radius."""

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from flatmin.distributed import Ranks
+from flatmin.distributed import Ranks, rank
 from flatmin.noise import Noise, Scale, mix_seeds
 from flatmin.optim.host import Host
 from flatmin.optim.memory import Memory
+from flatmin.shards import any_sharded
 from flatmin.vectors import Radii, Vector
+
+ONE_PLACE = (
+    "noise_per_rank=True needs a place for each process, but the parameters are sharded (FSDP2), so that all processes "
+    "look at one place. Use DistributedDataParallel, or a larger num_perturbations."
+)
 
 
 class Tools(Host):
@@ -62,7 +68,13 @@ class Tools(Host):
         self._num_draws += 1
         return mix_seeds(self.param_groups[0]["seed"], self.num_steps, self._num_draws - 1)
 
-    def noise(self, law: str = "normal", radii: Radii | None = None, scale: Scale = "absolute") -> Noise:
-        """A fresh displacement `radius * z`, the next of this step's stream."""
-        radii = self.radii() if radii is None else radii
-        return Noise(self.params, radii, law, self.new_seed(), scale=scale, keep=not self._low_memory)
+    def noise(
+        self, law: str = "normal", radii: Radii | None = None, scale: Scale = "absolute", *, per_rank: bool = False
+    ) -> Noise:
+        """A fresh displacement `radius * z`, the next of this step's stream; `per_rank`, of this process's stream."""
+        radii, seed = self.radii() if radii is None else radii, self.new_seed()
+        if per_rank:
+            seed = mix_seeds(seed, rank())
+            if any_sharded(self.params):
+                raise ValueError(ONE_PLACE)
+        return Noise(self.params, radii, law, seed, scale=scale, keep=not self._low_memory)
