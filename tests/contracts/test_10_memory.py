@@ -75,7 +75,7 @@ def peak_copies(method: str, form: str, **options) -> tuple[float, float]:
 def test_peak_inside_a_step_and_nothing_between(method, form):
     during, after = peak_copies(method, form)
     assert during < ALLOWED[method][form] + 0.25
-    assert after < flatmin.methods()[method].factory.num_kept + 0.01  # type: ignore[union-attr]
+    assert after < len(flatmin.methods()[method].factory.remembers) + 0.01  # type: ignore[union-attr]
 
 
 @each_method

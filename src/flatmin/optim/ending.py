@@ -58,8 +58,8 @@ class Ending(Tools):
         self.base.step()
         if self._drift is not None:
             self._add_drift(self._drift)
-        if self._memory is not None:
-            self._memory.commit()
+        if self._memory is not None and self._memory.commit():
+            self._count("num_remembered")
         if self._quiet is not None:
             self._quiet.forget()
 

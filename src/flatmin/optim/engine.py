@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from flatmin.distributed import Ranks
 from flatmin.optim.collect import Collector
 from flatmin.optim.ending import Ending
-from flatmin.optim.memory import Memory
+from flatmin.optim.memory import Memory, make_room
 from flatmin.optim.misuse import (
     ABANDONED,
     ALREADY_UNDER_WAY,
@@ -173,6 +173,7 @@ class FlatOptimizer(Ending):
         if closure is None:
             if self._initialises_state():
                 self.base.step()
+                make_room(self.remembers, self.params, self.state)
                 return None
             self._check_ready()
             self._check_scaled_by(scaled_by)

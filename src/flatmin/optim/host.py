@@ -21,7 +21,7 @@ class Host(Optimizer):
 
     radius_name: str = "radius"
     base: Optimizer
-    num_kept: int = 0  # vectors of the size of the parameters that the method keeps between steps
+    remembers: tuple[str, ...] = ()  # the vectors that the method keeps between steps (flatmin.optim.memory)
     replaces_momentum: bool = False  # whether the base should be plain SGD
     takes_sparse: bool = True  # whether its formula can be evaluated on sparse gradients
     is_random: bool = False  # whether the method draws random numbers
@@ -106,6 +106,8 @@ class Host(Optimizer):
     def _common(self) -> dict[str, Any]:
         """What every group carries beside its radius, the same in all groups."""
         counters = {"num_steps": 0, "num_skipped": 0}
+        if self.remembers:
+            counters["num_remembered"] = 0
         return {**counters, "seed": self._seed} if self.is_random else counters
 
     def _fill_groups(self) -> None:

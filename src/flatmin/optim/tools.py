@@ -52,7 +52,8 @@ class Tools(Host):
     def memory(self) -> Memory:
         """What the rule remembers between steps."""
         if self._memory is None:
-            self._memory = Memory(self.params, self.state)
+            empty = not self.param_groups[0].get("num_remembered")
+            self._memory = Memory(self.params, self.state, empty=empty)
         return self._memory
 
     @property
