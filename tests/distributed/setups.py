@@ -20,6 +20,7 @@ BATCH = 32
 METHODS = [name for name in flatmin.methods() if name != "base"]
 BASES: dict[str, Callable[[Any], Optimizer]] = {
     "sgd": lambda params: SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-3),
+    "plain": lambda params: SGD(params, lr=0.1),
     "adamw": lambda params: AdamW(params, lr=1e-2),
 }
 

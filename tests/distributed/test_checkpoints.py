@@ -68,6 +68,7 @@ def test_saved_by_one_loaded_by_two(ranks, tmp_path, how):
 
 @pytest.mark.parametrize("method", [method for method, _ in REMEMBERING])
 def test_what_is_set_up_for_a_checkpoint_is_not_taken_for_memory(method):
-    looked_at, other = Run(method), Run(method)
+    # A plain base: torch sets up a momentum with a step that takes weight decay along.
+    looked_at, other = Run(method, base="plain"), Run(method, base="plain")
     get_state_dict(looked_at.model, looked_at.optimizer)
     assert_near(looked_at.run(3).weights(), other.run(3).weights(), atol=0)
