@@ -11,7 +11,8 @@ parameters are sharded, or a `DistributedDataParallel` around some of them was n
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, distributed, nn
@@ -19,6 +20,23 @@ from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from flatmin.shards import is_sharded
+
+LOST = (
+    "flatmin: another process died, or did not come along within the time-out of the process group "
+    "(torch.distributed.init_process_group(timeout=...)). The weights of this one are where they were before the step. "
+    "Start all processes again from the last checkpoint; torchrun --max-restarts does so by itself."
+)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Adds what to do to the error of a collective that failed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if several() and (isinstance(error, distributed.DistError) or any(b in str(error) for b in ("gloo", "NCCL"))):
+            error.add_note(LOST)
+        raise
 
 
 def rank() -> int:
@@ -86,8 +104,9 @@ class Ranks:
         if not self._groups:
             return flag
         value = torch.tensor(float(flag), device=self._device)
-        for group in self._groups:
-            distributed.all_reduce(value, distributed.ReduceOp.MAX, group=group)
+        with explained():
+            for group in self._groups:
+                distributed.all_reduce(value, distributed.ReduceOp.MAX, group=group)
         return bool(value)
 
     def _meet(self, module: nn.Module, _args: object = ()) -> None:
