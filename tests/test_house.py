@@ -21,11 +21,13 @@ SOURCE = ROOT / "src" / "flatmin"
 # room -> the rooms it may import from. Files at the top level are rooms of their own.
 MAY_IMPORT = {
     "extras": set(),
-    "vectors": set(),
-    "noise": {"vectors"},
+    "shards": set(),
+    "vectors": {"shards"},
+    "distributed": {"shards"},
+    "noise": {"vectors", "shards"},
     "quiet": set(),
     "problems": set(),
-    "optim": {"vectors", "noise", "quiet"},
+    "optim": {"vectors", "noise", "quiet", "shards", "distributed"},
     "curvature": {"vectors", "noise", "quiet", "extras"},
     "lab": {"vectors", "noise", "quiet", "extras", "optim", "curvature", "problems"},
     "__init__": {"optim", "curvature", "problems"},

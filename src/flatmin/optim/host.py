@@ -21,10 +21,11 @@ class Host(Optimizer):
 
     radius_name: str = "radius"
     base: Optimizer
-    num_kept: int = 0  # vectors of the size of the parameters that the method keeps between steps
+    remembers: tuple[str, ...] = ()  # the vectors that the method keeps between steps (flatmin.optim.memory)
     replaces_momentum: bool = False  # whether the base should be plain SGD
     takes_sparse: bool = True  # whether its formula can be evaluated on sparse gradients
     is_random: bool = False  # whether the method draws random numbers
+    sync_ascent: bool = True  # whether processes average gradients that only say where to look
 
     def __init__(self, base: Optimizer, radius: float, seed: int | None):
         self._default_radius = check_radius(self.radius_name, radius)
@@ -99,12 +100,14 @@ class Host(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks, a step that a scheduler has wrapped, and what a step under way holds belong to this instance.
-        own = ("step", "_session", "_quiet", "_place", "_scaling", "_memory", "_probe")
+        own = ("step", "_session", "_quiet", "_ranks", "_place", "_scaling", "_memory", "_probe")
         return {k: v for k, v in self.__dict__.items() if not k.startswith("_optimizer_") and k not in own}
 
     def _common(self) -> dict[str, Any]:
         """What every group carries beside its radius, the same in all groups."""
         counters = {"num_steps": 0, "num_skipped": 0}
+        if self.remembers:
+            counters["num_remembered"] = 0
         return {**counters, "seed": self._seed} if self.is_random else counters
 
     def _fill_groups(self) -> None:

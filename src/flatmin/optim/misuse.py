@@ -126,6 +126,8 @@ def check_options(unknown: Iterable[str], cls: type, radius_name: str) -> None:
             hint = f"its radius is {radius_name}"
         elif name in ("lr", "momentum", "weight_decay", "betas", "eps", "nesterov", "amsgrad"):
             hint = "that belongs to the base optimizer"
+        elif name == "sync_ascent":
+            hint = "its gradients are part of its direction or of its memory, and are averaged over processes"
         else:
             hint = f"see help({cls.__name__})"
         raise ValueError(f"{cls.__name__} has no option {name!r}: {hint}.")
