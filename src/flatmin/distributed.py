@@ -79,7 +79,7 @@ class Ranks:
 
     Args:
         params: the parameters.
-        model: where to look for `DistributedDataParallel`; `None` to look in the forwards of the probes.
+        model: where to look for `DistributedDataParallel`, before the forwards of the probes.
 
     Attributes:
         num_params: the number of parameters.
@@ -94,8 +94,10 @@ class Ranks:
         self._replicas: list[weakref.ref[DistributedDataParallel]] = []
         self._exchange = True
         self._silenced: list[DistributedDataParallel] = []
-        self._search = model is None and not self._groups
-        for part in () if model is None else model.modules():
+        named = [] if model is None else list(model.modules())
+        # A compiled model would trace the hook that searches.
+        self._search = not self._groups and not any(hasattr(part, "_orig_mod") for part in named)
+        for part in named:
             self._meet(part)
 
     def probe(self, exchange: bool) -> None:
@@ -132,7 +134,10 @@ class Ranks:
 
     def _meet(self, module: nn.Module, _args: object = ()) -> None:
         module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
-        if isinstance(module, DistributedDataParallel) and any(id(p) in self._params for p in module.parameters()):
+        if not isinstance(module, DistributedDataParallel) or any(known() is module for known in self._replicas):
+            return
+        if any(id(p) in self._params for p in module.parameters()):
+            _global_forward_pre_hooks.pop(id(self), None)  # before a compiled part of it sees the hook
             self._replicas.append(weakref.ref(module))
             self._groups.add(module.process_group)
             self._silence(module)
