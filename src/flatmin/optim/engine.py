@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flatmin.distributed import Ranks
+from flatmin.distributed import Ranks, explained
 from flatmin.optim.collect import Collector
 from flatmin.optim.ending import Ending
 from flatmin.optim.memory import Memory, make_room
@@ -182,7 +182,7 @@ class FlatOptimizer(Ending):
             raise ValueError(SCALER_STEP)
         losses: list[tuple[Any, bool]] = []
         for probe in self._open("closure", scaler):
-            with torch.enable_grad():
+            with torch.enable_grad(), explained():
                 loss = closure()
             if loss is None:
                 raise ValueError(NO_LOSS)
@@ -220,7 +220,8 @@ class FlatOptimizer(Ending):
         scaling = self._scaling = Scaling(scaler, params)
         collector, active = Collector(params, stage == "loop", self.ranks), self._active()
         try:
-            yield from self._probe_by_probe(self.rule() if active else plain(), place, quiet, collector, scaling)
+            with explained():
+                yield from self._probe_by_probe(self.rule() if active else plain(), place, quiet, collector, scaling)
             self._rule_saw_gradients = collector.handed_out and active
             self._stage = "ready" if stage == "loop" else "idle"
         finally:
