@@ -32,7 +32,7 @@ class Ending(Tools):
 
     def _check_scaled_by(self, scale: Tensor | None) -> None:
         """`scaler.step(opt)` after a loop: right for a rule that only adds gradients up, if they are unscaled now."""
-        if not hasattr(self, "found_inf"):
+        if "found_inf" not in self.__dict__:
             return
         if self._scaling.active:
             raise ValueError(SCALER_STEP)
@@ -44,7 +44,7 @@ class Ending(Tools):
     def _finish(self, losses: list[Any]) -> None:
         self._stage = "idle"
         agree = self.ranks.agree
-        if self._scaling.overflowed(agree) or bool(getattr(self, "found_inf", False)):
+        if self._scaling.overflowed(agree) or bool(self.__dict__.get("found_inf", False)):
             self._skip(None)  # an ordinary event of fp16 training: no warning
         elif self._guard and (culprit := self._not_finite(losses, agree)):
             self._skip(culprit)

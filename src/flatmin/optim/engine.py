@@ -14,7 +14,6 @@ rule asks to remember (flatmin.optim.memory).
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Literal
@@ -169,7 +168,7 @@ class FlatOptimizer(Ending):
             ValueError: if there is nothing to step with: no gradient, an unfinished loop, a closure that forgot
                 `backward()` or `return loss`; or a scaler that was not passed on.
         """
-        scaled_by = getattr(self, "grad_scale", None)  # set by GradScaler.step while it calls us
+        scaled_by = self.__dict__.get("grad_scale")  # set by GradScaler.step while it calls us
         if closure is None:
             if self._initialises_state():
                 self.base.step()
@@ -179,7 +178,7 @@ class FlatOptimizer(Ending):
             self._check_scaled_by(scaled_by)
             self._finish([])
             return None
-        if hasattr(self, "found_inf"):
+        if "found_inf" in self.__dict__:
             raise ValueError(SCALER_STEP)
         losses: list[tuple[Any, bool]] = []
         for probe in self._open("closure", scaler):
@@ -219,20 +218,20 @@ class FlatOptimizer(Ending):
         quiet, params = self._begin(stage), self.params
         place = self._place = Place(params, self._restore)
         scaling = self._scaling = Scaling(scaler, params)
-        collector = Collector(params, stage == "loop", self.ranks)
+        collector, active = Collector(params, stage == "loop", self.ranks), self._active()
         try:
             with explained():
-                yield from self._probe_by_probe(place, quiet, collector, scaling)
-            self._rule_saw_gradients = collector.handed_out and self._active()
+                yield from self._probe_by_probe(self.rule() if active else plain(), place, quiet, collector, scaling)
+            self._rule_saw_gradients = collector.handed_out and active
             self._stage = "ready" if stage == "loop" else "idle"
         finally:
             place.home()  # a second time: an interrupt may have cut the first one off
             self._place = self._probe = None
 
     def _probe_by_probe(
-        self, place: Place, quiet: Quiet, collector: Collector, scaling: Scaling
+        self, rule: Rule, place: Place, quiet: Quiet, collector: Collector, scaling: Scaling
     ) -> Generator[Probe, None, None]:
-        ranks, requests = self.ranks, Requests(self.rule() if self._active() else plain())
+        ranks, requests = self.ranks, Requests(rule)
         try:
             probe = requests.next(None)
             while probe is not None:
@@ -278,7 +277,7 @@ class FlatOptimizer(Ending):
     @property
     def _under_way(self) -> bool:
         session = self._session and self._session()
-        return session is not None and inspect.getgeneratorstate(session) == inspect.GEN_SUSPENDED
+        return session is not None and session.gi_suspended
 
     def _begin(self, stage: _Stage) -> Quiet:
         if self._under_way:
