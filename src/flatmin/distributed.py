@@ -134,13 +134,18 @@ class Ranks:
 
     def _meet(self, module: nn.Module, _args: object = ()) -> None:
         module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
-        if not isinstance(module, DistributedDataParallel) or any(known() is module for known in self._replicas):
+        if not isinstance(module, DistributedDataParallel):
             return
-        if any(id(p) in self._params for p in module.parameters()):
-            _global_forward_pre_hooks.pop(id(self), None)  # before a compiled part of it sees the hook
+        if all(known() is not module for known in self._replicas):
+            if not any(id(p) in self._params for p in module.parameters()):
+                return
             self._replicas.append(weakref.ref(module))
             self._groups.add(module.process_group)
-            self._silence(module)
+        if self._exchange or module.require_backward_grad_sync:
+            # Found; a compiled part of it must not see the hook. Inside a caller's `no_sync`, which will switch
+            # averaging on again, the next forward of this probe has to be met too.
+            _global_forward_pre_hooks.pop(id(self), None)
+        self._silence(module)
 
     def _silence(self, replica: DistributedDataParallel | None) -> None:
         """What `no_sync` does; DDP looks at this when its forward begins. A caller's own `no_sync` stays."""
