@@ -8,7 +8,8 @@ import flatmin
 
 x, y = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
 x = x.float() / 16
-windows = [list(zip(a.split(20), b.split(20), strict=True)) for a, b in zip(x[:400].split(80), y[:400].split(80))]
+parts = list(zip(x[:400].split(20), y[:400].split(20), strict=True))
+windows = [parts[i : i + 4] for i in range(0, len(parts), 4)]
 
 
 def one_perturbation(opt, model, window):
