@@ -7,7 +7,7 @@ from torch import nn
 import flatmin
 
 torch.manual_seed(0)
-images = torch.as_tensor(load_digits().images[:240]).float().unsqueeze(1) / 16
+images = torch.as_tensor(load_digits(return_X_y=True)[0][:240]).float().view(-1, 1, 8, 8) / 16
 masks = (images > 0.5).float()
 noisy = images + 0.3 * torch.randn_like(images)
 *train, test = [{"image": a, "mask": b} for a, b in zip(noisy.split(40), masks.split(40), strict=True)]

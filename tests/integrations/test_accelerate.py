@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import pytest
@@ -42,7 +43,9 @@ def fp16_on_cpu(accelerator) -> None:
     accelerator.state._mixed_precision = "fp16"
 
 
-def accelerated(method: str, precision: str = "no", every: int = 1, clip: float | None = None, size: int = 64):
+def accelerated(
+    method: str, precision: str = "no", every: int = 1, clip: float | None = None, size: int = 64
+) -> tuple[Any, ...]:
     """Two epochs by Accelerate; returns the model, the prepared optimizer and the scheduler."""
     accelerator = accelerate.Accelerator(
         cpu=True, gradient_accumulation_steps=every, mixed_precision="bf16" if precision == "bf16" else "no"

@@ -203,7 +203,7 @@ class FlatOptimizer(Ending):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """True: GradScaler.step calls us without unscaling by itself, so that wrong use can be told from right."""
-        return not (self._stage == "ready" and self._scaling.rescale)
+        return not (self._stage == "ready" and self._scaling.by_framework)
 
     def name_model(self, model: nn.Module) -> None:
         """Names the model, as `model=` does at construction."""

@@ -29,11 +29,13 @@ class Scaling:
     """The scaler of one step (`None`: gradients are not scaled).
 
     Attributes:
-        rescale: whether the direction goes back to a framework that unscales it by itself.
+        by_framework: whether a framework takes over once the direction stands.
+        rescale: whether it gets the direction scaled, because there is a scaler.
     """
 
     def __init__(self, scaler: Any, params: list[Tensor], *, rescale: bool = False):
         self._scaler: Any = scaler if scaler is not None and scaler.is_enabled() else None
+        self.by_framework = rescale
         self.rescale = rescale and self._scaler is not None
         self._params = params
         self._handed_to: Any = None  # the scaler's notes when the direction was handed back; it drops them on update
