@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,16 +28,6 @@ def blocks():
         text = re.sub(rf"```\n(?:(?!```).)*?{CONTINUED}", "", path.read_text(), flags=re.S)
         for number, code in enumerate(BLOCK.findall(text)):
             yield pytest.param(code, id=f"{path.relative_to(ROOT)}-{number}")
-
-
-@pytest.fixture(autouse=True)
-def _no_accelerator_left_behind():
-    yield
-    if "accelerate" in sys.modules:  # it keeps its state in the process
-        from accelerate.state import AcceleratorState, GradientState
-
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
 
 
 @pytest.mark.parametrize("code", list(blocks()))

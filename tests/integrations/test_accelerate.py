@@ -11,24 +11,17 @@ import accelerate
 import pytest
 import torch
 from torch import nn
-from torch.amp.grad_scaler import GradScaler
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import flatmin
 from flatmin.integrations.accelerate import probes, windows
 from tests.contracts.cases import METHODS, build
+from tests.integrations.cpu import fp16_on_cpu
 
 WHOLE = [m for m in METHODS if m not in ("sap", "esam", "nso-split", "rwp")]
 X = torch.randn(128, 6, generator=torch.Generator().manual_seed(1))
 Y = torch.randint(3, (128,), generator=torch.Generator().manual_seed(2))
-
-
-@pytest.fixture(autouse=True)
-def _fresh_state():
-    yield
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
 
 
 def net(dropout: float = 0.0) -> nn.Module:
@@ -36,24 +29,17 @@ def net(dropout: float = 0.0) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3))
 
 
-def fp16_on_cpu(accelerator) -> None:
-    """Accelerate has a scaler for accelerators only; everything but the device is the real thing."""
-    accelerator.scaler = GradScaler("cpu", init_scale=65536.0, growth_interval=1000)
-    accelerator.native_amp = True
-    accelerator.state._mixed_precision = "fp16"
-
-
 def accelerated(
     method: str, precision: str = "no", every: int = 1, clip: float | None = None, size: int = 64
 ) -> tuple[Any, ...]:
-    """Two epochs by Accelerate; returns the model, the prepared optimizer and the scheduler."""
+    """Two epochs by Accelerate; returns accelerator, model, the prepared optimizer and the scheduler."""
     accelerator = accelerate.Accelerator(
         cpu=True, gradient_accumulation_steps=every, mixed_precision="bf16" if precision == "bf16" else "no"
     )
     model = net()
     opt = build(method, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
     scheduler = StepLR(opt, 1, 0.9)
-    loader = DataLoader(TensorDataset(X, Y), batch_size=size // every)
+    loader = DataLoader(TensorDataset(X, Y), batch_size=64 // every)
     if precision == "fp16":
         model = accelerator.prepare(model)
         fp16_on_cpu(accelerator)

@@ -196,7 +196,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale():
         def on_after_backward(self, trainer, pl_module):
             Poison.calls += 1
             if Poison.calls == 2:  # the ascent of the first step
-                pl_module.get_parameter("net.0.weight").grad[0, 0] = torch.inf
+                next(pl_module.parameters()).grad.fill_(torch.inf)  # type: ignore[union-attr]
 
     model, start = Net("sam"), [p.detach().clone() for p in Net("sam").parameters()]
     trainer = trainer_of(precision="16-mixed", max_steps=1)
