@@ -14,8 +14,8 @@ x = x.float().view(-1, 1, 8, 8) / 16
 data = [{"pixel_values": image, "labels": label} for image, label in zip(x, y, strict=True)]
 
 torch.manual_seed(0)
-shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-config = ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=10, **shape)
+heads = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+config = ViTConfig.from_dict({"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10, **heads})
 arguments = TrainingArguments(
     tempfile.mkdtemp(),
     use_cpu=True,
@@ -23,7 +23,7 @@ arguments = TrainingArguments(
     per_device_eval_batch_size=500,
     per_device_train_batch_size=8,
     gradient_accumulation_steps=2,
-    learning_rate=1e-3,
+    learning_rate=2e-3,
     report_to="none",
     save_strategy="no",
     disable_tqdm=True,
@@ -40,4 +40,4 @@ trainer = FlatTrainer(
 trainer.train()
 accuracy = trainer.evaluate()["eval_accuracy"]
 print(f"test accuracy of the average {accuracy:.3f} after {trainer.state.global_step} steps")
-assert accuracy > 0.3
+assert accuracy > 0.5
