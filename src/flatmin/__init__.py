@@ -2,6 +2,7 @@
 
 Training    NSO, RSP, SAP, SAM, MongeSAM and SAM's relatives around any `torch.optim` optimizer; `methods()` lists them
 Averaging   `Averager(model)`, the mean of the path of any of them, or of the base optimizer alone
+Beside      `DistancePenalty`, `DistanceProjection`, `mixup`: what goes together with any of them
 Measuring   `measure(model, criterion, data)`, or `Objective` with `trace` and `top_eigenvalues`
 Problems    functions with known gradients, Hessians and spectra
 """
@@ -30,6 +31,8 @@ from flatmin.optim import (
     SAP,
     WSAM,
     Averager,
+    DistancePenalty,
+    DistanceProjection,
     EigenSAM,
     FisherSAM,
     FlatOptimizer,
@@ -40,6 +43,7 @@ from flatmin.optim import (
     Probe,
     RandomSAM,
     methods,
+    mixup,
     norm_parameters,
 )
 
@@ -55,6 +59,8 @@ __all__ = [
     "SAP",
     "WSAM",
     "Averager",
+    "DistancePenalty",
+    "DistanceProjection",
     "EigenResult",
     "EigenSAM",
     "FisherSAM",
@@ -74,6 +80,7 @@ __all__ = [
     "limit_map",
     "measure",
     "methods",
+    "mixup",
     "norm_parameters",
     "problems",
     "top_eigenvalues",

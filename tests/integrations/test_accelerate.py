@@ -208,7 +208,7 @@ accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
 assert accelerator.num_processes == 2
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.0), nn.Linear(8, 3))
-opt = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.05)
+opt = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.05, sync_ascent=True)
 x = torch.randn(128, 6, generator=torch.Generator().manual_seed(1))
 y = torch.randint(3, (128,), generator=torch.Generator().manual_seed(2))
 parts = list(zip(x.split(16), y.split(16), strict=True))

@@ -67,7 +67,8 @@ class FlatCallback(Callback):
         """The weights go to the first probe."""
         if self._window is None:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
-            self._window = Window(flat_optimizer(trainer.optimizers[0], "FlatCallback"), pl_module, scaler)
+            optimizer = flat_optimizer(trainer.optimizers[0], "FlatCallback")
+            self._window = Window(optimizer, trainer.strategy.model, scaler)
         takes_number = len(inspect.signature(pl_module.training_step).parameters) > 1
         self._batches.append((batch, batch_idx) if takes_number else (batch,))
         self._window.away()

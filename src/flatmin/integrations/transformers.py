@@ -86,7 +86,7 @@ class FlatMixin:
         """One micro-batch at the first probe; with the last one of a step, all of them at the later probes."""
         if self._window is None:
             optimizer = flat_optimizer(self.optimizer, type(self).__name__)
-            self._window = Window(optimizer, self.model, self.accelerator.scaler)
+            self._window = Window(optimizer, model, self.accelerator.scaler)
         step = super().training_step  # type: ignore[misc]
         self._batches.append((batch, kwargs))
         try:

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from flatmin.distributed import Ranks
 from flatmin.optim.collect import Collector
 from flatmin.optim.ending import Ending, reported
-from flatmin.optim.memory import Memory
+from flatmin.optim.memory import Memory, make_room
 from flatmin.optim.misuse import (
     ALREADY_UNDER_WAY,
     CLEARED_IN_LOOP,
@@ -37,7 +38,7 @@ from flatmin.optim.misuse import (
     check_window,
 )
 from flatmin.optim.place import Place, Restore, check_restore
-from flatmin.optim.rule import Probe, Rule, Update, as_probe, plain
+from flatmin.optim.rule import Probe, Requests, Rule, Update, plain
 from flatmin.optim.scaling import Scaling
 from flatmin.quiet import Quiet
 from flatmin.vectors import Vector
@@ -99,6 +100,7 @@ class FlatOptimizer(Ending):
         self._session: weakref.ref[Generator[Probe, None, None]] | None = None
         self._place: Place | None = None
         self._quiet: Quiet | None = None
+        self._ranks: Ranks | None = None
         self._scaling = Scaling(None, [])
         self._memory: Memory | None = None
         self._drift: Vector | None = None
@@ -175,6 +177,7 @@ class FlatOptimizer(Ending):
         if closure is None:
             if self._initialises_state():
                 self.base.step()
+                make_room(self.remembers, self.params, self.state)
                 return None
             self._check_ready()
             self._check_scaled_by(scaled_by)
@@ -208,7 +211,8 @@ class FlatOptimizer(Ending):
     def name_model(self, model: nn.Module) -> None:
         """Names the model, as `model=` does at construction."""
         if self._model is not model:
-            self._model, self._quiet = model, None
+            self._model = model
+            self._quiet = self._ranks = None
 
     def take(self, *batch: Any) -> Any:
         """The part of the batch that the present probe is evaluated on (`probe.take`, for closures)."""
@@ -245,7 +249,7 @@ class FlatOptimizer(Ending):
         params, quiet = self.params, self._quiet
         assert quiet is not None
         place = self._place = Place(params, self._restore)
-        collector = Collector(params, stage != "closure")
+        collector = Collector(params, stage != "closure", self.ranks)
         try:
             yield from self._probe_by_probe(place, quiet, collector)
             if share is not None:
@@ -257,33 +261,37 @@ class FlatOptimizer(Ending):
             self._place = self._probe = None
 
     def _probe_by_probe(self, place: Place, quiet: Quiet, collector: Collector) -> Generator[Probe, None, None]:
-        rule, scaling = self.rule() if self._active() else plain(), self._scaling
+        ranks, requests = self.ranks, Requests(self.rule() if self._active() else plain())
         try:
-            probe = as_probe(next(rule))
-            while True:
+            probe = requests.next(None)
+            while probe is not None:
                 self._probe = probe
                 # A window goes away and home again with each micro-batch, so it keeps the displacement.
                 place.move(probe.displacement if self._stage == "window" else probe.release())
                 collector.before(probe)
                 try:
+                    ranks.probe(self._exchanges(probe) and not collector.is_part(probe, requests.ahead))
                     quiet.probe()
                     yield probe
                 finally:
                     quiet.settle()
+                    ranks.settle()
                 quiet.leave()
                 probe.check_used()
                 if probe.weight is None:
-                    scaling.unscale()
+                    self._scaling.unscale()
                 if not self.takes_sparse:
                     check_dense([p.grad for p in self.params], type(self).__name__)
                 place.move(None)  # a rule may read the weights, or draw noise in their scale
-                probe = as_probe(rule.send(collector.after(probe)))
-        except StopIteration as stop:
+                probe = requests.next(collector.after(probe))
             place.home()
-            self._install(collector, stop.value)
+            self._install(collector, requests.direction)
         finally:
             place.home()
             quiet.end()
+
+    def _exchanges(self, probe: Probe) -> bool:
+        return self.sync_ascent or not probe.ascent
 
     def _install(self, collector: Collector, direction: Vector | Update | None) -> None:
         if isinstance(direction, Update):
@@ -291,7 +299,7 @@ class FlatOptimizer(Ending):
             self._drift = drift if self._drift is None else self._drift + drift
             direction = direction.direction
         collector.install(direction)
-        self._scaling.settle(is_scaled=direction is None)
+        self._scaling.settle(self.ranks.agree, is_scaled=direction is None)
 
     def _active(self) -> bool:
         t = self.num_steps

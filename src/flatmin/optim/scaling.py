@@ -11,6 +11,7 @@ made not finite if any probe overflowed, so that the scaler skips the step as it
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -53,11 +54,11 @@ class Scaling:
             self._done.append(gradients)
             self._scaler.unscale_(gradients)
 
-    def settle(self, *, is_scaled: bool) -> None:
+    def settle(self, agree: Callable[[bool], bool], *, is_scaled: bool) -> None:
         """Leaves the direction in `.grad` as the caller expects it: unscaled, or scaled for a framework."""
         if self.rescale:
             scale = 1.0 if is_scaled else self._scaler.get_scale()
-            Vector([p.grad for p in self._params]).scale_(math.inf if self.overflowed() else scale)
+            Vector([p.grad for p in self._params]).scale_(math.inf if self.overflowed(agree) else scale)
             self._handed_to = self._scaler._per_optimizer_states
         elif is_scaled:
             self.unscale()
@@ -73,12 +74,21 @@ class Scaling:
         by_caller = self._scaler._per_optimizer_states[id(optimizer)]["stage"].name == "UNSCALED"
         return by_caller == self.rescale
 
-    def overflowed(self) -> bool:
-        """Whether any unscaled gradient was not finite. One host synchronisation."""
+    def overflowed(self, agree: Callable[[bool], bool]) -> bool:
+        """Whether any unscaled gradient was not finite, on any process. One host synchronisation.
+
+        Args:
+            agree: tells whether its argument is true on any process.
+        """
         if self._scaler is None:
             return False
         flags = [flag for g in self._done for flag in self._scaler._found_inf_per_device(g).values()]
-        return any(bool(flag) for flag in flags)
+        here = any(bool(flag) for flag in flags)
+        anywhere = agree(here)
+        if anywhere and not here:
+            for flag in flags:
+                flag.fill_(1.0)  # so that all scalers go down together
+        return anywhere
 
     def update(self) -> None:
         """Lets the scaler adjust its scale, once a step."""

@@ -27,7 +27,8 @@ class Window:
 
     Args:
         optimizer: of the step.
-        model: the model, without wrappers, whose buffers the later evaluations must not move.
+        model: the model that is evaluated, with its wrappers: what the later evaluations do to its buffers is undone,
+            and a `DistributedDataParallel` around it exchanges gradients as often as the method needs.
         scaler: the framework's `torch.amp.GradScaler`, or `None`. The direction is handed back scaled.
     """
 
