@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -22,27 +21,30 @@ from flatmin.lab.tasks import get_task
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "docs" / "records" / "digits"
 BLOCK = re.compile(r"```python\n(.*?)```", re.S)
+CONTINUED = "<!-- continued -->\n```python\n"  # a block that goes on where the one before it has ended
 
 
 def blocks():
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
-        for number, code in enumerate(BLOCK.findall(path.read_text())):
+        text = re.sub(rf"```\n(?:(?!```).)*?{CONTINUED}", "", path.read_text(), flags=re.S)
+        for number, code in enumerate(BLOCK.findall(text)):
             yield pytest.param(code, id=f"{path.relative_to(ROOT)}-{number}")
 
 
 @pytest.mark.parametrize("code", list(blocks()))
-def test_code_blocks_run(code, tmp_path):
+def test_code_blocks_run(code, tmp_path, monkeypatch):
     script = tmp_path / "block.py"
     script.write_text(code)
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path, timeout=600)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(script), run_name="__main__")  # in this process: most of their time would be imports
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
-def test_examples_run(path, tmp_path):
-    done = subprocess.run([sys.executable, path], capture_output=True, text=True, cwd=tmp_path, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
+def test_examples_run(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out
+    assert len([line for line in path.read_text().splitlines() if line.strip()]) <= 40
 
 
 def test_the_quickstart_is_short():

@@ -29,12 +29,14 @@ MAY_IMPORT = {
     "problems": set(),
     "optim": {"vectors", "noise", "quiet", "shards", "distributed"},
     "curvature": {"vectors", "noise", "quiet", "extras", "shards", "distributed"},
+    "integrations": {"quiet", "extras", "optim"},
     "lab": {"vectors", "noise", "quiet", "extras", "optim", "curvature", "problems"},
     "__init__": {"optim", "curvature", "problems"},
     "__main__": {"lab"},
 }
 CORE = {"torch", "numpy", "scipy"}
-THIRD_PARTY = {"problems": {"torch"}, "lab": {*CORE, "rich", "tyro"}}
+FRAMEWORKS = {"accelerate", "lightning", "transformers"}
+THIRD_PARTY = {"problems": {"torch"}, "lab": {*CORE, "rich", "tyro"}, "integrations": {*CORE, *FRAMEWORKS}}
 
 PUBLIC = [
     "Averager", "BSAM", "DistancePenalty", "DistanceProjection", "ESAM", "EigenResult", "EigenSAM", "FisherSAM",
@@ -94,7 +96,7 @@ def test_public_names_are_frozen():
 def test_the_core_imports_without_the_extras():
     code = "import sys, flatmin; print(sorted({m.split('.')[0] for m in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for extra in ("rich", "tyro", "matplotlib", "jinja2", "sklearn", "safetensors"):
+    for extra in ("rich", "tyro", "matplotlib", "jinja2", "sklearn", "safetensors", *FRAMEWORKS):
         assert f"'{extra}'" not in loaded
 
 

@@ -65,6 +65,14 @@ class Collector:
         for p, d in zip(self._params, direction.tensors, strict=True):
             p.grad = d
 
+    def combine(self, share: float, earlier: Vector | None) -> None:
+        """Adds `share` times what stands in `.grad` to what `earlier` micro-batches have given, and installs that."""
+        part = self._take()
+        # Not in place: a rule may have kept what it returned.
+        total = part * share if earlier is None else earlier.add_(part, share)
+        for p, d in zip(self._params, total.tensors, strict=True):
+            p.grad = d
+
     def _set_aside(self) -> None:
         """Moves what stands in `.grad` to the sum; without a weight it belongs to nobody."""
         part = self._take()

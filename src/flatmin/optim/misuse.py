@@ -63,7 +63,12 @@ UNSCALED_NEEDED = (
 SCALER_STEP = (
     "scaler.step(opt) after opt.probes(scaler), or with a closure: the gradients would be unscaled twice, or not at "
     "all. Call opt.step() (or opt.step(closure, scaler=scaler)) instead: it unscales, skips on overflow and updates "
-    "the scaler."
+    "the scaler. In Accelerate use flatmin.integrations.accelerate.probes."
+)
+
+STILL_SCALED = (
+    "the gradients are still scaled: after opt.probes(scaler, rescale=True) call scaler.step(opt) and scaler.update(). "
+    "Without rescale=True call opt.step(), which does both."
 )
 
 CLEARED_IN_LOOP = (
