@@ -89,8 +89,9 @@ class Ranks:
         self.num_params = len(params)
         self._params = {id(p) for p in params}
         self._device = params[0].device
-        meshes = {p.device_mesh for p in params if is_sharded(p)}  # type: ignore[attr-defined]
-        self._groups = {group for mesh in meshes for group in mesh.get_all_groups()}
+        # In an order that is the same on all processes: one that waits in another group would wait for ever.
+        meshes = dict.fromkeys(p.device_mesh for p in params if is_sharded(p))  # type: ignore[attr-defined]
+        self._groups: list[Any] = list(dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups()))
         self._replicas: list[weakref.ref[DistributedDataParallel]] = []
         self._exchange = True
         self._silenced: list[DistributedDataParallel] = []
@@ -140,7 +141,7 @@ class Ranks:
             if not any(id(p) in self._params for p in module.parameters()):
                 return
             self._replicas.append(weakref.ref(module))
-            self._groups.add(module.process_group)
+            self._groups = list(dict.fromkeys([*self._groups, module.process_group]))
         if self._exchange or module.require_backward_grad_sync:
             # Found; a compiled part of it must not see the hook. Inside a caller's `no_sync`, which will switch
             # averaging on again, the next forward of this probe has to be met too.

@@ -32,6 +32,17 @@ def test_shards_equal_one_process(ranks, method, base, form):
     assert (first["3.weight"] - Run(method).weights()["3.weight"]).abs().max() > 1e-3
 
 
+def train_replicas(rank, method):
+    return Run(method, "hsdp", share(rank)).run(STEPS).weights()
+
+
+@pytest.mark.parametrize("method", ["sam", "nso", "gsam"])
+def test_replicas_of_shards_count_once(ranks, method):
+    first, second = ranks(train_replicas, method)
+    assert_near(first, second, atol=0)
+    assert_near(first, Run(method).run(STEPS).weights())
+
+
 ASCENDING = ("sam", "usam", "asam", "monge-sam", "fisher-sam", "random-sam")
 
 
