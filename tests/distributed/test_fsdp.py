@@ -60,6 +60,15 @@ def test_half_batches_are_halves_of_each_share(ranks, method):
     assert_near(first, Run(method, rows=rows).run(STEPS).weights())
 
 
+def train_esam_on_replicas(rank):
+    return Run("esam", "ddp", share(rank), sync_ascent=True).run(STEPS).weights()
+
+
+def test_esam_is_that_of_replicas_which_look_together(ranks):
+    first, _ = ranks(train, "esam", "loop", "sgd", {})
+    assert_near(first, ranks(train_esam_on_replicas)[0])
+
+
 @pytest.mark.parametrize(
     "options", [{"low_memory": True}, {"restore": "recompute"}, {"scale": "filter"}, {"num_perturbations": 3}]
 )
