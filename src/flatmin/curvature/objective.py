@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from flatmin.quiet import undisturbed
 from flatmin.vectors import Vector
 
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
+BatchLoss = Callable[[], tuple[Tensor, int]]
 
 
 class Objective:
@@ -98,17 +100,27 @@ class Objective:
 
         Whoever iterates deletes the loss before asking for the next: a loop variable would keep its graph alive.
         """
+        for evaluate in self.batches():
+            yield evaluate()
+
+    def batches(self) -> Iterator[BatchLoss]:
+        """Each batch as a function without arguments: its mean loss where the weights then are, and its samples.
+
+        So that one batch can be evaluated at several places, and the places differ in nothing else.
+        """
         samples = SampleCount()
         for batch in self.data:
-            outputs, targets = self._forward(self.model, batch)
-            count = samples.add(batch, targets)
-            self._rounding = max(self._rounding, _eps(outputs))
-            result = [(self._batch_loss(outputs, targets, count), count)]
-            del batch, outputs, targets  # what a batch leaves must be gone when the next one is evaluated
-            yield result.pop()
+            yield partial(self._evaluate, batch, samples, [])
         if samples.total == 0:
             raise ValueError("the data has no batches: an empty loader has no loss to measure.")
         self._num_samples = samples.total
+
+    def _evaluate(self, batch: Any, samples: SampleCount, counted: list[int]) -> tuple[Tensor, int]:
+        outputs, targets = self._forward(self.model, batch)
+        if not counted:  # a batch counts once, however often it is evaluated
+            counted.append(samples.add(batch, targets))
+        self._rounding = max(self._rounding, _eps(outputs))
+        return self._batch_loss(outputs, targets, counted[0]), counted[0]
 
     def loss(self) -> float:
         """L(w), summed in float64. One forward pass over the data."""
@@ -127,13 +139,18 @@ class Objective:
 
     def gradient(self) -> Vector:
         """The gradient of L. One forward and one backward pass."""
+        return self.loss_and_gradient()[1]
+
+    def loss_and_gradient(self) -> tuple[float, Vector]:
+        """L(w), summed in float64, and its gradient. One forward and one backward pass."""
         with self.quiet(), torch.enable_grad():
-            total, count = self.zeros(), 0
+            value, total, count = 0.0, self.zeros(), 0
             for loss, n in self.batch_losses():
                 grads = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
+                value += n * float(loss.detach().double())
                 total, count = total.add_(Vector(grads) * float(n)), count + n
                 del loss, grads
-        return total / count
+        return value / count, total / count
 
     def zeros(self) -> Vector:
         """The zero vector of parameter space."""

@@ -18,8 +18,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from flatmin.optim.rule import Displacement
-from flatmin.vectors import Vector
+from flatmin.vectors import Displacement, Vector
 
 Restore = Literal["exact", "recompute"]
 
