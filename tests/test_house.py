@@ -36,10 +36,11 @@ CORE = {"torch", "numpy", "scipy"}
 THIRD_PARTY = {"problems": {"torch"}, "lab": {*CORE, "rich", "tyro"}}
 
 PUBLIC = [
-    "BSAM", "ESAM", "GSAM", "NSO", "RSP", "SAM", "SAP", "WSAM", "Averager", "EigenResult", "EigenSAM", "FisherSAM",
-    "FlatMinimum", "FlatOptimizer", "FlatnessReport", "FriendlySAM", "LookSAM", "Measurement", "MomentumSAM",
-    "MongeSAM", "Objective", "Probe", "RandomSAM", "TraceResult", "flat_minimum", "limit_map", "measure",
-    "methods", "norm_parameters", "problems", "top_eigenvalues", "trace",
+    "BSAM", "ESAM", "GSAM", "NSO", "RSP", "SAM", "SAP", "WSAM", "AscentResult", "Averager", "EigenResult",
+    "EigenSAM", "FisherSAM", "FlatMinimum", "FlatOptimizer", "FlatnessReport", "FriendlySAM", "LookSAM",
+    "Measurement", "MomentumSAM", "MongeSAM", "Objective", "Probe", "RandomSAM", "SharpnessResult", "TraceResult",
+    "ascent_sharpness", "average_sharpness", "flat_minimum", "limit_map", "measure", "methods", "noise_stability",
+    "norm_parameters", "problems", "top_eigenvalues", "trace",
 ]  # fmt: skip
 
 

@@ -2,21 +2,26 @@
 
 Training    NSO, RSP, SAP, SAM, MongeSAM and SAM's relatives around any `torch.optim` optimizer; `methods()` lists them
 Averaging   `Averager(model)`, the mean of the path of any of them, or of the base optimizer alone
-Measuring   `measure(model, criterion, data)`, or `Objective` with `trace` and `top_eigenvalues`
+Measuring   `measure(model, criterion, data)`, or `Objective` with `trace`, `top_eigenvalues`, `noise_stability`, ...
 Problems    functions with known gradients, Hessians and spectra
 """
 
 from flatmin import problems
 from flatmin.curvature import (
+    AscentResult,
     EigenResult,
     FlatMinimum,
     FlatnessReport,
     Measurement,
     Objective,
+    SharpnessResult,
     TraceResult,
+    ascent_sharpness,
+    average_sharpness,
     flat_minimum,
     limit_map,
     measure,
+    noise_stability,
     top_eigenvalues,
     trace,
 )
@@ -54,6 +59,7 @@ __all__ = [
     "SAM",
     "SAP",
     "WSAM",
+    "AscentResult",
     "Averager",
     "EigenResult",
     "EigenSAM",
@@ -69,11 +75,15 @@ __all__ = [
     "Objective",
     "Probe",
     "RandomSAM",
+    "SharpnessResult",
     "TraceResult",
+    "ascent_sharpness",
+    "average_sharpness",
     "flat_minimum",
     "limit_map",
     "measure",
     "methods",
+    "noise_stability",
     "norm_parameters",
     "problems",
     "top_eigenvalues",

@@ -1,25 +1,32 @@
 """Measuring: an objective, Hessian products, and what is estimated from them, each with its error."""
 
+from flatmin.curvature.ascent import AscentResult, ascent_sharpness
 from flatmin.curvature.eigen import top_eigenvalues
 from flatmin.curvature.manifold import FlatMinimum, flat_minimum, limit_map
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.products import hessian_product
 from flatmin.curvature.report import FlatnessReport, measure
 from flatmin.curvature.results import EigenResult, Estimate, Measurement, TraceResult
+from flatmin.curvature.sharpness import SharpnessResult, average_sharpness, noise_stability
 from flatmin.curvature.trace import trace
 
 __all__ = [
+    "AscentResult",
     "EigenResult",
     "Estimate",
     "FlatMinimum",
     "FlatnessReport",
     "Measurement",
     "Objective",
+    "SharpnessResult",
     "TraceResult",
+    "ascent_sharpness",
+    "average_sharpness",
     "flat_minimum",
     "hessian_product",
     "limit_map",
     "measure",
+    "noise_stability",
     "top_eigenvalues",
     "trace",
 ]

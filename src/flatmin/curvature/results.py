@@ -74,10 +74,7 @@ class TraceResult(Measurement):
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """A confidence interval for the trace (Student's t over the probes)."""
-        if len(self.samples) < 2:
-            return (-math.inf, math.inf)
-        half = float(stats.t.ppf(0.5 + level / 2, len(self.samples) - 1)) * self.stderr
-        return (self.value - half, self.value + half)
+        return student_interval(self.value, self.stderr, len(self.samples), level)
 
     def plot(self, ax: Any = None) -> Any:
         """Bars: the trace of each layer with one standard error. Returns the matplotlib Axes."""
@@ -119,6 +116,14 @@ class EigenResult(Measurement):
         ax.set_xlabel("rank")
         ax.set_ylabel("eigenvalue of the Hessian")
         return ax
+
+
+def student_interval(value: float, stderr: float, n: int, level: float) -> tuple[float, float]:
+    """The confidence interval of a mean of `n` samples with this standard error."""
+    if n < 2:
+        return (-math.inf, math.inf)
+    half = float(stats.t.ppf(0.5 + level / 2, n - 1)) * stderr
+    return (value - half, value + half)
 
 
 def plain(value: Any) -> Any:
