@@ -3,6 +3,7 @@
 from flatmin.curvature.eigen import top_eigenvalues
 from flatmin.curvature.manifold import FlatMinimum, flat_minimum, limit_map
 from flatmin.curvature.objective import Objective
+from flatmin.curvature.operators import FisherOperator, GaussNewtonOperator, HessianOperator, Operator, ResidualOperator
 from flatmin.curvature.products import hessian_product
 from flatmin.curvature.report import FlatnessReport, measure
 from flatmin.curvature.results import EigenResult, Estimate, Measurement, TraceResult
@@ -11,10 +12,15 @@ from flatmin.curvature.trace import trace
 __all__ = [
     "EigenResult",
     "Estimate",
+    "FisherOperator",
     "FlatMinimum",
     "FlatnessReport",
+    "GaussNewtonOperator",
+    "HessianOperator",
     "Measurement",
     "Objective",
+    "Operator",
+    "ResidualOperator",
     "TraceResult",
     "flat_minimum",
     "hessian_product",
