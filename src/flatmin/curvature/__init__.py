@@ -4,6 +4,7 @@ from flatmin.curvature.ascent import AscentResult, ascent_sharpness
 from flatmin.curvature.eigen import top_eigenvalues
 from flatmin.curvature.manifold import FlatMinimum, flat_minimum, limit_map
 from flatmin.curvature.objective import Objective
+from flatmin.curvature.operators import FisherOperator, GaussNewtonOperator, HessianOperator, Operator, ResidualOperator
 from flatmin.curvature.products import hessian_product
 from flatmin.curvature.report import FlatnessReport, measure
 from flatmin.curvature.results import EigenResult, Estimate, Measurement, TraceResult
@@ -14,10 +15,15 @@ __all__ = [
     "AscentResult",
     "EigenResult",
     "Estimate",
+    "FisherOperator",
     "FlatMinimum",
     "FlatnessReport",
+    "GaussNewtonOperator",
+    "HessianOperator",
     "Measurement",
     "Objective",
+    "Operator",
+    "ResidualOperator",
     "SharpnessResult",
     "TraceResult",
     "ascent_sharpness",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,36 @@ from flatmin.quiet import undisturbed
 from flatmin.vectors import Vector
 
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
-BatchLoss = Callable[[], tuple[Tensor, int]]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A batch after a forward pass: its mean loss, and the outputs and targets that it came from."""
+
+    loss: Tensor
+    outputs: Any
+    targets: Any
+
+
+class Batch:
+    """A batch that can be evaluated, at the weights as they are, as often as needed."""
+
+    def __init__(self, objective: Objective, content: Any, samples: SampleCount):
+        self._objective, self._content, self._samples = objective, content, samples
+        self._size: int | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of samples; known after the first evaluation."""
+        assert self._size is not None
+        return self._size
+
+    def evaluate(self) -> Evaluated:
+        """A forward pass, with its graph if gradients are enabled."""
+        outputs, targets = self._objective.forward(self._content)
+        if self._size is None:
+            self._size = self._samples.add(self._content, targets)
+        return Evaluated(self._objective.batch_loss(outputs, targets, self._size), outputs, targets)
 
 
 class Objective:
@@ -95,32 +124,30 @@ class Objective:
             for generator, state in own:
                 generator.set_state(state)
 
+    def forward(self, content: Any) -> tuple[Any, Any]:
+        """Outputs and targets of what the data yields."""
+        outputs, targets = self._forward(self.model, content)
+        self._rounding = max(self._rounding, _eps(outputs))
+        return outputs, targets
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches, not yet evaluated; whoever iterates evaluates each of them."""
+        samples = SampleCount()
+        for content in self.data:
+            yield Batch(self, content, samples)
+        if samples.total == 0:
+            raise ValueError("the data has no batches: an empty loader has no loss to measure.")
+        self._num_samples = samples.total
+
     def batch_losses(self) -> Iterator[tuple[Tensor, int]]:
         """The mean loss of each batch, with its graph if gradients are enabled, and its number of samples.
 
         Whoever iterates deletes the loss before asking for the next: a loop variable would keep its graph alive.
         """
-        for evaluate in self.batches():
-            yield evaluate()
-
-    def batches(self) -> Iterator[BatchLoss]:
-        """Each batch as a function without arguments: its mean loss where the weights then are, and its samples.
-
-        So that one batch can be evaluated at several places, and the places differ in nothing else.
-        """
-        samples = SampleCount()
-        for batch in self.data:
-            yield partial(self._evaluate, batch, samples, [])
-        if samples.total == 0:
-            raise ValueError("the data has no batches: an empty loader has no loss to measure.")
-        self._num_samples = samples.total
-
-    def _evaluate(self, batch: Any, samples: SampleCount, counted: list[int]) -> tuple[Tensor, int]:
-        outputs, targets = self._forward(self.model, batch)
-        if not counted:  # a batch counts once, however often it is evaluated
-            counted.append(samples.add(batch, targets))
-        self._rounding = max(self._rounding, _eps(outputs))
-        return self._batch_loss(outputs, targets, counted[0]), counted[0]
+        for batch in self.batches():
+            result = [(batch.evaluate().loss, batch.size)]
+            del batch  # what a batch leaves must be gone when the next one is evaluated
+            yield result.pop()
 
     def loss(self) -> float:
         """L(w), summed in float64. One forward pass over the data."""
@@ -187,7 +214,8 @@ class Objective:
             "at random. Pass a fixed list of batches, e.g. list(loader)."
         )
 
-    def _batch_loss(self, outputs: Any, targets: Any, count: int) -> Tensor:
+    def batch_loss(self, outputs: Any, targets: Any, count: int) -> Tensor:
+        """The mean loss of a batch of `count` samples, from its outputs: a finite scalar."""
         own = self.criterion is None
         loss = getattr(outputs, "loss", outputs) if own else self.criterion(outputs, targets)  # type: ignore[misc]
         if not isinstance(loss, Tensor) or loss.numel() != 1:

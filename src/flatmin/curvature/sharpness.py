@@ -30,7 +30,7 @@ import torch
 
 from flatmin.curvature.budget import Budget, standard_error
 from flatmin.curvature.metrics import Metric, ball
-from flatmin.curvature.objective import BatchLoss, Objective
+from flatmin.curvature.objective import Batch, Objective
 from flatmin.curvature.results import Estimate, Measurement, student_interval
 from flatmin.noise import Law, Noise, Scale, check_law, mix_seeds
 from flatmin.place import Place
@@ -232,24 +232,24 @@ class _Sampler:
     def _round(self, first: int, size: int) -> np.ndarray:
         totals, clean, count = np.zeros((size, len(self._drawers))), 0.0, 0
         with displaced(self._objective) as place:
-            for batch, evaluate in enumerate(self._objective.batches()):
-                loss, n = evaluate()
-                at_home = float(loss.double())
+            for index, batch in enumerate(self._objective.batches()):
+                at_home = float(batch.evaluate().loss.double())
+                n = batch.size
                 for row, column in np.ndindex(totals.shape):
                     place.move(None)
-                    u = self._drawers[column](mix_seeds(self._seed, first + row, batch))
-                    totals[row, column] += n * (self._mean_loss(place, u, evaluate) - at_home)
+                    u = self._drawers[column](mix_seeds(self._seed, first + row, index))
+                    totals[row, column] += n * (self._mean_loss(place, u, batch) - at_home)
                 place.move(None)
                 clean, count = clean + n * at_home, count + n
         self._clean, self._rounds = clean / count, self._rounds + 1
         return totals / count
 
-    def _mean_loss(self, place: Place, u: Noise | Step, evaluate: BatchLoss) -> float:
+    def _mean_loss(self, place: Place, u: Noise | Step, batch: Batch) -> float:
         losses = []
         for sign in self._signs:
             place.move(u if sign > 0 else -u)
             try:
-                losses.append(float(evaluate()[0].double()))
+                losses.append(float(batch.evaluate().loss.double()))
             except ValueError as error:
                 error.add_note("The weights were displaced: with a smaller radius the loss may be finite.")
                 raise
