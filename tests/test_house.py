@@ -38,9 +38,10 @@ THIRD_PARTY = {"problems": {"torch"}, "lab": {*CORE, "rich", "tyro"}}
 PUBLIC = [
     "BSAM", "ESAM", "GSAM", "NSO", "RSP", "SAM", "SAP", "WSAM", "AscentResult", "Averager", "EigenResult",
     "EigenSAM", "FisherSAM", "FlatMinimum", "FlatOptimizer", "FlatnessReport", "FriendlySAM", "LookSAM",
-    "Measurement", "MomentumSAM", "MongeSAM", "Objective", "Probe", "RandomSAM", "SharpnessResult", "TraceResult",
-    "ascent_sharpness", "average_sharpness", "flat_minimum", "limit_map", "measure", "methods", "noise_stability",
-    "norm_parameters", "problems", "top_eigenvalues", "trace",
+    "Measurement", "MomentumSAM", "MongeSAM", "Objective", "Probe", "RandomSAM", "RayleighSum", "SharpnessResult",
+    "TraceResult", "ascent_sharpness", "average_sharpness", "block_eigenvalues", "flat_minimum",
+    "layerwise_rayleigh_sum", "limit_map", "measure", "methods", "noise_stability", "norm_parameters", "problems",
+    "top_eigenvalues", "trace",
 ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Measuring: an objective, Hessian products, and what is estimated from them, each with its error."""
 
 from flatmin.curvature.ascent import AscentResult, ascent_sharpness
+from flatmin.curvature.blocks import RayleighSum, block_eigenvalues, layerwise_rayleigh_sum
 from flatmin.curvature.eigen import top_eigenvalues
 from flatmin.curvature.manifold import FlatMinimum, flat_minimum, limit_map
 from flatmin.curvature.objective import Objective
@@ -23,13 +24,16 @@ __all__ = [
     "Measurement",
     "Objective",
     "Operator",
+    "RayleighSum",
     "ResidualOperator",
     "SharpnessResult",
     "TraceResult",
     "ascent_sharpness",
     "average_sharpness",
+    "block_eigenvalues",
     "flat_minimum",
     "hessian_product",
+    "layerwise_rayleigh_sum",
     "limit_map",
     "measure",
     "noise_stability",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,6 +113,14 @@ class Objective:
     def layers(self) -> tuple[str, ...]:
         """The module that each parameter belongs to, by name."""
         return tuple(name.rpartition(".")[0] or name for name in self.names)
+
+    def only(self, names: Iterable[str]) -> Objective:
+        """The same loss as a function of these parameters alone, by name."""
+        keep = set(names)
+        chosen = [(n, p) for n, p in zip(self.names, self.params, strict=True) if n in keep]
+        other = copy.copy(self)
+        other.names, other.params = tuple(n for n, _ in chosen), tuple(p for _, p in chosen)
+        return other
 
     @contextmanager
     def quiet(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from typing import Any
 from scipy import stats
 
 from flatmin.extras import need
+from flatmin.vectors import Vector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +98,19 @@ class EigenResult(Measurement):
         converged: whether every residual is small beside its value and beside the spread of the spectrum, and the
             values have stayed (see `top_eigenvalues`).
         which: "LA" (largest algebraic) or "SA" (smallest).
+        vectors: the eigenvectors, of norm 1, if they were asked for; not part of `to_dict`.
     """
 
     values: tuple[float, ...] = ()
     residuals: tuple[float, ...] = ()
     converged: bool = True
     which: str = "LA"
+    vectors: tuple[Vector, ...] = field(default=(), repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts, without the vectors."""
+        entries = dataclasses.asdict(dataclasses.replace(self, vectors=()))
+        return plain({name: entry for name, entry in entries.items() if name != "vectors"})
 
     @property
     def estimates(self) -> tuple[Estimate, ...]:
