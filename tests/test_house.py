@@ -28,20 +28,21 @@ MAY_IMPORT = {
     "problems": set(),
     "optim": {"vectors", "noise", "quiet", "place"},
     "curvature": {"vectors", "noise", "quiet", "place", "extras"},
+    "bounds": set(),
     "lab": {"vectors", "noise", "quiet", "extras", "optim", "curvature", "problems"},
-    "__init__": {"optim", "curvature", "problems"},
+    "__init__": {"optim", "curvature", "problems", "bounds"},
     "__main__": {"lab"},
 }
 CORE = {"torch", "numpy", "scipy"}
 THIRD_PARTY = {"problems": {"torch"}, "lab": {*CORE, "rich", "tyro"}}
 
 PUBLIC = [
-    "BSAM", "ESAM", "GSAM", "NSO", "RSP", "SAM", "SAP", "WSAM", "AscentResult", "Averager", "EigenResult",
-    "EigenSAM", "FisherSAM", "FlatMinimum", "FlatOptimizer", "FlatnessReport", "FriendlySAM", "LookSAM",
-    "Measurement", "MomentumSAM", "MongeSAM", "Objective", "Probe", "RandomSAM", "RayleighSum", "SharpnessResult",
-    "TraceResult", "ascent_sharpness", "average_sharpness", "block_eigenvalues", "flat_minimum",
-    "layerwise_rayleigh_sum", "limit_map", "measure", "methods", "noise_stability", "norm_parameters", "problems",
-    "top_eigenvalues", "trace",
+    "BSAM", "ESAM", "GSAM", "NSO", "RSP", "SAM", "SAP", "WSAM", "AscentResult", "Averager", "DensityResult",
+    "EigenResult", "EigenSAM", "FisherSAM", "FlatMinimum", "FlatOptimizer", "FlatnessReport", "FriendlySAM",
+    "LookSAM", "Measurement", "MomentumSAM", "MongeSAM", "Objective", "Probe", "RandomSAM", "RayleighSum",
+    "SharpnessResult", "TraceResult", "ascent_sharpness", "average_sharpness", "block_eigenvalues", "bounds",
+    "flat_minimum", "layerwise_rayleigh_sum", "limit_map", "measure", "methods", "noise_stability",
+    "norm_parameters", "problems", "spectral_density", "top_eigenvalues", "trace",
 ]  # fmt: skip
 
 
@@ -113,7 +114,7 @@ def test_version_is_said_once():
     assert f"version: {flatmin.__version__}" in (ROOT / "CITATION.cff").read_text()
 
 
-@pytest.mark.parametrize("name", [n for n in PUBLIC if n != "problems"])
+@pytest.mark.parametrize("name", [n for n in PUBLIC if n not in ("bounds", "problems")])
 def test_public_names_are_documented(name):
     thing = getattr(flatmin, name)
     doc = inspect.getdoc(thing) or ""

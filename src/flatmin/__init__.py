@@ -3,12 +3,14 @@
 Training    NSO, RSP, SAP, SAM, MongeSAM and SAM's relatives around any `torch.optim` optimizer; `methods()` lists them
 Averaging   `Averager(model)`, the mean of the path of any of them, or of the base optimizer alone
 Measuring   `measure(model, criterion, data)`, or `Objective` with `trace`, `top_eigenvalues`, `noise_stability`, ...
+Bounds      `bounds`: PAC-Bayes bounds as functions of the numbers measured
 Problems    functions with known gradients, Hessians and spectra
 """
 
-from flatmin import problems
+from flatmin import bounds, problems
 from flatmin.curvature import (
     AscentResult,
+    DensityResult,
     EigenResult,
     FlatMinimum,
     FlatnessReport,
@@ -25,6 +27,7 @@ from flatmin.curvature import (
     limit_map,
     measure,
     noise_stability,
+    spectral_density,
     top_eigenvalues,
     trace,
 )
@@ -64,6 +67,7 @@ __all__ = [
     "WSAM",
     "AscentResult",
     "Averager",
+    "DensityResult",
     "EigenResult",
     "EigenSAM",
     "FisherSAM",
@@ -84,6 +88,7 @@ __all__ = [
     "ascent_sharpness",
     "average_sharpness",
     "block_eigenvalues",
+    "bounds",
     "flat_minimum",
     "layerwise_rayleigh_sum",
     "limit_map",
@@ -92,6 +97,7 @@ __all__ = [
     "noise_stability",
     "norm_parameters",
     "problems",
+    "spectral_density",
     "top_eigenvalues",
     "trace",
 ]

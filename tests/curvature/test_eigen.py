@@ -196,6 +196,9 @@ def test_starts():
     warm = flatmin.top_eigenvalues(objective, start=random.vectors[0])
     assert warm.num_products == 8  # the fewest that there are
     assert warm.value == pytest.approx(spectrum[-1], rel=1e-5)
+    with pytest.warns(RuntimeWarning, match="not converged after 1 products"):
+        short = flatmin.top_eigenvalues(objective, start=random.vectors[0], max_products=1)
+    assert short.value == pytest.approx(spectrum[-1], rel=1e-3)
     with pytest.raises(ValueError, match="start must be"):
         flatmin.top_eigenvalues(objective, start="zero")  # type: ignore[arg-type]
 

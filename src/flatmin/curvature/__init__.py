@@ -2,6 +2,7 @@
 
 from flatmin.curvature.ascent import AscentResult, ascent_sharpness
 from flatmin.curvature.blocks import RayleighSum, block_eigenvalues, layerwise_rayleigh_sum
+from flatmin.curvature.density import DensityResult, spectral_density
 from flatmin.curvature.eigen import top_eigenvalues
 from flatmin.curvature.manifold import FlatMinimum, flat_minimum, limit_map
 from flatmin.curvature.objective import Objective
@@ -14,6 +15,7 @@ from flatmin.curvature.trace import trace
 
 __all__ = [
     "AscentResult",
+    "DensityResult",
     "EigenResult",
     "Estimate",
     "FisherOperator",
@@ -37,6 +39,7 @@ __all__ = [
     "limit_map",
     "measure",
     "noise_stability",
+    "spectral_density",
     "top_eigenvalues",
     "trace",
 ]
