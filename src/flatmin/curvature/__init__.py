@@ -4,6 +4,7 @@ from flatmin.curvature.ascent import AscentResult, ascent_sharpness
 from flatmin.curvature.blocks import RayleighSum, block_eigenvalues, layerwise_rayleigh_sum
 from flatmin.curvature.density import DensityResult, spectral_density
 from flatmin.curvature.eigen import top_eigenvalues
+from flatmin.curvature.flat import FlatMinimumEstimate, flat_minimum_estimate, model_function
 from flatmin.curvature.manifold import FlatMinimum, flat_minimum, limit_map
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import FisherOperator, GaussNewtonOperator, HessianOperator, Operator, ResidualOperator
@@ -20,6 +21,7 @@ __all__ = [
     "Estimate",
     "FisherOperator",
     "FlatMinimum",
+    "FlatMinimumEstimate",
     "FlatnessReport",
     "GaussNewtonOperator",
     "HessianOperator",
@@ -34,10 +36,12 @@ __all__ = [
     "average_sharpness",
     "block_eigenvalues",
     "flat_minimum",
+    "flat_minimum_estimate",
     "hessian_product",
     "layerwise_rayleigh_sum",
     "limit_map",
     "measure",
+    "model_function",
     "noise_stability",
     "spectral_density",
     "top_eigenvalues",
