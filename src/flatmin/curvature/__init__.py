@@ -12,6 +12,7 @@ from flatmin.curvature.products import hessian_product
 from flatmin.curvature.report import FlatnessReport, measure
 from flatmin.curvature.results import EigenResult, Estimate, Measurement, TraceResult
 from flatmin.curvature.sharpness import SharpnessResult, average_sharpness, noise_stability
+from flatmin.curvature.slices import LossSlice, direction_to, loss_slice, random_direction
 from flatmin.curvature.trace import trace
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "FlatnessReport",
     "GaussNewtonOperator",
     "HessianOperator",
+    "LossSlice",
     "Measurement",
     "Objective",
     "Operator",
@@ -35,14 +37,17 @@ __all__ = [
     "ascent_sharpness",
     "average_sharpness",
     "block_eigenvalues",
+    "direction_to",
     "flat_minimum",
     "flat_minimum_estimate",
     "hessian_product",
     "layerwise_rayleigh_sum",
     "limit_map",
+    "loss_slice",
     "measure",
     "model_function",
     "noise_stability",
+    "random_direction",
     "spectral_density",
     "top_eigenvalues",
     "trace",
