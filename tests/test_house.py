@@ -39,11 +39,12 @@ THIRD_PARTY = {"problems": {"torch"}, "lab": {*CORE, "rich", "tyro"}}
 PUBLIC = [
     "BSAM", "ESAM", "GSAM", "NSO", "RSP", "SAM", "SAP", "WSAM", "AscentResult", "Averager", "DensityResult",
     "EigenResult", "EigenSAM", "FisherSAM", "FlatMinimum", "FlatMinimumEstimate", "FlatOptimizer", "FlatnessReport",
-    "FriendlySAM", "LookSAM", "LossSlice", "Measurement", "MomentumSAM", "MongeSAM", "Objective", "Probe",
-    "RandomSAM", "RayleighSum", "SharpnessResult", "TraceResult", "ascent_sharpness", "average_sharpness",
-    "block_eigenvalues", "bounds", "direction_to", "flat_minimum", "flat_minimum_estimate",
-    "layerwise_rayleigh_sum", "limit_map", "loss_slice", "measure", "methods", "model_function", "noise_stability",
-    "norm_parameters", "problems", "random_direction", "spectral_density", "top_eigenvalues", "trace",
+    "FreeTrace", "FriendlySAM", "LookSAM", "LossSlice", "Measurement", "MomentumSAM", "MongeSAM", "Objective",
+    "Probe", "RandomSAM", "RayleighSum", "SharpnessResult", "TraceResult", "TrackPoint", "Tracker",
+    "ascent_sharpness", "average_sharpness", "block_eigenvalues", "bounds", "direction_to", "flat_minimum",
+    "flat_minimum_estimate", "layerwise_rayleigh_sum", "limit_map", "loss_slice", "measure", "methods",
+    "model_function", "noise_stability", "norm_parameters", "problems", "random_direction", "spectral_density",
+    "top_eigenvalues", "trace",
 ]  # fmt: skip
 
 

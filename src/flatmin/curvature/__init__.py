@@ -14,6 +14,7 @@ from flatmin.curvature.results import EigenResult, Estimate, Measurement, TraceR
 from flatmin.curvature.sharpness import SharpnessResult, average_sharpness, noise_stability
 from flatmin.curvature.slices import LossSlice, direction_to, loss_slice, random_direction
 from flatmin.curvature.trace import trace
+from flatmin.curvature.tracker import FreeTrace, Tracker, TrackPoint
 
 __all__ = [
     "AscentResult",
@@ -24,6 +25,7 @@ __all__ = [
     "FlatMinimum",
     "FlatMinimumEstimate",
     "FlatnessReport",
+    "FreeTrace",
     "GaussNewtonOperator",
     "HessianOperator",
     "LossSlice",
@@ -34,6 +36,8 @@ __all__ = [
     "ResidualOperator",
     "SharpnessResult",
     "TraceResult",
+    "TrackPoint",
+    "Tracker",
     "ascent_sharpness",
     "average_sharpness",
     "block_eigenvalues",
