@@ -29,8 +29,9 @@ def methods_table() -> str:
         fixed = ", ".join(f"{k}={v!r}" for k, v in method.options.items())
         needs = [f"`{name}=`" for name in method.needs]
         needs += ["take"] * optimizer.needs_take + ["mean"] * optimizer.needs_losses
+        kept = len(optimizer.remembers)
         rows.append(
-            f"| {method.name} | `{type(optimizer).__name__}({fixed})` | {method.gradients:g} | {optimizer.num_kept} "
+            f"| {method.name} | `{type(optimizer).__name__}({fixed})` | {method.gradients:g} | {kept} "
             f"| {'yes' if optimizer.takes_sparse else 'no'} | {', '.join(needs)} | {method.paper} |"
         )
     return "\n".join(rows)

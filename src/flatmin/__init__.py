@@ -2,6 +2,7 @@
 
 Training    NSO, RSP, SAP, SAM, MongeSAM and SAM's relatives around any `torch.optim` optimizer; `methods()` lists them
 Averaging   `Averager(model)`, the mean of the path of any of them, or of the base optimizer alone
+Beside      `DistancePenalty`, `DistanceProjection`, `mixup`: what goes together with any of them
 Measuring   `measure(model, criterion, data)`, or `Objective` with `trace`, `top_eigenvalues`, `noise_stability`, ...
 Bounds      `bounds`: PAC-Bayes bounds as functions of the numbers measured
 Problems    functions with known gradients, Hessians and spectra
@@ -51,6 +52,8 @@ from flatmin.optim import (
     SAP,
     WSAM,
     Averager,
+    DistancePenalty,
+    DistanceProjection,
     EigenSAM,
     FisherSAM,
     FlatOptimizer,
@@ -61,6 +64,7 @@ from flatmin.optim import (
     Probe,
     RandomSAM,
     methods,
+    mixup,
     norm_parameters,
 )
 
@@ -78,6 +82,8 @@ __all__ = [
     "AscentResult",
     "Averager",
     "DensityResult",
+    "DistancePenalty",
+    "DistanceProjection",
     "EigenResult",
     "EigenSAM",
     "FisherSAM",
@@ -112,6 +118,7 @@ __all__ = [
     "loss_slice",
     "measure",
     "methods",
+    "mixup",
     "model_function",
     "noise_stability",
     "norm_parameters",

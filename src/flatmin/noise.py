@@ -6,18 +6,27 @@ Every law here is symmetric about 0 with unit variance, so that with U = sigma z
 
 whatever the law. A draw is a pure function of (seed, step, index): a resumed run continues the same stream from a
 step count alone, the global random state is never touched, and `-u` is the same draw with the other sign.
+
+Which number an element of a parameter gets does not depend on how many processes share the parameter out among them.
+Small parameters are drawn together, large ones in blocks, from the whole tensors and with a seed for each; a process
+draws what it needs a part of, and keeps its part.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from flatmin.shards import is_sharded, local, made_of, place_of, summed_apart, whole_rows
 from flatmin.vectors import Radii, Vector
+
+BLOCK = 2**20  # elements of a large tensor with one seed: many, for its cost; few, for who needs a part of them only
+SMALL = 2**12  # elements of small tensors with one seed: many, for its cost; few, as they take memory together
+ALIGN = 16  # elements: where tensors that are drawn together begin, so that vector instructions can be used on them
 
 Law = Literal["normal", "uniform", "laplace", "rademacher", "binomial"]
 
@@ -116,7 +125,7 @@ class Noise:
         self._law = law
         self._seed = seed
         self._keep = keep
-        self._norms = [filter_norms(p) for p in like] if scale == "filter" else None
+        self._norms = filter_norms(like) if scale == "filter" else None
         self._sign = 1.0
         self._drawn: list[Vector] = []  # shared with -self, so that one draw serves both
 
@@ -141,7 +150,7 @@ class Noise:
             self._scaled_draw().add_to(params, sign * self._sign)
         else:
             for i, z in self._draws():
-                params[i].add_(z, alpha=sign * self._sign)
+                local(params[i]).add_(local(z), alpha=sign * self._sign)
 
     def _scaled_draw(self) -> Vector:
         if self._drawn:
@@ -154,20 +163,105 @@ class Noise:
             self._drawn.append(vector)
         return vector
 
-    def _draws(self):
+    def _draws(self) -> Iterator[tuple[int, Tensor]]:
         generators: dict[torch.device, torch.Generator] = {}
-        for i in self.support:
-            device = self._like[i].device
+        for unit in _units(self._like, self.support):
+            members, scales = [self._like[i] for i in unit], [self._sigma.values[i] for i in unit]
+            device = members[0].device
             if device not in generators:
-                generator = torch.Generator(device)
-                # The count keeps the streams of several devices apart.
-                generator.manual_seed(mix_seeds(self._seed, len(generators)))
-                generators[device] = generator
-            z = draw_like(self._like[i], self._law, generators[device], self._sigma.values[i])
-            yield i, z if self._norms is None else z.mul_(self._norms[i])
+                generators[device] = torch.Generator(device)
+            draws = _draw_together(members, self._law, self._seed + (unit[0] << 40), generators[device], scales)
+            for i, z in zip(unit, draws, strict=True):
+                yield i, made_of(z if self._norms is None else z.mul_(self._norms[i]), self._like[i])
 
 
-def filter_norms(weight: Tensor) -> Tensor:
-    """The norm of each filter, of a shape that multiplies `weight`."""
-    dims = tuple(range(1, weight.ndim)) if weight.ndim > 1 else None
-    return torch.linalg.vector_norm(weight.detach(), dim=dims, keepdim=weight.ndim > 1)
+def _units(like: Sequence[Tensor], support: list[int]) -> list[list[int]]:
+    """Neighbours that are drawn together: of one kind, and of no more than SMALL elements if there are several."""
+    units: list[list[int]] = []
+    kind, room = None, 0
+    for i in support:
+        size = _aligned(like[i].numel())
+        if size > room or kind != (like[i].device, like[i].dtype):
+            units.append([])
+            kind, room = (like[i].device, like[i].dtype), SMALL
+        units[-1].append(i)
+        room -= size
+    return units
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN
+
+
+def _draw_together(
+    members: list[Tensor], law: str, seed: int, generator: torch.Generator, scales: list[float]
+) -> Iterator[Tensor]:
+    """This process's parts of one draw that has room for all `members`, one after the other."""
+    common = scales[0] if len(set(scales)) == 1 else 1.0
+    only = len(members) == 1
+    size = members[0].numel() if only else sum(_aligned(t.numel()) for t in members)
+    start, stop = _rows(members[0])[:2] if only else (0, size)
+    flat = local(members[0]).new_empty(stop - start, requires_grad=False)
+    _draw_range(flat, start, size, law, seed, generator, common)
+    offset = -start
+    for like, scale in zip(members, scales, strict=True):
+        z = _cut(flat, offset, like)
+        yield z if scale == common else z.mul_(scale)
+        offset += _aligned(like.numel())
+
+
+def _rows(like: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+    """The elements of all of `like` between which this process's rows lie, and shape and offset of its part."""
+    shape, offset = place_of(like)
+    if not shape:
+        return 0, 1, shape, offset
+    row = math.prod(like.shape[1:])
+    return offset[0] * row, (offset[0] + shape[0]) * row, shape, offset
+
+
+def _cut(flat: Tensor, at: int, like: Tensor) -> Tensor:
+    """This process's part of `like`, from a draw in which all of `like` would begin at `at`."""
+    if not is_sharded(like) and like.is_contiguous():
+        return flat[at : at + like.numel()].view(like.shape)
+    first, last, shape, offset = _rows(like)
+    z = flat[at + first : at + last].view(shape[:1] + like.shape[1:])
+    for dim in range(1, len(shape)):
+        z = z.narrow(dim, offset[dim], shape[dim])
+    part = local(like)
+    return z if z.stride() == part.stride() else torch.empty_like(part, requires_grad=False).copy_(z)
+
+
+def _draw_range(
+    out: Tensor, start: int, size: int, law: str, seed: int, generator: torch.Generator, scale: float
+) -> None:
+    """Fills `out` with the elements from `start` on of a draw of `size` elements, block by block."""
+    stop = start + out.numel()
+    for block in range(start // BLOCK, -(-stop // BLOCK)):
+        low, high = block * BLOCK, min((block + 1) * BLOCK, size)
+        generator.manual_seed(mix_seeds(seed + block))
+        wanted = out[max(low, start) - start : min(high, stop) - start]
+        if wanted.numel() == high - low:
+            _DRAW[law](wanted, scale, generator)
+        else:
+            whole = _DRAW[law](out.new_empty(high - low), scale, generator)
+            wanted.copy_(whole[max(low, start) - low : min(high, stop) - low])
+
+
+def filter_norms(weights: Sequence[Tensor]) -> list[Tensor]:
+    """The norm of each filter (row along the leading dimension; all of a vector), to multiply this process's part.
+
+    Cost: nothing is exchanged for whole rows. All vectors that are cut into shards: one all-reduce, a number each.
+    """
+    norms = [_row_norms(w.detach()) for w in weights]
+    cut = [i for i, w in enumerate(weights) if w.ndim < 2 and is_sharded(w)]
+    squares = summed_apart([norms[i].square() for i in cut], [weights[i] for i in cut])
+    for i, square in zip(cut, squares, strict=True):
+        norms[i] = square.sqrt()
+    return norms
+
+
+def _row_norms(weight: Tensor) -> Tensor:
+    if weight.ndim < 2:
+        return torch.linalg.vector_norm(local(weight))
+    dims = tuple(range(1, weight.ndim))
+    return torch.linalg.vector_norm(whole_rows(weight), dim=dims, keepdim=True)

@@ -18,6 +18,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from flatmin.shards import local, parts
 from flatmin.vectors import Displacement, Vector
 
 Restore = Literal["exact", "recompute"]
@@ -67,14 +68,14 @@ class Place:
     def _save(self, support: list[int]) -> None:
         for i in support:
             if i not in self._saved:
-                self._saved[i] = self._params[i].clone()
+                self._saved[i] = local(self._params[i]).clone()
 
     @torch.no_grad()
     def _return(self) -> None:
         if self._away is not None:
             self._away.add_to(self._params, sign=-1.0)
         elif self._saved:
-            torch._foreach_copy_([self._params[i] for i in self._saved], list(self._saved.values()))
+            torch._foreach_copy_(parts([self._params[i] for i in self._saved]), list(self._saved.values()))
         self._moved, self._away = False, None
         torch.clear_autocast_cache()
 

@@ -6,7 +6,8 @@
 
 A missing entry (`None`) is a zero that takes no memory: a parameter that the loss does not use, or one that a
 method leaves alone. This module is the only one that knows about `foreach` kernels, sparse gradients and low
-precision; it knows nothing of models, losses or optimizers.
+precision; it knows nothing of models, losses or optimizers. Entries may be sharded over processes (flatmin.shards):
+norms and inner products are over all of them, so every process must ask for them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from flatmin.shards import any_sharded, is_sharded, local, parts, summed
 
 
 class Displacement(Protocol):
@@ -114,21 +117,21 @@ class Vector:
     def dot(self, other: Vector) -> Tensor:
         """The inner product over the common support, a 0-dim tensor (fp32 or wider)."""
         _same_length(self, other)
-        terms = [
-            (_widened(a) * _widened(b)).sum()
-            for a, b in zip(self.tensors, other.tensors, strict=True)
-            if a is not None and b is not None
-        ]
-        return _total(terms)
+        pairs = zip(self.tensors, other.tensors, strict=True)
+        common = [(a, b) for a, b in pairs if a is not None and b is not None]
+        terms = [(_widened(local(a)) * _widened(local(b))).sum() for a, b in common]
+        return _total(terms, [a for a, _ in common])
 
     def norm(self) -> Tensor:
         """The Euclidean norm over all present entries together, a 0-dim tensor (fp32 or wider)."""
-        tensors = [_values(t) for t in self.present]
+        tensors = [_values(t) for t in parts(self.present)]
         if not tensors:
             return torch.zeros(())
         dtypes = {t.dtype for t in tensors}
         dtype = torch.float32 if dtypes == {torch.float32} else reduce(torch.promote_types, dtypes, torch.float32)
         norms = torch._foreach_norm(tensors, 2, dtype)
+        if any_sharded(self.present):
+            return _total([n.double().square() for n in norms], self.present).sqrt().to(dtype)
         return torch.linalg.vector_norm(_stacked(norms))
 
     def size(self) -> float | Tensor:
@@ -136,13 +139,16 @@ class Vector:
         tensors = self.present
         if not all(t.is_cpu and t.dtype in (torch.float32, torch.float64) and not t.is_sparse for t in tensors):
             return self.norm()
+        if any_sharded(tensors):
+            return self.norm().item()
         return math.hypot(*[n.item() for n in torch._foreach_norm(tensors)]) if tensors else 0.0
 
     def isfinite(self) -> bool:
         """Whether every entry is finite. One host synchronisation; a second look if the norm overflows."""
         if math.isfinite(self.size()):
             return True
-        return all(bool(torch.isfinite(_values(t)).all()) for t in self.present)
+        bad = [torch.isfinite(_values(t)).logical_not().sum() for t in parts(self.present)]
+        return not bool(_total(bad, self.present))
 
     def add_to(self, params: Sequence[Tensor], sign: float = 1.0) -> None:
         """Adds `sign` times this vector to `params` in place (the Displacement protocol)."""
@@ -151,7 +157,7 @@ class Vector:
     def copy_to(self, params: Sequence[Tensor]) -> None:
         """Overwrites `params` with this vector in place, where it has an entry."""
         if self.support:
-            torch._foreach_copy_([params[i] for i in self.support], self.present)
+            torch._foreach_copy_(parts([params[i] for i in self.support]), parts(self.present))
 
     def add_(self, other: Vector, scale: float = 1.0) -> Vector:
         """`self + scale * other`, in the memory of this vector, which must not be used afterwards."""
@@ -164,7 +170,7 @@ class Vector:
     def scale_(self, factor: float) -> None:
         """Multiplies the entries by `factor` in place."""
         if self.support and factor != 1.0:
-            torch._foreach_mul_(self.present, factor)
+            torch._foreach_mul_(parts(self.present), factor)
 
 
 def _inverse(norm: Any) -> Any:
@@ -275,26 +281,35 @@ def _add_in_place(params: list[Tensor], tensors: list[Tensor], alpha: float) -> 
         for param, t in zip(params, tensors, strict=True):
             param.add_(t, alpha=alpha)
     elif params:
-        torch._foreach_add_(params, tensors, alpha=alpha)
+        torch._foreach_add_(parts(params), parts(tensors), alpha=alpha)
 
 
 def _scaled(tensors: list[Tensor], scalar: float | Tensor) -> Sequence[Tensor]:
+    """Each of `tensors` times `scalar`, in its own dtype."""
     if not tensors:
         return tensors
-    if isinstance(scalar, Tensor) and scalar.dtype != tensors[0].dtype:
-        # A 0-dim factor of another width would take the slow path (and low precision needs it rounded only once).
-        scalar = scalar if tensors[0].dtype.itemsize < 4 else scalar.to(tensors[0].dtype)
-    if isinstance(scalar, Tensor) and any(t.device != scalar.device for t in tensors):
-        return [t * scalar.to(t.device) for t in tensors]
-    if any(t.layout != torch.strided for t in tensors):
-        return [t * scalar for t in tensors]
-    return torch._foreach_mul(tensors, scalar)
+    if not isinstance(scalar, Tensor):
+        return [t * scalar for t in tensors] if _one_by_one(tensors) else torch._foreach_mul(tensors, scalar)
+    first = tensors[0]
+    # A 0-dim factor of another width would take the slow path (and low precision needs it rounded only once).
+    scalar = scalar if first.dtype.itemsize < 4 else scalar.to(first.dtype)
+    alike = all(t.device == scalar.device and t.dtype == first.dtype for t in tensors) and not _one_by_one(tensors)
+    products = torch._foreach_mul(tensors, scalar) if alike else [t * scalar.to(t.device) for t in tensors]
+    # A 0-dim entry would take the dtype of a wider 0-dim factor.
+    return [product.to(t.dtype) for product, t in zip(products, tensors, strict=True)]
 
 
 def _added(a: list[Tensor], b: list[Tensor], alpha: float) -> Sequence[Tensor]:
-    if any(t.layout != torch.strided for t in (*a, *b)):
+    if _one_by_one([*a, *b]):
         return [torch.add(x, y, alpha=alpha) for x, y in zip(a, b, strict=True)]
     return torch._foreach_add(a, b, alpha=alpha) if a else []
+
+
+def _one_by_one(tensors: list[Tensor]) -> bool:
+    """Whether `foreach` kernels refuse them: sparse ones, or ordinary ones beside shards."""
+    if any(t.layout != torch.strided for t in tensors):
+        return True
+    return any_sharded(tensors) and not all(is_sharded(t) for t in tensors)
 
 
 def _values(tensor: Tensor) -> Tensor:
@@ -305,12 +320,19 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _total(terms: list[Tensor]) -> Tensor:
+def _total(terms: list[Tensor], owners: Sequence[Tensor]) -> Tensor:
+    """The sum of numbers that the local parts of `owners` gave."""
     if not terms:
         return torch.zeros(())
+    if any_sharded(owners):
+        return summed(_on_one_device(terms), owners)
     return _stacked(terms).sum()
 
 
 def _stacked(scalars: Sequence[Tensor]) -> Tensor:
+    return torch.stack(_on_one_device(scalars))
+
+
+def _on_one_device(scalars: Sequence[Tensor]) -> list[Tensor]:
     device = scalars[0].device
-    return torch.stack([t if t.device == device else t.to(device) for t in scalars])
+    return [t if t.device == device else t.to(device) for t in scalars]

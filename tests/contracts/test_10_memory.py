@@ -15,9 +15,10 @@ from tests.contracts.live_bytes import LiveBytes
 # The published NSO holds 3 in the middle of a step, 4 at its peak, and 1 between steps.
 ALLOWED = {
     "sam": {"closure": 1, "loop": 1},
-    "nso": {"closure": 3, "loop": 2},
+    # One pair; with more, see below.
+    "nso": {"closure": 2, "loop": 2},
     "nso-one-point": {"closure": 2, "loop": 2},
-    "nso-split": {"closure": 3, "loop": 2},
+    "nso-split": {"closure": 2, "loop": 2},
     "rwp": {"closure": 2, "loop": 2},
     # The others: as their docstrings say. What a method remembers between steps is replaced inside one.
     **{
@@ -74,7 +75,7 @@ def peak_copies(method: str, form: str, **options) -> tuple[float, float]:
 def test_peak_inside_a_step_and_nothing_between(method, form):
     during, after = peak_copies(method, form)
     assert during < ALLOWED[method][form] + 0.25
-    assert after < flatmin.methods()[method].factory.num_kept + 0.01  # type: ignore[union-attr]
+    assert after < len(flatmin.methods()[method].factory.remembers) + 0.01  # type: ignore[union-attr]
 
 
 @each_method
@@ -88,15 +89,20 @@ def test_the_docstring_says_how_much(method):
 
 
 @pytest.mark.parametrize("form", ["closure", "loop"])
+def test_several_perturbations_hold_one_at_a_time(form):
+    assert peak_copies("nso", form, num_perturbations=3)[0] < (3.25 if form == "closure" else 2.25)
+
+
+@pytest.mark.parametrize("form", ["closure", "loop"])
 def test_low_memory_saves_the_copy_of_the_noise(form):
-    during, _ = peak_copies("nso", form)
-    assert peak_copies("nso", form, low_memory=True)[0] < during - 0.75
+    during, _ = peak_copies("nso", form, num_perturbations=2)
+    assert peak_copies("nso", form, num_perturbations=2, low_memory=True)[0] < during - 0.75
 
 
 @pytest.mark.parametrize("form", ["closure", "loop"])
 def test_recompute_saves_the_copy_of_the_weights_too(form):
-    during, _ = peak_copies("nso", form, low_memory=True)
-    least = peak_copies("nso", form, low_memory=True, restore="recompute")[0]
+    during, _ = peak_copies("nso", form, num_perturbations=2, low_memory=True)
+    least = peak_copies("nso", form, num_perturbations=2, low_memory=True, restore="recompute")[0]
     assert least < during - 0.75
     assert least < (1.25 if form == "closure" else 0.25)
 

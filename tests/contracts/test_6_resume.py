@@ -64,7 +64,7 @@ def test_a_checkpoint_is_as_large_as_the_bases(method, base):
     # A method that remembers vectors says so; a tensor in a file has about a kilobyte around it.
     case = Case(method, base)
     params = case.optimizer.params
-    kept = case.optimizer.num_kept * sum(p.numel() * p.element_size() + 1024 for p in params)
+    kept = len(case.optimizer.remembers) * sum(p.numel() * p.element_size() + 1024 for p in params)
     assert size(case.run(2)) <= size(Case("base", base).run(2)) + 1024 + kept
 
 

@@ -72,9 +72,14 @@ def test_a_small_sigma_gives_the_trace_in_all_and_per_layer(name):
     assert set(result.per_layer) == set(objective.layers)
 
 
+def filter_scales(objective):
+    norms = zip(filter_norms(objective.params), objective.params, strict=True)
+    return torch.cat([norm.expand_as(p).flatten() for norm, p in norms])
+
+
 def test_noise_scaled_to_the_filters_gives_the_scaled_trace():
     objective, hessian = setting("tanh")
-    norms = torch.cat([filter_norms(p).expand_as(p).flatten() for p in objective.params])
+    norms = filter_scales(objective)
     sigma = 2e-3
     result = flatmin.noise_stability(objective, sigma, num_draws=200, scale="filter")
     truth = float((hessian.diagonal() * norms**2).sum())
@@ -112,7 +117,7 @@ def test_the_average_over_a_sphere():
 def test_the_average_over_the_sphere_of_a_metric(metric):
     objective, hessian = setting("tanh")
     w = torch.cat([p.detach().flatten() for p in objective.params])
-    norms = torch.cat([filter_norms(p).expand_as(p).flatten() for p in objective.params])
+    norms = filter_scales(objective)
     g = torch.cat([t.flatten() for t in objective.gradient().present])
     inverse = {  # A^2
         "adaptive": torch.diag(w**2),

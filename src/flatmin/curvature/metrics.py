@@ -15,8 +15,6 @@ import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
-from torch import Tensor
-
 from flatmin.curvature.objective import Objective
 from flatmin.noise import filter_norms
 from flatmin.vectors import Vector
@@ -42,9 +40,8 @@ def ball(objective: Objective, metric: Metric, gradient: Callable[[], Vector]) -
         return lambda e: e
     if metric == "monge":
         return _monge(gradient())
-    scale: Callable[[Tensor], Tensor] = filter_norms if metric == "filter" else lambda w: w.detach().abs()
-    scales = Vector(scale(p) for p in objective.params)
-    return scales.times
+    params = objective.params
+    return Vector(filter_norms(params) if metric == "filter" else [w.detach().abs() for w in params]).times
 
 
 def _monge(g: Vector) -> ToWeights:

@@ -122,8 +122,9 @@ def random_direction(objective: Objective, *, seed: int = 0) -> Vector:
     Source: Li et al. 2018 (filter normalisation).
     """
     params = objective.params
-    noise = Noise(params, Radii([1.0] * len(params)), "normal", seed).vector()
-    return Vector(z * (filter_norms(p) / filter_norms(z)) for z, p in zip(noise.present, params, strict=True))
+    noise = Noise(params, Radii([1.0] * len(params)), "normal", seed).vector().present
+    lengths = zip(noise, filter_norms(params), filter_norms(noise), strict=True)
+    return Vector(z * (wanted / own) for z, wanted, own in lengths)
 
 
 def direction_to(objective: Objective, state: Mapping[str, Tensor]) -> Vector:

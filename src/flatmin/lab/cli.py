@@ -22,12 +22,16 @@ class Methods:
     """List the training methods: what each costs, and where it comes from."""
 
     def run(self) -> None:
-        """Prints one line per method."""
+        """Prints one line per method, and one per part."""
+        from flatmin.lab.parts import PARTS
         from flatmin.optim.registry import methods
 
         for method in methods().values():
             radius = f", radius {method.radius_name}" if method.radius_name else ""
             print(f"{method.name:16} {method.gradients} gradient(s) a step{radius}; {method.paper}")
+        print("\nWith any of them, as in sam+swa:")
+        for name, (strength, what) in PARTS.items():
+            print(f"{name:20} {what} (usually {strength:g})")
 
 
 @dataclass

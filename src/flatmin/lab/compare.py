@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from flatmin.lab.display import Live, print_table
 from flatmin.lab.folder import FORMAT, check_name, done, locked, prepare, read_config
+from flatmin.lab.parts import settings_of, split_name
 from flatmin.lab.pool import run_all
 from flatmin.lab.records import RunRecord, read_run, write_json
 from flatmin.lab.report import write_report
 from flatmin.lab.summary import mixed_versions, summarize
 from flatmin.lab.tasks import get_task
 from flatmin.lab.train import RunSpec
-from flatmin.optim.registry import get_method
 
 
 @dataclass(kw_only=True)
@@ -29,7 +29,7 @@ class Compare:
     task: str = "digits"
     """Data, model and loss, by name (see: flatmin tasks)."""
     methods: tuple[str, ...] = ("base", "sam", "nso-one-point", "nso")
-    """Methods, by name (see: flatmin methods). The first is the control."""
+    """Methods, by name (see: flatmin methods), alone or with parts: sam+swa, nso+mixup. The first is the control."""
     num_seeds: int = 10
     """Seeds 0 .. n-1. A seed fixes the training samples, the initial weights and the batch order of all methods."""
     budget: Literal["gradients", "steps"] = "gradients"
@@ -70,17 +70,11 @@ class Compare:
         specs = []
         for seed in range(self.num_seeds):
             for name in self.methods:
-                method = get_method(name)
-                if name not in task.settings:
-                    raise ValueError(
-                        f"task {task.name!r} has no settings for method {name!r}. It has: {', '.join(task.settings)}."
-                    )
+                method, settings = split_name(name)[0], settings_of(task, name)
                 steps = amount if self.budget == "steps" else int(amount // method.gradients)
                 if steps < 1:
                     raise ValueError(f"--num-gradients {amount} does not pay for one step of {name}.")
-                specs.append(
-                    RunSpec(task=task.name, method=name, seed=seed, num_steps=steps, settings=task.settings[name])
-                )
+                specs.append(RunSpec(task=task.name, method=name, seed=seed, num_steps=steps, settings=settings))
         return specs
 
     def config(self) -> dict[str, Any]:

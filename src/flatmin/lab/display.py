@@ -103,7 +103,7 @@ def print_table(summary: dict[str, Any], console: Console | None = None) -> None
 
 def markdown_table(summary: dict[str, Any]) -> str:
     """The comparison as a Markdown table, one method a row; bold where significantly best."""
-    columns = [c for c in COLUMNS if c.key not in ("train_loss", "steps")]
+    columns = [c for c in COLUMNS if c.key != "steps"]
     lines = [f"| | {' | '.join(c.title for c in columns)} |", "|---|" + "---:|" * len(columns)]
     for name, entry in summary["methods"].items():
         cells = [format_cell(c, entry["columns"][c.key]) for c in columns]

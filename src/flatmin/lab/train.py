@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import time
@@ -15,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from flatmin.curvature import measure
 from flatmin.extras import need
+from flatmin.lab.parts import Evaluation, Training, split_name
 from flatmin.lab.records import RunWriter, environment
 from flatmin.lab.tasks import Settings, Splits, get_task
-from flatmin.optim.registry import get_method
 
 NUM_PROGRESS = 20  # progress records per run
 
@@ -45,7 +43,10 @@ class RunSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in the header of its record."""
-        return dataclasses.asdict(self)
+        data = dataclasses.asdict(self)
+        if not data["settings"]["parts"]:  # as it was before there were any
+            del data["settings"]["parts"]
+        return data
 
 
 class Diverged(Exception):
@@ -64,48 +65,67 @@ def train(spec: RunSpec, folder: Path, report: Progress = lambda *_: None) -> No
     header = {"spec": spec.to_dict(), **environment()}
     try:
         with RunWriter(folder / f"{spec.name}.jsonl", header) as writer:
-            model, result = _train(spec, writer, report)
-            tensors = {name: t.contiguous() for name, t in model.state_dict().items()}
-            need("safetensors.torch", "lab").save_file(tensors, folder / f"{spec.name}.safetensors")
-            writer.finish(result)
+            writer.finish(_train(spec, writer, report, folder / f"{spec.name}.safetensors"))
     finally:
         torch.set_num_threads(threads)
 
 
-def _train(spec: RunSpec, writer: RunWriter, report: Progress) -> tuple[nn.Module, dict[str, Any]]:
+def _train(spec: RunSpec, writer: RunWriter, report: Progress, weights: Path) -> dict[str, Any]:
     task = get_task(spec.task)
     splits = task.load(spec.seed)
     torch.manual_seed(spec.seed)
     model = task.build_model()
     optimizer = build_optimizer(spec, model, len(splits.train[1]))
     gradients_per_step = getattr(optimizer, "gradients_per_step", 1)
-    scheduler = CosineAnnealingLR(optimizer, spec.num_steps)
+    training = _training(spec, model, splits)
+    evaluate, scheduler = training.evaluation(optimizer), training.schedule(optimizer, spec.num_steps)
     every = max(1, spec.num_steps // NUM_PROGRESS)
     seconds, step = 0.0, 0
     batches = _batches(splits.train, task.batch_size, spec.seed)
     try:
         for step in range(1, spec.num_steps + 1):
             started = time.perf_counter()
-            loss = _step(model, optimizer, task.criterion, next(batches))
+            loss = _step(model, optimizer, evaluate, next(batches))
             scheduler.step()
+            training.after_step()
             seconds += time.perf_counter() - started
             _check_step(spec, step, loss, getattr(optimizer, "num_skipped", 0))
             if step % every == 0 or step == spec.num_steps:
-                scores = _scores(model, task.criterion, splits)
+                with training.worn():
+                    scores = _scores(model, task.criterion, splits)
                 _check_scores(spec, step, scores)
                 writer.write({"type": "progress", "step": step, "gradients": step * gradients_per_step, **scores})
                 report(spec.name, step, spec.num_steps, loss)
-        flatness = _flatness(spec, model, task.criterion, splits)
+        training.refresh(_in_order(splits.train, task.batch_size))
+        with training.worn():
+            result = {
+                "status": "finished",
+                **_scores(model, task.criterion, splits),
+                "flatness": _flatness(spec, model, task.criterion, splits),
+            }
     except Diverged as error:
-        cost = {"seconds": seconds, "steps": step, "gradients": step * gradients_per_step}
-        return model, {"status": "diverged", "message": str(error), **cost}
-    cost = {"seconds": seconds, "steps": step, "gradients": step * gradients_per_step}
-    return model, {"status": "finished", **cost, **_scores(model, task.criterion, splits), "flatness": flatness}
+        result = {"status": "diverged", "message": str(error)}
+    with training.worn():
+        tensors = {name: t.contiguous() for name, t in model.state_dict().items()}
+        need("safetensors.torch", "lab").save_file(tensors, weights)
+    return {**result, "seconds": seconds, "steps": step, "gradients": step * gradients_per_step}
+
+
+def _training(spec: RunSpec, model: nn.Module, splits: Splits) -> Training:
+    task, labels = get_task(spec.task), torch.cat([labels for _, labels in splits])
+    return Training(
+        model,
+        task.criterion,
+        spec.settings.parts,
+        num_steps=spec.num_steps,
+        epoch=-(-len(splits.train[1]) // task.batch_size),
+        num_classes=int(labels.max()) + 1,
+    )
 
 
 def build_optimizer(spec: RunSpec, model: nn.Module, num_data: int) -> Optimizer:
     """SGD with momentum 0.9 and the spec's settings, inside the spec's method; `num_data` training samples."""
-    settings, method = spec.settings, get_method(spec.method)
+    settings, method = spec.settings, split_name(spec.method)[0]
     if getattr(method.factory, "replaces_momentum", False):
         base = SGD(model.parameters(), lr=settings.lr)
     else:
@@ -120,17 +140,10 @@ def build_optimizer(spec: RunSpec, model: nn.Module, num_data: int) -> Optimizer
     return method.build(base, **options)
 
 
-def _step(model: nn.Module, optimizer: Optimizer, criterion: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
-    if getattr(optimizer, "needs_losses", False):
-        criterion = copy.copy(criterion)
-        criterion.reduction = "none"  # type: ignore[assignment]
-    take = getattr(optimizer, "take", lambda *batch: batch)
-    mean = getattr(optimizer, "mean", lambda losses: losses)
-
+def _step(model: nn.Module, optimizer: Optimizer, evaluate: Evaluation, batch: tuple[Tensor, Tensor]) -> float:
     def closure() -> Tensor:
         optimizer.zero_grad()
-        inputs, labels = take(*batch)
-        loss = mean(criterion(model(inputs), labels))
+        loss = evaluate(model, batch)
         loss.backward()
         return loss
 
@@ -146,6 +159,10 @@ def _batches(data: tuple[Tensor, Tensor], size: int, seed: int) -> Iterator[tupl
     while True:
         for rows in torch.randperm(len(labels), generator=generator).split(size):
             yield inputs[rows], labels[rows]
+
+
+def _in_order(data: tuple[Tensor, Tensor], size: int) -> list[tuple[Tensor, ...]]:
+    return list(zip(*(part.split(size) for part in data), strict=True))
 
 
 @torch.no_grad()
@@ -188,7 +205,7 @@ def _flatness(spec: RunSpec, model: nn.Module, criterion: nn.Module, splits: Spl
 
 
 def _divergence(spec: RunSpec, what: str) -> str:
-    radius = get_method(spec.method).radius_name
+    radius = split_name(spec.method)[0].radius_name
     settings = f"lr={spec.settings.lr:g}" + (f", {radius}={spec.settings.radius:g}" if radius else "")
     return (
         f"{spec.method} on {spec.task}, seed {spec.seed}: {what} ({settings}). A lower learning rate"

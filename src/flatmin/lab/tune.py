@@ -17,11 +17,11 @@ import numpy as np
 
 from flatmin.lab.display import Live
 from flatmin.lab.folder import done, locked
+from flatmin.lab.parts import split_name
 from flatmin.lab.pool import run_all
 from flatmin.lab.records import environment, make_writable, read_run, write_json
 from flatmin.lab.tasks import Settings, get_task
 from flatmin.lab.train import RunSpec
-from flatmin.optim.registry import get_method
 
 FIRST_SEED = 1000
 
@@ -71,7 +71,7 @@ class Tune:
         get_task(self.task)
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"--methods names at least one method, and none twice, got {' '.join(self.methods)!r}.")
-        radii = {name: get_method(name).radius_name for name in self.methods}
+        radii = {name: split_name(name)[0].radius_name for name in self.methods}
         control = self.methods[0]
         if radii[control] is not None:
             raise ValueError(
@@ -93,15 +93,20 @@ class Tune:
         write_json(self.out / "tuning.json", record)
 
     def _settings(self, method: str) -> list[Settings]:
-        radius = get_method(method).radius_name
+        rule, parts = split_name(method)
+        radius = rule.radius_name
         if radius is None:
-            return [Settings(lr=lr, weight_decay=wd) for lr, wd in itertools.product(self.lr, self.weight_decay)]
+            return [
+                Settings(lr=lr, weight_decay=wd, parts=parts)
+                for lr, wd in itertools.product(self.lr, self.weight_decay)
+            ]
         decay = self.best[self.methods[0]]["weight_decay"]
         radii = self.rho if radius == "rho" else self.sigma
-        return [Settings(lr=lr, weight_decay=decay, radius=r) for lr, r in itertools.product(self.lr, radii)]
+        grid = itertools.product(self.lr, radii)
+        return [Settings(lr=lr, weight_decay=decay, radius=r, parts=parts) for lr, r in grid]
 
     def _tune(self, method: str) -> list[dict[str, Any]]:
-        steps = max(1, int(get_task(self.task).num_gradients // get_method(method).gradients))
+        steps = max(1, int(get_task(self.task).num_gradients // split_name(method)[0].gradients))
         candidates = self._settings(method)
         trials = [
             [

@@ -1,8 +1,10 @@
 """Training: rules, the engine that runs them, and the registry of methods."""
 
 from flatmin.optim.averaging import Averager
+from flatmin.optim.distance import DistancePenalty, DistanceProjection
 from flatmin.optim.engine import FlatOptimizer
 from flatmin.optim.escape import RSP, SAP
+from flatmin.optim.mixup import mixup
 from flatmin.optim.monge import MongeSAM
 from flatmin.optim.nso import NSO
 from flatmin.optim.options import EngineOptions
@@ -35,6 +37,8 @@ __all__ = [
     "WSAM",
     "Averager",
     "Displacement",
+    "DistancePenalty",
+    "DistanceProjection",
     "EigenSAM",
     "EngineOptions",
     "FisherSAM",
@@ -50,6 +54,7 @@ __all__ = [
     "drive",
     "get_method",
     "methods",
+    "mixup",
     "norm_parameters",
     "register",
 ]

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from flatmin.distributed import Ranks
 from flatmin.optim.misuse import CLEARED_IN_LOOP, NO_BACKWARD
 from flatmin.optim.rule import NOTHING, Probe
+from flatmin.shards import local
 from flatmin.vectors import Vector
 
 
 class Collector:
     """Takes gradients out of `.grad`, or lets weighted ones add up there, and installs the direction."""
 
-    def __init__(self, params: list[Tensor], keep_sum_in_grad: bool):
+    def __init__(self, params: list[Tensor], keep_sum_in_grad: bool, ranks: Ranks):
         self._params = params
+        self._ranks = ranks
         self._in_grad = keep_sum_in_grad
         self._weight: float | None = None  # of the running sum that stands in .grad
         self._sum: Vector | None = None
@@ -34,13 +37,17 @@ class Collector:
             self._set_aside()
         self._before = [] if self._weight is None else [_mark(p.grad) for p in self._params]
 
+    def is_part(self, probe: Probe, following: Probe | None) -> bool:
+        """Whether the gradient of `probe` stays in `.grad` for the following one to add to."""
+        return bool(self._in_grad and probe.weight and following is not None and following.weight)
+
     def after(self, probe: Probe) -> Vector:
         """Hands out the gradient of `probe`, or adds it to the running sum."""
         self._check()
         self._weight = probe.weight
         if probe.weight is None:
             self.handed_out = True
-            return self._take().apply(_without_graph)
+            return self._take().apply(_copied if self._ranks.reuse_gradients else _without_graph)
         return NOTHING
 
     def install(self, direction: Vector | None) -> None:
@@ -81,20 +88,24 @@ class Collector:
         for p, (grad, version) in zip(self._params, self._before, strict=True):
             if p.grad is not grad:
                 changed = True
-                if grad is not None and not _replaced_by_autograd(p):
+                if grad is not None and not _replaced_by_autograd(p) and not self._ranks.reuse_gradients:
                     raise ValueError(CLEARED_IN_LOOP)
-            elif grad is not None and grad._version != version:
+            elif grad is not None and local(grad)._version != version:
                 changed = True
         if not changed:
             raise ValueError(NO_BACKWARD)
 
 
 def _mark(grad: Tensor | None) -> tuple[Tensor | None, int]:
-    return (grad, 0 if grad is None else grad._version)
+    return (grad, 0 if grad is None else local(grad)._version)
 
 
 def _without_graph(grad: Tensor) -> Tensor:
     return grad.detach() if grad.requires_grad else grad
+
+
+def _copied(grad: Tensor) -> Tensor:
+    return grad.detach().clone()
 
 
 def _replaced_by_autograd(p: Tensor) -> bool:

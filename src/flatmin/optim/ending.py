@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from flatmin.optim.scaling import Scaling
 from flatmin.optim.tools import Tools
 from flatmin.quiet import Quiet
 from flatmin.vectors import Radii, Vector
+
+ELSEWHERE = "loss of another process"
 
 
 class Ending(Tools):
@@ -40,9 +43,10 @@ class Ending(Tools):
 
     def _finish(self, losses: list[Any]) -> None:
         self._stage = "idle"
-        if self._scaling.overflowed() or bool(getattr(self, "found_inf", False)):
+        agree = self.ranks.agree
+        if self._scaling.overflowed(agree) or bool(getattr(self, "found_inf", False)):
             self._skip(None)  # an ordinary event of fp16 training: no warning
-        elif self._guard and (culprit := self._not_finite(losses)):
+        elif self._guard and (culprit := self._not_finite(losses, agree)):
             self._skip(culprit)
         else:
             self._apply()
@@ -54,8 +58,8 @@ class Ending(Tools):
         self.base.step()
         if self._drift is not None:
             self._add_drift(self._drift)
-        if self._memory is not None:
-            self._memory.commit()
+        if self._memory is not None and self._memory.commit():
+            self._count("num_remembered")
         if self._quiet is not None:
             self._quiet.forget()
 
@@ -64,7 +68,12 @@ class Ending(Tools):
         rates = Radii(float(group["lr"]) for group in self.param_groups for _ in group["params"])
         (rates * drift).add_to(self.params, sign=-1.0)
 
-    def _not_finite(self, losses: list[Any]) -> str:
+    def _not_finite(self, losses: list[Any], agree: Callable[[bool], bool]) -> str:
+        """What is not finite, "" if nothing, on this process or another."""
+        culprit = self._not_finite_here(losses)
+        return culprit or ELSEWHERE if agree(bool(culprit)) else ""
+
+    def _not_finite_here(self, losses: list[Any]) -> str:
         """What is not finite, "" if nothing: one synchronisation for the norm of the direction and the losses."""
         drift = () if self._drift is None else self._drift.tensors
         update = Vector([*(p.grad for p in self.params), *drift])

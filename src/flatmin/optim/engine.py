@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from flatmin.distributed import Ranks
 from flatmin.optim.collect import Collector
 from flatmin.optim.ending import Ending
-from flatmin.optim.memory import Memory
+from flatmin.optim.memory import Memory, make_room
 from flatmin.optim.misuse import (
     ABANDONED,
     ALREADY_UNDER_WAY,
@@ -41,7 +42,7 @@ from flatmin.optim.misuse import (
     check_options,
     check_window,
 )
-from flatmin.optim.rule import Probe, Rule, Update, as_probe, plain
+from flatmin.optim.rule import Probe, Requests, Rule, Update, plain
 from flatmin.optim.scaling import Scaling
 from flatmin.place import Place, Restore, check_restore
 from flatmin.quiet import Quiet
@@ -103,6 +104,7 @@ class FlatOptimizer(Ending):
         self._session: weakref.ref[Generator[Probe, None, None]] | None = None
         self._place: Place | None = None
         self._quiet: Quiet | None = None
+        self._ranks: Ranks | None = None
         self._scaling = Scaling(None, [])
         self._memory: Memory | None = None
         self._drift: Vector | None = None
@@ -171,6 +173,7 @@ class FlatOptimizer(Ending):
         if closure is None:
             if self._initialises_state():
                 self.base.step()
+                make_room(self.remembers, self.params, self.state)
                 return None
             self._check_ready()
             self._check_scaled_by(scaled_by)
@@ -216,7 +219,7 @@ class FlatOptimizer(Ending):
         quiet, params = self._begin(stage), self.params
         place = self._place = Place(params, self._restore)
         scaling = self._scaling = Scaling(scaler, params)
-        collector = Collector(params, stage == "loop")
+        collector = Collector(params, stage == "loop", self.ranks)
         try:
             yield from self._probe_by_probe(place, quiet, collector, scaling)
             self._rule_saw_gradients = collector.handed_out and self._active()
@@ -228,18 +231,20 @@ class FlatOptimizer(Ending):
     def _probe_by_probe(
         self, place: Place, quiet: Quiet, collector: Collector, scaling: Scaling
     ) -> Generator[Probe, None, None]:
-        rule = self.rule() if self._active() else plain()
+        ranks, requests = self.ranks, Requests(self.rule() if self._active() else plain())
         try:
-            probe = as_probe(next(rule))
-            while True:
+            probe = requests.next(None)
+            while probe is not None:
                 self._probe = probe
                 place.move(probe.release())
                 collector.before(probe)
                 try:
+                    ranks.probe(self._exchanges(probe) and not collector.is_part(probe, requests.ahead))
                     quiet.probe()
                     yield probe
                 finally:
                     quiet.settle()
+                    ranks.settle()
                 quiet.leave()
                 probe.check_used()
                 if probe.weight is None:
@@ -247,13 +252,15 @@ class FlatOptimizer(Ending):
                 if not self.takes_sparse:
                     check_dense([p.grad for p in self.params], type(self).__name__)
                 place.move(None)  # a rule may read the weights, or draw noise in their scale
-                probe = as_probe(rule.send(collector.after(probe)))
-        except StopIteration as stop:
+                probe = requests.next(collector.after(probe))
             place.home()
-            self._install(collector, scaling, stop.value)
+            self._install(collector, scaling, requests.direction)
         finally:
             place.home()
             quiet.end()
+
+    def _exchanges(self, probe: Probe) -> bool:
+        return self.sync_ascent or not probe.ascent
 
     def _install(self, collector: Collector, scaling: Scaling, direction: Vector | Update | None) -> None:
         if isinstance(direction, Update):

@@ -13,7 +13,13 @@ from flatmin.optim.options import EngineOptions
 from flatmin.optim.parts import some
 from flatmin.optim.registry import register
 from flatmin.optim.rule import HERE, Probe, Rule
+from flatmin.shards import any_sharded
 from flatmin.vectors import Radii, Vector
+
+SHARDED = (
+    "SAP looks where one sample points. The parameters are sharded (FSDP2), so all processes look at one place, and "
+    "the samples of all would be averaged: its effect is lost. Use DistributedDataParallel, or RSP."
+)
 
 
 def rsp(rho: Radii, draw: Callable[[], Vector], threshold: float) -> Rule:
@@ -31,9 +37,9 @@ def sap(rho: Radii, threshold: float, seed: int, num_samples: int, nudge: Any) -
     if _large(g, threshold):
         return g
     sample = some(num_samples, seed)
-    own = yield Probe(part=sample)
+    own = yield Probe(part=sample, ascent=True)
     if float(own.norm()) == 0.0:  # remark 2 of the paper: look beside the point
-        own = yield Probe(nudge, part=sample)
+        own = yield Probe(nudge, part=sample, ascent=True)
     e = rho.ascent(own)
     del own
     v = yield Probe(e if seed % 2 else -e, part=sample)
@@ -134,13 +140,17 @@ class SAP(_Escape):
             what works. Batch norm in training mode needs at least 2.
         options: see `flatmin.optim.options.EngineOptions`.
 
+    With several processes g is averaged over them, and each takes samples of its own: the directions are averaged, not
+    the g_i. Under FSDP2 all look at one place, so that is impossible.
+
     Needs `x, y = probe.take(x, y)` in the loop (`opt.take` in a closure), which gives the sample where it is due.
 
     Cost: three passes a step: one gradient of the batch and two of one sample. Memory inside a step: four copies of
     the parameters. `step(closure)` returns the loss of the batch at the unperturbed weights.
 
     Raises:
-        ValueError: negative `rho`, `threshold` <= 0, `num_samples` < 1, a body that does not call `take`.
+        ValueError: negative `rho`, `threshold` <= 0, `num_samples` < 1, a body that does not call `take`, sharded
+            parameters.
 
     Source: Ahn, Jadbabaie, Sra, ICML 2024, algorithm 2 and remark 2 (where g_i vanishes exactly, a tiny random step
     is taken first). Unlike SAM it keeps g, draws a sign and projects.
@@ -161,6 +171,8 @@ class SAP(_Escape):
         self.num_samples = num_samples
         super().__init__(base, rho, threshold, seed, **options)
 
+    sync_ascent = False
+
     @property
     def needs_take(self) -> bool:
         """Yes: its samples."""
@@ -168,6 +180,8 @@ class SAP(_Escape):
 
     def rule(self) -> Rule:
         """See `sap`."""
+        if any_sharded(self.params):
+            raise ValueError(SHARDED)
         nudge = self.noise("normal", Radii(1e-4 * r for r in self.radii().values))
         return sap(self.radii(), self.threshold, self.new_seed(), self.num_samples, nudge)
 

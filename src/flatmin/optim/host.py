@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from flatmin.optim.misuse import check_names
 from flatmin.vectors import check_radius
 
 
@@ -20,10 +21,11 @@ class Host(Optimizer):
 
     radius_name: str = "radius"
     base: Optimizer
-    num_kept: int = 0  # vectors of the size of the parameters that the method keeps between steps
+    remembers: tuple[str, ...] = ()  # the vectors that the method keeps between steps (flatmin.optim.memory)
     replaces_momentum: bool = False  # whether the base should be plain SGD
     takes_sparse: bool = True  # whether its formula can be evaluated on sparse gradients
     is_random: bool = False  # whether the method draws random numbers
+    sync_ascent: bool = True  # whether processes average gradients that only say where to look
 
     def __init__(self, base: Optimizer, radius: float, seed: int | None):
         self._default_radius = check_radius(self.radius_name, radius)
@@ -31,6 +33,7 @@ class Host(Optimizer):
         # Optimizer.__init__ would build groups and state of its own. Unpickling is torch's protocol for an
         # optimizer that already has them: it only sets up the hooks.
         self.__setstate__({"base": base})
+        check_names(base, type(self).__name__, (self.radius_name, *self._common()))
         self._fill_groups()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -69,6 +72,12 @@ class Host(Optimizer):
         """Steps skipped because a loss or the direction was not finite."""
         return self.param_groups[0].get("num_skipped", 0)
 
+    def __getattr__(self, name: str) -> Any:
+        # `train` and `eval` exist exactly if the base has them: trainers ask (schedule-free bases have).
+        if name in ("train", "eval"):
+            return getattr(self.base, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the base optimizer; it may set its own radius."""
         check_radius(self.radius_name, param_group.get(self.radius_name, self._default_radius))
@@ -91,12 +100,14 @@ class Host(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks, a step that a scheduler has wrapped, and what a step under way holds belong to this instance.
-        own = ("step", "_session", "_quiet", "_place", "_scaling", "_memory", "_probe")
+        own = ("step", "_session", "_quiet", "_ranks", "_place", "_scaling", "_memory", "_probe")
         return {k: v for k, v in self.__dict__.items() if not k.startswith("_optimizer_") and k not in own}
 
     def _common(self) -> dict[str, Any]:
         """What every group carries beside its radius, the same in all groups."""
         counters = {"num_steps": 0, "num_skipped": 0}
+        if self.remembers:
+            counters["num_remembered"] = 0
         return {**counters, "seed": self._seed} if self.is_random else counters
 
     def _fill_groups(self) -> None:

@@ -3,6 +3,9 @@
 A rule reads `memory.get(name)` and writes `memory[name] = vector`. What it writes counts only once the base optimizer
 has stepped: a skipped step leaves no trace. In the state the vectors are per parameter, under `flatmin_<name>`, so
 that the layout is torch's. `dict` has the same face, which is what tests drive a rule with.
+
+`torch.distributed.checkpoint` loads only what the state of a fresh optimizer has already. So where it sets that up,
+`make_room` puts zeros for what a rule will remember; whether anything has been remembered yet is a count in the groups.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flatmin.vectors import Vector
@@ -20,15 +24,18 @@ PREFIX = "flatmin_"
 class Memory:
     """Named vectors in an optimizer's state."""
 
-    def __init__(self, params: Sequence[Tensor], state: Any):
+    def __init__(self, params: Sequence[Tensor], state: Any, *, empty: bool = False):
         self._params = params
         self._state = state
+        self._empty = empty
         self._written: dict[str, Vector] = {}
 
     def get(self, name: str) -> Vector | None:
         """The vector of that name, or `None` if none of its entries has been kept."""
         if name in self._written:
             return self._written[name]
+        if self._empty:
+            return None
         key = PREFIX + name
         vector = Vector(self._state[p].get(key) if p in self._state else None for p in self._params)
         return vector if vector.support else None
@@ -36,8 +43,9 @@ class Memory:
     def __setitem__(self, name: str, vector: Vector) -> None:
         self._written[name] = vector
 
-    def commit(self) -> None:
-        """Keeps what was written. Called after the base optimizer's step, which may set up the state itself."""
+    def commit(self) -> bool:
+        """Keeps what was written, if anything. Called after the base's step, which may set up the state itself."""
+        any_written = bool(self._written)
         for name, vector in self._written.items():
             for p, entry in zip(self._params, vector.tensors, strict=True):
                 # A parameter that the base has not stepped may have no state yet, and an entry would stop the base
@@ -45,3 +53,12 @@ class Memory:
                 if entry is not None and p.grad is not None:
                     self._state[p][PREFIX + name] = entry.detach()
         self._written = {}
+        return any_written
+
+
+def make_room(names: Sequence[str], params: Sequence[Tensor], state: Any) -> None:
+    """Zeros in the state, to be overwritten by what a checkpoint has."""
+    for p in params:
+        for name in names:
+            if p.grad is not None:
+                state[p].setdefault(PREFIX + name, torch.zeros_like(p, requires_grad=False))

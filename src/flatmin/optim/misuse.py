@@ -104,6 +104,15 @@ def check_base(base: object, name: str) -> Optimizer:
     return base
 
 
+def check_names(base: Optimizer, name: str, ours: Iterable[str]) -> None:
+    """Raises a `ValueError` if the base has a group option of its own by one of our names."""
+    if taken := sorted(set(ours) & set(base.defaults)):
+        raise ValueError(
+            f"{name} cannot wrap {type(base).__name__}, which has a group option {taken[0]!r} of its own that means "
+            "something else: one would be taken for the other. Use another base optimizer."
+        )
+
+
 def check_dense(gradients: Iterable[Tensor | None], name: str) -> None:
     """Raises a `ValueError` if a gradient is sparse."""
     if any(g is not None and g.is_sparse for g in gradients):
@@ -117,6 +126,8 @@ def check_options(unknown: Iterable[str], cls: type, radius_name: str) -> None:
             hint = f"its radius is {radius_name}"
         elif name in ("lr", "momentum", "weight_decay", "betas", "eps", "nesterov", "amsgrad"):
             hint = "that belongs to the base optimizer"
+        elif name == "sync_ascent":
+            hint = "its gradients are part of its direction or of its memory, and are averaged over processes"
         else:
             hint = f"see help({cls.__name__})"
         raise ValueError(f"{cls.__name__} has no option {name!r}: {hint}.")

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from flatmin.optim.engine import FlatOptimizer
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
-from flatmin.optim.rule import HERE, Rule
+from flatmin.optim.rule import ASCENT, Rule
 from flatmin.vectors import Radii, Step, Vector
 
 VANISHING = 100.0  # gradient norms from which the radius is below a hundredth of rho
@@ -21,12 +21,12 @@ NUM_CHECKED = 10  # steps, of the first ones
 
 def monge_sam(rho: Radii, seen: Callable[[Vector], None] = lambda _: None) -> Rule:
     """G = g(W + rho g / (n sqrt(1 + n^2))), n = |g(W)|. Two gradients."""
-    return (yield _step(rho, (yield HERE), seen))
+    return (yield _step(rho, (yield ASCENT), seen))
 
 
 def monge_sam_in_metric(rho: Radii, metric: Callable[[Vector], Vector]) -> Rule:
     """G = g(W + rho M^-1 g / sqrt(q (1 + q))), q = g^T M^-1 g. Two gradients."""
-    return (yield _step_in_metric(rho, (yield HERE), metric))
+    return (yield _step_in_metric(rho, (yield ASCENT), metric))
 
 
 def _step(rho: Radii, g: Vector, seen: Callable[[Vector], None]) -> Step:
@@ -56,6 +56,9 @@ class MongeSAM(FlatOptimizer):
         base: an optimizer instance.
         rho: radius in the metric of the surface; a group option. The paper uses 0.005 to 0.05, and 1 on its toy
             problem.
+        sync_ascent: with several processes, average the ascent gradient over them (`True`); or let each one look
+            around in a direction of its own, that of its part of the batch, and save an all-reduce (`False`:
+            m-sharpness, m the batch of one process). Under FSDP2 all look at one place, so it is averaged anyway.
         metric: `None` for the identity; or `v -> M^-1 v`, the inverse metric of the weights' coordinates. With
             theta = T(psi) and J its Jacobian, `M = J^T J` transports theta's metric to psi. The paper's invariance
             holds only with it: re-deriving `I + g g^T` in other coordinates, as any code without this argument does,
@@ -82,11 +85,12 @@ class MongeSAM(FlatOptimizer):
         self,
         base: Optimizer,
         rho: float = 0.05,
+        sync_ascent: bool = False,
         *,
         metric: Callable[[Vector], Vector] | None = None,
         **options: Unpack[EngineOptions],
     ):
-        self.metric = metric
+        self.metric, self.sync_ascent = metric, sync_ascent
         self._warned = False
         super().__init__(base, rho, **options)
 

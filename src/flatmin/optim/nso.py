@@ -76,16 +76,19 @@ class NSO(FlatOptimizer):
             samples, so `Hessian U` cancels only as far as the halves' Hessians agree. Needs `probe.take` (`opt.take`
             in a closure) and at least 2 samples; of an odd batch the second half is the larger.
         seed: of the noise stream, apart from torch's; `None` is really random (and saved with the state).
+        noise_per_rank: with several processes (DistributedDataParallel), draw noise on each of them independently: the
+            average is over `num_perturbations` times as many draws as there are processes, at no cost. By default all
+            draw the same, so that the number of processes does not change the run.
         options: see `flatmin.optim.options.EngineOptions`.
 
     Cost: 2k gradients a step (k if not `antithetic`), one more if `clean_weight` > 0; half of that with
-    `split_batch`. Memory inside a step: two copies of the parameters in the loop form, three with a closure; one less
-    with `low_memory=True`; none between steps. `step(closure)` returns the mean loss over the probes, or the loss at W
-    if `clean_weight` > 0.
+    `split_batch`. Memory inside a step: two copies of the parameters (three with a closure and several perturbations);
+    one less with `low_memory=True`; none between steps. `step(closure)` returns the mean loss over the probes, or the
+    loss at W if `clean_weight` > 0.
 
     Raises:
         ValueError: negative `sigma`, `num_perturbations` < 1, `clean_weight` outside [0, 1], an unknown law (Cauchy
-            noise has no variance), a split that leaves nothing to split.
+            noise has no variance), a split that leaves nothing to split, noise per rank on sharded parameters.
 
     Source: Zhang, Li, Ju, "Noise Stability Optimization for Finding Flat Minima: A Hessian-based Regularization
     Approach", TMLR 2024; defaults of its README (sigma 0.01, k = 1, two-point, c = 0). The published code also runs a
@@ -107,6 +110,7 @@ class NSO(FlatOptimizer):
         seed: int | None = 0,
         *,
         scale: Scale = "absolute",
+        noise_per_rank: bool = False,
         **options: Unpack[EngineOptions],
     ):
         _check(num_perturbations, antithetic, clean_weight, scale, split_batch)
@@ -116,6 +120,7 @@ class NSO(FlatOptimizer):
         self.law = check_law(law)
         self.scale: Scale = scale
         self.split_batch = split_batch
+        self.noise_per_rank = noise_per_rank
         super().__init__(base, sigma, seed=seed, **options)
 
     @property
@@ -127,7 +132,7 @@ class NSO(FlatOptimizer):
         """See `nso`, `nso_split` and `mixed_split`."""
 
         def draw() -> Any:
-            return self.noise(self.law, scale=self.scale)
+            return self.noise(self.law, scale=self.scale, per_rank=self.noise_per_rank)
 
         if not self.split_batch:
             return nso(draw, self.num_perturbations, self.antithetic, self.clean_weight)

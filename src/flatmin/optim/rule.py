@@ -41,6 +41,7 @@ class Probe:
             that becomes the direction.
         part: which samples are evaluated; `None` is all of the batch.
         choose: maps the per-sample losses (n,) to those that count; `None` is all of them.
+        ascent: the gradient only says where the next probe is, so that with several processes each may take its own.
         at_weights: whether this probe evaluates at the unperturbed weights.
     """
 
@@ -48,6 +49,7 @@ class Probe:
     weight: float | None = None
     part: Part | None = None
     choose: Callable[[Tensor], Tensor] | None = None
+    ascent: bool = False
     at_weights: bool = field(init=False)
     _used: bool = field(init=False, default=False)
 
@@ -100,6 +102,7 @@ class Update:
 
 
 HERE = Probe()
+ASCENT = Probe(ascent=True)  # at the weights, only to find the way up
 NOTHING = Vector(())  # what a rule receives for a weighted probe
 
 Rule = Generator[Probe | Displacement, Vector, Vector | Update | None]
@@ -113,6 +116,38 @@ def plain() -> Rule:
 def as_probe(request: Probe | Displacement) -> Probe:
     """A bare displacement is a probe that hands its gradient to the rule."""
     return request if isinstance(request, Probe) else Probe(request)
+
+
+class Requests:
+    """The probes that a rule asks for, and in the end its direction.
+
+    A weighted probe hands nothing back. So the rule is asked for the next one before it is evaluated, and it is known
+    whether the sum goes on.
+
+    Attributes:
+        direction: what the rule returned, once `next` has given `None`.
+        ahead: the probe after a weighted one, if there is one.
+    """
+
+    def __init__(self, rule: Rule):
+        self.direction: Vector | Update | None = None
+        self.ahead: Probe | None = None
+        self._rule = rule
+        self._is_ahead = False
+
+    def next(self, found: Vector | None) -> Probe | None:
+        """The next probe; `found` is the gradient of the last one (`None` before the first)."""
+        probe = self.ahead if self._is_ahead else self._ask(found)
+        self._is_ahead = probe is not None and probe.weight is not None
+        self.ahead = self._ask(NOTHING) if self._is_ahead else None
+        return probe
+
+    def _ask(self, found: Vector | None) -> Probe | None:
+        try:
+            return as_probe(self._rule.send(found))  # type: ignore[arg-type]
+        except StopIteration as stop:
+            self.direction = stop.value
+            return None
 
 
 def drive(rule: Rule, point: Sequence[Tensor], gradient: Callable[[list[Tensor]], Vector]) -> Vector:

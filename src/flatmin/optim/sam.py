@@ -9,24 +9,24 @@ from torch.optim import Optimizer
 from flatmin.optim.engine import FlatOptimizer
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
-from flatmin.optim.rule import HERE, Rule
+from flatmin.optim.rule import ASCENT, Rule
 from flatmin.vectors import Radii, Step, Vector
 
 
 def sam(rho: Radii) -> Rule:
     """G = g(W + rho g(W) / |g(W)|), the norm taken over all moved parameters together. Two gradients."""
     # No local name for the first gradient: it would live on through the second pass.
-    return (yield rho.ascent((yield HERE)))
+    return (yield rho.ascent((yield ASCENT)))
 
 
 def unnormalised_sam(rho: Radii) -> Rule:
     """G = g(W + rho g(W)). Two gradients."""
-    return (yield rho.ascent((yield HERE), lambda _: 1.0))
+    return (yield rho.ascent((yield ASCENT), lambda _: 1.0))
 
 
 def asam(rho: Radii, weights: Vector, eta: float, normalize: bool = True) -> Rule:
     """G = g(W + rho T^2 g / |T g|), T = |W| + eta on weight matrices and 1 on vectors. Two gradients."""
-    return (yield _adaptive_step(rho, (yield HERE), weights, eta, normalize))
+    return (yield _adaptive_step(rho, (yield ASCENT), weights, eta, normalize))
 
 
 def _adaptive_step(rho: Radii, g: Vector, weights: Vector, eta: float, normalize: bool) -> Step:
@@ -61,6 +61,9 @@ class SAM(FlatOptimizer):
             needs ten times more: its paper uses 0.5 (CIFAR-10) and 1.0 (CIFAR-100).
         adaptive: ASAM.
         normalize: `False` is unnormalised SAM, `e = rho g`: it depends on the scale of the loss.
+        sync_ascent: with several processes, average the ascent gradient over them (`True`); or let each one look
+            around in a direction of its own, that of its part of the batch, and save an all-reduce (`False`:
+            m-sharpness, m the batch of one process). Under FSDP2 all look at one place, so it is averaged anyway.
         eta: ASAM's floor of |W|, 0.01 in its published class.
         options: see `flatmin.optim.options.EngineOptions`. `perturb=flatmin.norm_parameters(model)` is SAM on
             normalisation layers only (SAM-ON, Mueller et al. 2023), which needs a larger rho.
@@ -84,6 +87,7 @@ class SAM(FlatOptimizer):
         rho: float = 0.05,
         adaptive: bool = False,
         normalize: bool = True,
+        sync_ascent: bool = False,
         *,
         eta: float = 0.01,
         **options: Unpack[EngineOptions],
@@ -91,6 +95,7 @@ class SAM(FlatOptimizer):
         if eta < 0:
             raise ValueError(f"eta must be >= 0, got {eta}. It is the smallest scale that ASAM gives to a weight.")
         self.adaptive, self.normalize, self.eta = adaptive, normalize, eta
+        self.sync_ascent = sync_ascent
         super().__init__(base, rho, **options)
 
     def rule(self) -> Rule:

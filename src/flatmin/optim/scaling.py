@@ -7,6 +7,7 @@ once. The caller scales each loss; the rest is done here, through `scaler.unscal
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -39,12 +40,21 @@ class Scaling:
             self._done.append(gradients)
             self._scaler.unscale_(gradients)
 
-    def overflowed(self) -> bool:
-        """Whether any unscaled gradient was not finite. One host synchronisation."""
+    def overflowed(self, agree: Callable[[bool], bool]) -> bool:
+        """Whether any unscaled gradient was not finite, on any process. One host synchronisation.
+
+        Args:
+            agree: tells whether its argument is true on any process.
+        """
         if self._scaler is None:
             return False
         flags = [flag for g in self._done for flag in self._scaler._found_inf_per_device(g).values()]
-        return any(bool(flag) for flag in flags)
+        here = any(bool(flag) for flag in flags)
+        anywhere = agree(here)
+        if anywhere and not here:
+            for flag in flags:
+                flag.fill_(1.0)  # so that all scalers go down together
+        return anywhere
 
     def update(self) -> None:
         """Lets the scaler adjust its scale, once a step."""

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from flatmin.distributed import Ranks, rank
 from flatmin.noise import Noise, Scale, mix_seeds
 from flatmin.optim.host import Host
 from flatmin.optim.memory import Memory
+from flatmin.shards import any_sharded
 from flatmin.vectors import Radii, Vector
+
+ONE_PLACE = (
+    "noise_per_rank=True needs a place for each process, but the parameters are sharded (FSDP2), so that all processes "
+    "look at one place. Use DistributedDataParallel, or a larger num_perturbations."
+)
 
 
 class Tools(Host):
@@ -15,8 +22,10 @@ class Tools(Host):
 
     _low_memory: bool
     _memory: Memory | None
+    _model: nn.Module | None
     _num_draws: int
     _perturbed: list[Tensor] | None
+    _ranks: Ranks | None
 
     @property
     def params(self) -> list[Tensor]:
@@ -43,15 +52,30 @@ class Tools(Host):
     def memory(self) -> Memory:
         """What the rule remembers between steps."""
         if self._memory is None:
-            self._memory = Memory(self.params, self.state)
+            empty = not self.param_groups[0].get("num_remembered")
+            self._memory = Memory(self.params, self.state, empty=empty)
         return self._memory
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the parameters."""
+        params = self.params
+        if self._ranks is None or self._ranks.num_params != len(params):
+            self._ranks = Ranks(params, self._model)
+        return self._ranks
 
     def new_seed(self) -> int:
         """The next seed of this step's stream: a function of the method's seed, the step and the draw."""
         self._num_draws += 1
         return mix_seeds(self.param_groups[0]["seed"], self.num_steps, self._num_draws - 1)
 
-    def noise(self, law: str = "normal", radii: Radii | None = None, scale: Scale = "absolute") -> Noise:
-        """A fresh displacement `radius * z`, the next of this step's stream."""
-        radii = self.radii() if radii is None else radii
-        return Noise(self.params, radii, law, self.new_seed(), scale=scale, keep=not self._low_memory)
+    def noise(
+        self, law: str = "normal", radii: Radii | None = None, scale: Scale = "absolute", *, per_rank: bool = False
+    ) -> Noise:
+        """A fresh displacement `radius * z`, the next of this step's stream; `per_rank`, of this process's stream."""
+        radii, seed = self.radii() if radii is None else radii, self.new_seed()
+        if per_rank:
+            seed = mix_seeds(seed, rank())
+            if any_sharded(self.params):
+                raise ValueError(ONE_PLACE)
+        return Noise(self.params, radii, law, seed, scale=scale, keep=not self._low_memory)

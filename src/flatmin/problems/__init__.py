@@ -13,18 +13,23 @@ from flatmin.problems.analytic import (
     quartic,
     rank_deficient,
 )
+from flatmin.problems.rates import HardQuadratic, best_step, hard_quadratic, rate_bound
 from flatmin.problems.sensing import MatrixSensing, matrix_sensing
 from flatmin.problems.smoothing import smoothed_by_steps
 
 __all__ = [
+    "HardQuadratic",
     "MatrixSensing",
     "Problem",
+    "best_step",
     "cubic",
+    "hard_quadratic",
     "hyperbola",
     "ill_conditioned",
     "matrix_sensing",
     "quadratic",
     "quartic",
     "rank_deficient",
+    "rate_bound",
     "smoothed_by_steps",
 ]

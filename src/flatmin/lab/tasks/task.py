@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -27,11 +27,13 @@ class Settings:
         lr: initial learning rate.
         weight_decay: of the base optimizer.
         radius: rho or sigma; `None` for the base.
+        parts: what the method is joined with, and how strongly (flatmin.lab.parts).
     """
 
     lr: float
     weight_decay: float = 0.0
     radius: float | None = None
+    parts: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if not self.lr > 0:

@@ -99,7 +99,7 @@ class BSAM(FlatOptimizer):
 
     radius_name = "rho"
     takes_sparse = False
-    num_kept = 2
+    remembers = ("momentum", "precision")
     replaces_momentum = True
     is_random = True
 

@@ -74,7 +74,7 @@ class EigenSAM(FlatOptimizer):
     """
 
     radius_name = "rho"
-    num_kept = 1
+    remembers = ("eigenvector",)
     is_random = True
 
     def __init__(

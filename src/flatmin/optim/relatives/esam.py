@@ -38,7 +38,7 @@ class Hardest:
 
 def esam(rho: Radii, chosen: Radii, beta: float, hardest: Hardest) -> Rule:
     """G = g_S(W + rho / beta g / |g|), S the samples that were hurt most; `chosen` is rho, and 0 for some tensors."""
-    first = Probe(choose=hardest.remember)
+    first = Probe(choose=hardest.remember, ascent=True)
     return (yield Probe(_step(rho, chosen, (yield first), beta), choose=hardest.choose))
 
 
@@ -60,6 +60,8 @@ class ESAM(FlatOptimizer):
         rho: radius; a group option.
         beta: share of the tensors that are perturbed; 0.6 (ResNet-18) or 0.5 in the paper.
         gamma: share of the samples in the second gradient; 0.5 in the paper.
+        sync_ascent: average the ascent gradient over processes, as in SAM. The samples of the second gradient are
+            chosen by each process among its own.
         seed: of the choice of tensors; `None` is really random.
         options: see `flatmin.optim.options.EngineOptions`.
 
@@ -88,12 +90,13 @@ class ESAM(FlatOptimizer):
         beta: float = 0.6,
         gamma: float = 0.5,
         seed: int | None = 0,
+        sync_ascent: bool = False,
         **options: Unpack[EngineOptions],
     ):
         for name, value in (("beta", beta), ("gamma", gamma)):
             if not 0 < value <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {value}.")
-        self.beta, self.gamma = beta, gamma
+        self.beta, self.gamma, self.sync_ascent = beta, gamma, sync_ascent
         super().__init__(base, rho, seed=seed, **options)
 
     def rule(self) -> Rule:

@@ -9,13 +9,13 @@ from torch.optim import Optimizer
 from flatmin.optim.engine import FlatOptimizer
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
-from flatmin.optim.rule import HERE, Rule
+from flatmin.optim.rule import ASCENT, Rule
 from flatmin.vectors import Radii, Vector
 
 
 def fisher_sam(rho: Radii, eta: float) -> Rule:
     """G = g(W + rho F^-1 g / sqrt(g^T F^-1 g)), F^-1 = 1 / (1 + eta g^2) entry by entry. Two gradients."""
-    return (yield _step(rho, (yield HERE), eta))
+    return (yield _step(rho, (yield ASCENT), eta))
 
 
 def _step(rho: Radii, g: Vector, eta: float) -> Vector:
@@ -37,6 +37,7 @@ class FisherSAM(FlatOptimizer):
         base: an optimizer instance.
         rho: radius in that metric; a group option. 0.1 in the paper, at second hand.
         eta: of the regularised inverse; 1 in the paper, at second hand; 0 is SAM.
+        sync_ascent: average the ascent gradient over processes, as in SAM.
         options: see `flatmin.optim.options.EngineOptions`.
 
     Cost: two gradients a step. Memory inside a step: three copies of the parameters. `step(closure)` returns the loss
@@ -53,10 +54,17 @@ class FisherSAM(FlatOptimizer):
     radius_name = "rho"
     takes_sparse = False
 
-    def __init__(self, base: Optimizer, rho: float = 0.1, eta: float = 1.0, **options: Unpack[EngineOptions]):
+    def __init__(
+        self,
+        base: Optimizer,
+        rho: float = 0.1,
+        eta: float = 1.0,
+        sync_ascent: bool = False,
+        **options: Unpack[EngineOptions],
+    ):
         if eta < 0:
             raise ValueError(f"eta must be >= 0, got {eta}; 0 is SAM.")
-        self.eta = eta
+        self.eta, self.sync_ascent = eta, sync_ascent
         super().__init__(base, rho, **options)
 
     def rule(self) -> Rule:

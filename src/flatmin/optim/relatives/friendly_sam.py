@@ -52,7 +52,7 @@ class FriendlySAM(FlatOptimizer):
     """
 
     radius_name = "rho"
-    num_kept = 1
+    remembers = ("mean",)
 
     def __init__(
         self,

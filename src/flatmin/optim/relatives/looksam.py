@@ -52,7 +52,7 @@ class LookSAM(FlatOptimizer):
     """
 
     radius_name = "rho"
-    num_kept = 1
+    remembers = ("ascent",)
 
     def __init__(
         self, base: Optimizer, rho: float = 0.05, k: int = 5, alpha: float = 0.7, **options: Unpack[EngineOptions]

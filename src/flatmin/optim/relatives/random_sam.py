@@ -9,13 +9,13 @@ from torch.optim import Optimizer
 from flatmin.optim.engine import FlatOptimizer
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
-from flatmin.optim.rule import Rule
+from flatmin.optim.rule import Probe, Rule
 from flatmin.vectors import Radii, Vector
 
 
 def random_sam(rho: Radii, noise: Vector, weight: float) -> Rule:
     """G = g(W + rho d / |d|), d = D + weight g(W + D), D filter-scaled Gaussian noise. Two gradients."""
-    g = (yield noise).add_(noise, 1.0 / weight)  # along d, in the memory of the gradient
+    g = (yield Probe(noise, ascent=True)).add_(noise, 1.0 / weight)  # along d, in the memory of the gradient
     del noise
     return (yield rho.ascent(g))
 
@@ -35,6 +35,7 @@ class RandomSAM(FlatOptimizer):
         sigma: of the noise, in units of each filter's norm.
         weight: of the gradient in the combination (the paper's lambda).
         seed: of the noise; `None` is really random.
+        sync_ascent: average the ascent gradient over processes, as in SAM.
         options: see `flatmin.optim.options.EngineOptions`.
 
     Cost: two gradients a step. Memory inside a step: two copies of the parameters. `step(closure)` returns the mean
@@ -59,11 +60,12 @@ class RandomSAM(FlatOptimizer):
         sigma: float = 0.01,
         weight: float = 1.0,
         seed: int | None = 0,
+        sync_ascent: bool = False,
         **options: Unpack[EngineOptions],
     ):
         if sigma < 0 or weight <= 0:
             raise ValueError(f"sigma must be >= 0 and weight > 0, got {sigma} and {weight}.")
-        self.sigma, self.weight = sigma, weight
+        self.sigma, self.weight, self.sync_ascent = sigma, weight, sync_ascent
         super().__init__(base, rho, seed=seed, **options)
 
     def rule(self) -> Rule:

@@ -1,0 +1,104 @@
+"""The processes that train one model together: whose gradients they exchange when, and what they agree on.
+
+    DDP      every process holds all the weights; backward averages the gradients (one all-reduce of their size)
+    FSDP2    every process holds a shard of the weights; backward averages the gradients into shards
+
+What one process alone decides (a loss that is not finite, an overflow) would let it skip a step that the others take,
+so such decisions are made by all together. Nothing is exchanged before a model of several processes is known: the
+parameters are sharded, or a `DistributedDataParallel` around some of them was named or met in a forward.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.modules.module import _global_forward_pre_hooks
+from torch.nn.parallel import DistributedDataParallel
+
+from flatmin.shards import is_sharded
+
+
+def rank() -> int:
+    """The number of this process among those of the default group; 0 if there is none."""
+    return distributed.get_rank() if _initialised() else 0
+
+
+def several() -> bool:
+    """Whether `torch.distributed` runs with more than one process."""
+    return _initialised() and distributed.get_world_size() > 1
+
+
+def _initialised() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+class Ranks:
+    """The processes that share a set of parameters, as one optimizer sees them.
+
+    Args:
+        params: the parameters.
+        model: where to look for `DistributedDataParallel`; `None` to look in the forwards of the probes.
+
+    Attributes:
+        num_params: the number of parameters.
+    """
+
+    def __init__(self, params: Sequence[Tensor], model: nn.Module | None = None):
+        self.num_params = len(params)
+        self._params = {id(p) for p in params}
+        self._device = params[0].device
+        meshes = {p.device_mesh for p in params if is_sharded(p)}  # type: ignore[attr-defined]
+        self._groups = {group for mesh in meshes for group in mesh.get_all_groups()}
+        self._replicas: list[weakref.ref[DistributedDataParallel]] = []
+        self._exchange = True
+        self._silenced: list[DistributedDataParallel] = []
+        self._search = model is None and not self._groups
+        for part in () if model is None else model.modules():
+            self._meet(part)
+
+    def probe(self, exchange: bool) -> None:
+        """Before an evaluation: whether its backward may average gradients over the processes."""
+        self.settle()
+        self._exchange = exchange
+        for known in self._replicas:
+            self._silence(known())
+        if self._search and not self._replicas and several():
+            _global_forward_pre_hooks[id(self)] = self._meet  # in torch's table itself: see flatmin.quiet
+
+    def settle(self) -> None:
+        """After an evaluation, raised or not; may be called again."""
+        _global_forward_pre_hooks.pop(id(self), None)
+        for replica in self._silenced:
+            replica.require_backward_grad_sync = True
+        self._silenced = []
+
+    @property
+    def reuse_gradients(self) -> bool:
+        """Whether gradients are views of DDP's buckets, which the next backward overwrites."""
+        found = (known() for known in self._replicas)
+        return any(replica is not None and replica.gradient_as_bucket_view for replica in found)
+
+    def agree(self, flag: bool) -> bool:
+        """Whether `flag` is true on any of the processes. One all-reduce of one number; nothing with one process."""
+        if not self._groups:
+            return flag
+        value = torch.tensor(float(flag), device=self._device)
+        for group in self._groups:
+            distributed.all_reduce(value, distributed.ReduceOp.MAX, group=group)
+        return bool(value)
+
+    def _meet(self, module: nn.Module, _args: object = ()) -> None:
+        module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
+        if isinstance(module, DistributedDataParallel) and any(id(p) in self._params for p in module.parameters()):
+            self._replicas.append(weakref.ref(module))
+            self._groups.add(module.process_group)
+            self._silence(module)
+
+    def _silence(self, replica: DistributedDataParallel | None) -> None:
+        """What `no_sync` does; DDP looks at this when its forward begins. A caller's own `no_sync` stays."""
+        if replica is not None and not self._exchange and replica.require_backward_grad_sync:
+            self._silenced.append(replica)
+            replica.require_backward_grad_sync = False

@@ -1,0 +1,153 @@
+"""What a method may be joined with, by name: `sam+swa`, `nso+mixup`, `base+label-smoothing`.
+
+A part changes the loss, the batch or what happens after a step, and works beside every rule.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
+
+from flatmin.lab.tasks import Settings, Task
+from flatmin.optim import Averager, DistancePenalty, DistanceProjection, mixup
+from flatmin.optim.registry import Method, get_method, unknown
+
+# part -> its strength where the task says nothing, and what it is
+PARTS: dict[str, tuple[float, str]] = {
+    "label-smoothing": (0.1, "share of the uniform distribution in the targets"),
+    "mixup": (0.2, "alpha of the Beta distribution of the mix"),
+    "distance-penalty": (1e-3, "strength of |W - W_0|^2 in the loss"),
+    "distance-projection": (1.0, "radius of the ball around W_0, tensor by tensor (Frobenius)"),
+    "swa": (0.75, "one average an epoch, from this fraction of the run on; constant learning rate"),
+    "tail-average": (0.75, "the average of every iterate from this fraction of the run on; constant learning rate"),
+    "ema": (0.99, "decay of an exponential average; constant learning rate"),
+}
+AVERAGES = ("swa", "tail-average", "ema")
+
+Evaluation = Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]
+
+
+def split_name(name: str) -> tuple[Method, dict[str, float]]:
+    """The rule, and the parts with their usual strengths, that `rule+part+part` names.
+
+    Raises:
+        ValueError: for an unknown rule or part, a part named twice, or two averages.
+    """
+    rule, *parts = name.split("+")
+    method = get_method(rule)
+    for part in parts:
+        if part not in PARTS:
+            raise ValueError(unknown("part", part, PARTS))
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"{name!r} names a part twice.")
+    if len([part for part in parts if part in AVERAGES]) > 1:
+        raise ValueError(f"{name!r} has two averages: name one of {', '.join(AVERAGES)}.")
+    return method, {part: PARTS[part][0] for part in parts}
+
+
+def settings_of(task: Task, name: str) -> Settings:
+    """The task's settings for `rule+part+part`; those of the rule, with the parts' usual strengths, if it has none.
+
+    Raises:
+        ValueError: if the task has none for the rule either.
+    """
+    method, parts = split_name(name)
+    if name in task.settings:
+        return task.settings[name]
+    if method.name not in task.settings:
+        raise ValueError(
+            f"task {task.name!r} has no settings for method {method.name!r}. It has: {', '.join(task.settings)}."
+        )
+    return replace(task.settings[method.name], parts=parts)
+
+
+class Training:
+    """The loss, the batches and what surrounds a step, for one run with its parts.
+
+    Args:
+        model: as initialised; the distance is from here.
+        criterion: the task's loss.
+        parts: part -> strength.
+        num_steps: of the run.
+        epoch: steps in one epoch.
+        num_classes: of the labels.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module,
+        parts: Mapping[str, float],
+        *,
+        num_steps: int,
+        epoch: int,
+        num_classes: int,
+    ):
+        self._criterion, self._parts, self._num_classes = criterion, parts, num_classes
+        if "label-smoothing" in parts:
+            if not hasattr(criterion, "label_smoothing"):
+                raise ValueError(f"label smoothing needs a cross-entropy, and the loss is {type(criterion).__name__}.")
+            self._criterion = copy.copy(criterion)
+            self._criterion.label_smoothing = parts["label-smoothing"]  # type: ignore[assignment]
+        params = [p for p in model.parameters() if p.requires_grad]
+        penalty, radius = parts.get("distance-penalty"), parts.get("distance-projection")
+        self._penalty = None if penalty is None else DistancePenalty(params, penalty)
+        self._ball = None if radius is None else DistanceProjection(params, radius)
+        self._averager = _averager(model, parts, num_steps, epoch)
+
+    def evaluation(self, optimizer: Any) -> Evaluation:
+        """(model, batch) -> the loss of the present probe of `optimizer`."""
+        criterion = self._criterion
+        if getattr(optimizer, "needs_losses", False):
+            criterion = copy.copy(criterion)
+            criterion.reduction = "none"  # type: ignore[assignment]
+        take = getattr(optimizer, "take", lambda *batch: batch)
+        mean = getattr(optimizer, "mean", lambda losses: losses)
+
+        def evaluate(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            inputs, targets = take(*batch)
+            if "mixup" in self._parts:
+                inputs, targets = mixup(inputs, targets, self._num_classes, self._parts["mixup"])
+            loss = mean(criterion(model(inputs), targets))
+            return loss if self._penalty is None else loss + self._penalty()
+
+        return evaluate
+
+    def schedule(self, optimizer: Optimizer, num_steps: int) -> LRScheduler:
+        """A cosine to zero; for an average, which lives on large steps, a constant."""
+        if self._averager is not None:
+            return LambdaLR(optimizer, lambda _: 1.0)
+        return CosineAnnealingLR(optimizer, num_steps)
+
+    def after_step(self) -> None:
+        """Projects and averages."""
+        if self._ball is not None:
+            self._ball.project()
+        if self._averager is not None:
+            self._averager.update()
+
+    def refresh(self, data: Iterable[Any]) -> None:
+        """Batch-norm statistics for the average, from the training data."""
+        if self._averager is not None:
+            self._averager.refresh(data)
+
+    def worn(self) -> AbstractContextManager[Any]:
+        """Inside, the model has the weights that the run is judged by: the average, if there is one."""
+        return nullcontext() if self._averager is None else self._averager.applied()
+
+
+def _averager(model: nn.Module, parts: Mapping[str, float], num_steps: int, epoch: int) -> Averager | None:
+    if "ema" in parts:
+        return Averager(model, "ema", decay=parts["ema"])
+    if "tail-average" in parts:
+        return Averager(model, "tail", start=parts["tail-average"], num_steps=num_steps)
+    if "swa" in parts:
+        return Averager(model, "tail", start=parts["swa"], num_steps=num_steps, every=epoch)
+    return None

@@ -1,0 +1,178 @@
+"""Contract 11, FSDP2: weights in shards on two processes equal one process with all of them."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+from benchmarks.collectives import Collectives
+from flatmin.shards import local
+from flatmin.vectors import Radii, Vector
+from tests.distributed.setups import METHODS, Run, assert_near, share
+
+STEPS = 3
+BY_SAMPLE = ("sap", "esam", "nso-split", "rwp")
+
+
+def train(rank, method, form, base, options):
+    return Run(method, "fsdp", share(rank), base, **options).run(STEPS, form).weights()
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in BY_SAMPLE])
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+@pytest.mark.parametrize("form", ["loop", "closure"])
+def test_shards_equal_one_process(ranks, method, base, form):
+    first, second = ranks(train, method, form, base, {})
+    assert_near(first, second, atol=0)
+    one = Run(method, base=base).run(STEPS, form)
+    assert_near(first, one.weights())
+    assert (first["3.weight"] - Run(method).weights()["3.weight"]).abs().max() > 1e-3
+
+
+ASCENDING = ("sam", "usam", "asam", "monge-sam", "fisher-sam", "random-sam")
+
+
+@pytest.mark.parametrize("method", ASCENDING)
+def test_all_ranks_look_at_one_place_whatever_sync_ascent(ranks, method):
+    first, _ = ranks(train, method, "loop", "sgd", {"sync_ascent": True})
+    assert_near(first, ranks(train, method, "loop", "sgd", {"sync_ascent": False})[0], atol=0)
+
+
+@pytest.mark.parametrize("method", ["nso-split", "rwp"])
+def test_half_batches_are_halves_of_each_share(ranks, method):
+    first, _ = ranks(train, method, "loop", "sgd", {})
+    eighths = torch.arange(32).view(4, 8)  # rank 0 has the first two; its halves are one each
+    rows = torch.cat([eighths[0], eighths[2], eighths[1], eighths[3]])
+    assert_near(first, Run(method, rows=rows).run(STEPS).weights())
+
+
+@pytest.mark.parametrize(
+    "options", [{"low_memory": True}, {"restore": "recompute"}, {"scale": "filter"}, {"num_perturbations": 3}]
+)
+def test_options_of_nso(ranks, options):
+    first, _ = ranks(train, "nso", "loop", "sgd", options)
+    assert_near(first, Run("nso", **options).run(STEPS).weights())
+
+
+def refused(rank, method, options):
+    with pytest.raises(ValueError, match="sharded") as error:
+        Run(method, "fsdp", share(rank), **options).run(1)
+    return str(error.value)
+
+
+def test_rules_that_need_a_place_for_each_rank_say_so(ranks):
+    assert "Use DistributedDataParallel" in ranks(refused, "sap", {})[0]
+
+
+def count(rank, method, form, options):
+    run = Run(method, "fsdp", share(rank), **options)
+    run.run(2, form)
+    run.probes = 0
+    with Collectives() as seen:
+        run.step(form)
+    sizes = {name: sorted(sizes.elements()) for name, sizes in seen.sizes.items()}
+    return sizes, run.probes
+
+
+# name -> numbers that are added up over ranks: norms, inner products, whether all may step
+NUMBERS = {"sam": 1, "asam": 2, "nso": 0, "momentum-sam": 1, "gsam": 3}
+
+
+@pytest.mark.parametrize("method", NUMBERS)
+def test_norms_are_sums_of_numbers_and_nothing_is_gathered_for_them(ranks, method):
+    plain, _ = ranks(count, "nso-one-point", "loop", {"guard": False, "sigma": 0.0})[0]
+    for sizes, probes in ranks(count, method, "loop", {"guard": False}):
+        assert sizes["all_reduce"] == [1] * NUMBERS[method]
+        assert sizes["reduce_scatter"] == sorted(plain["reduce_scatter"] * probes)
+        assert sizes["all_gather"] == sorted(plain["all_gather"] * probes)
+    for sizes, _ in ranks(count, method, "loop", {}):
+        assert sizes["all_reduce"] == [1] * (NUMBERS[method] + 2)  # the norm of the direction; whether all may step
+
+
+def pointers(rank, method):
+    """Parameters stay where they are, and are back where they were."""
+    run = Run(method, "fsdp", share(rank)).run(1)
+    parts = [p.to_local() for p in run.optimizer.params]
+    before = [(t.data_ptr(), t.clone()) for t in parts]
+    for number, _ in enumerate(run.optimizer.probes()):
+        run.evaluate()
+        if number == 1:
+            break
+    after = [p.to_local() for p in run.optimizer.params]
+    return all(a.data_ptr() == at and torch.equal(a, b) for a, (at, b) in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("method", ["sam", "nso"])
+def test_shards_are_restored_in_place_bit_for_bit(ranks, method):
+    assert ranks(pointers, method) == [True, True]
+
+
+def poisoned(rank, method):
+    run = Run(method, "fsdp", share(rank))
+    before = run.weights()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        run.optimizer.step(lambda: run.closure() * (math.nan if rank == 1 else 1.0))
+    assert_near(run.weights(), before, atol=0)
+    return run.optimizer.num_skipped, [str(w.message) for w in caught]
+
+
+def test_shards_skip_together(ranks):
+    for skipped, texts in ranks(poisoned, "sam"):
+        assert skipped == 1
+        assert any("not finite" in text for text in texts)
+
+
+def vectors(rank):
+    """Vector's arithmetic on shards against that on whole tensors."""
+    mesh = init_device_mesh("cpu", (2,))
+    whole = [torch.randn(5, 3), torch.randn(7), torch.randn(()), torch.randn(2, 2)]
+    other = [torch.randn(5, 3), torch.randn(7), torch.randn(()), torch.randn(2, 2)]
+
+    def shards(tensors):  # the last one is an ordinary tensor, the same on both ranks
+        placed = [distribute_tensor(t.clone(), mesh, [Shard(0) if t.ndim else Replicate()]) for t in tensors[:-1]]
+        return Vector([*placed, tensors[-1].clone()])
+
+    def gathered(vector):
+        return [t.full_tensor() if hasattr(t, "full_tensor") else t for t in vector.present]
+
+    a, b, x, y = Vector(whole), Vector(other), shards(whole), shards(other)
+    radii = Radii([0.1, 0.2, 0.3, 0.4])
+    same = torch.testing.assert_close
+    same(x.norm(), a.norm())
+    same(x.size(), a.size())
+    same(x.dot(y), a.dot(b))
+    same(gathered(x + y), (a + b).present)
+    same(gathered(x.reject(y)), a.reject(b).present)
+    same(gathered(radii.along(x)), radii.along(a).present)
+    same(gathered(x * torch.tensor(3.0)), (a * 3.0).present)
+    there, here = shards(other), [t.clone() for t in other]
+    radii.ascent(x).add_to(there.present)
+    radii.ascent(a).add_to(here)
+    same(gathered(there), here)
+    x.copy_to(there.present)
+    same(gathered(there), whole)
+    x = x.add_(y, 2.0)
+    x.scale_(0.5)
+    same(gathered(x), (a * 0.5 + b).present)
+    assert x.isfinite()
+    if rank == 1:
+        local(x.tensors[1])[0] = math.inf
+    return x.isfinite()
+
+
+def test_vectors_of_shards(ranks):
+    assert ranks(vectors) == [False, False]
+
+
+def partial(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    with pytest.raises(ValueError, match="partial sum"):
+        Vector([DTensor.from_local(torch.ones(3), mesh, [Partial()])]).norm()
+
+
+def test_a_partial_sum_has_no_norm_yet(ranks):
+    ranks(partial)
