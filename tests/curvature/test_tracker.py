@@ -64,9 +64,12 @@ def test_what_it_finds_is_true():
     top, trace = float(torch.linalg.eigvalsh(hessian)[-1]), float(hessian.trace())
     for p in tracker.points:
         assert p.loss == objective.loss()
-        assert abs(p.trace.value - trace) < 5 * p.trace.stderr
         assert p.lambda_max.value <= top * (1 + 1e-9)
-        assert abs(2 / 0.01**2 * p.noise_stability.value - trace) < 5 * 2 / 0.01**2 * p.noise_stability.stderr
+    # The draws are skewed, so that 16 of them may miss by many of their standard errors; six times 16 do not.
+    for name, factor in (("trace", 1.0), ("noise_stability", 2 / 0.01**2)):
+        parts = [getattr(p, name) for p in tracker.points]
+        error = math.sqrt(np.mean([p.stderr**2 for p in parts]) / 6)
+        assert abs(factor * np.mean([p.value for p in parts]) - trace) < 4 * factor * error
     # Four steps at a time, but from the last vector: what one finds, the next one starts with.
     assert tracker.points[0].lambda_max.value < 0.99 * top
     assert tracker.points[-1].lambda_max.value > 0.999 * top

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from scipy import stats
 
-from flatmin.curvature.budget import standard_error
 from flatmin.curvature.eigen import as_operator
 from flatmin.curvature.lanczos import Lanczos, Rows
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import Operator
+from flatmin.curvature.probes import stderr
 from flatmin.curvature.results import Estimate, Measurement
 from flatmin.extras import need
 from flatmin.noise import mix_seeds
@@ -66,7 +66,7 @@ class DensityResult(Measurement):
             shares.append(float(w[(x >= low) & (x < high)].sum()))
             blurs.append(sum(_blur(x, w, bound) for bound in (low, high)))
         return Estimate(
-            value=float(np.mean(shares)), stderr=math.hypot(standard_error(np.array(shares)), float(np.mean(blurs)))
+            value=float(np.mean(shares)), stderr=math.hypot(stderr(np.array(shares)), float(np.mean(blurs)))
         )
 
     @property
@@ -155,7 +155,7 @@ def spectral_density(
     means = np.array([float(x @ w) for x, w in measures])
     return DensityResult(
         value=float(means.mean()),
-        stderr=standard_error(means),
+        stderr=stderr(means),
         method=f"Lanczos quadrature, eigenvectors that were found count as one; {operator.method}",
         num_products=quadrature.num_products,
         num_samples=operator.objective.num_samples,

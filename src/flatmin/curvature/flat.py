@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatmin.curvature.budget import standard_error
 from flatmin.curvature.eigen import top_eigenvalues
 from flatmin.curvature.lanczos import flatten
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import HessianOperator
+from flatmin.curvature.probes import stderr
 from flatmin.curvature.products import differentiable_twice
 from flatmin.curvature.results import Estimate
 from flatmin.noise import draw_like, mix_seeds
@@ -118,7 +118,7 @@ def flat_minimum_estimate(
     return FlatMinimumEstimate(
         loss=loss,
         gradient_norm=float(objective.gradient().norm()),
-        normalised_trace=Estimate(value=float(samples.mean()), stderr=standard_error(samples)),
+        normalised_trace=Estimate(value=float(samples.mean()), stderr=stderr(samples)),
         trace_gradient=whole,
         tangential_gradient=_norm(rows),
         num_eigenvectors=num_eigenvectors,

@@ -63,18 +63,22 @@ class TraceResult(Measurement):
 
     Attributes:
         per_layer: module name -> its part of the trace, from the same probes; the parts add up to `value`.
-        samples: the estimates of the single probes, whose mean is `value`.
+        samples: the estimates of the single probes, whose mean is `value`; none if it is exact.
+        num_gradients: what it cost, in gradients of the data (counted, not timed).
         num_params: size of the Hessian; `value / num_params` is the mean eigenvalue.
         converged: whether the requested relative error was reached.
     """
 
     per_layer: Mapping[str, Estimate] = field(default_factory=dict)
     samples: tuple[float, ...] = ()
+    num_gradients: float = 0.0
     num_params: int = 0
     converged: bool = True
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """A confidence interval for the trace (Student's t over the probes)."""
+        """A confidence interval for the trace (Student's t over the probes); a point if it is exact."""
+        if not self.samples:
+            return (self.value, self.value)
         return student_interval(self.value, self.stderr, len(self.samples), level)
 
     def plot(self, ax: Any = None) -> Any:

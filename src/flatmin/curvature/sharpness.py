@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from flatmin.curvature.budget import Budget, standard_error
 from flatmin.curvature.metrics import Metric, ball
 from flatmin.curvature.objective import Batch, Objective
+from flatmin.curvature.probes import PILOT, Budget, stderr
 from flatmin.curvature.results import Estimate, Measurement, student_interval
 from flatmin.noise import Law, Noise, Scale, check_law, mix_seeds
 from flatmin.place import Place
@@ -211,17 +211,17 @@ class _Sampler:
 
     def run(self, names: list[str | None], budget: Budget, **entries: Any) -> SharpnessResult:
         self._objective.check()
-        samples = np.empty((0, len(names)))
-        while size := budget.next_round(samples[:, 0]):
+        samples = self._round(0, min(PILOT, budget.max_products))
+        while size := min(budget.left(samples[:, 0]), max(len(samples), PILOT)):
             samples = np.concatenate([samples, self._round(len(samples), size)])
         total, columns = samples[:, 0], zip(names[1:], samples.T[1:], strict=True)
         return SharpnessResult(
             value=float(total.mean()),
-            stderr=standard_error(total),
+            stderr=stderr(total),
             num_samples=self._objective.num_samples,
             seed=self._seed,
             clean_loss=self._clean,
-            per_layer={str(n): Estimate(value=float(c.mean()), stderr=standard_error(c)) for n, c in columns},
+            per_layer={str(n): Estimate(value=float(c.mean()), stderr=stderr(c)) for n, c in columns},
             samples=tuple(float(t) for t in total),
             num_losses=self._rounds + samples.size * len(self._signs),
             converged=budget.met(total),
@@ -257,6 +257,8 @@ class _Sampler:
 
 
 def _budget(rtol: float | None, num_draws: int | None, max_seconds: float | None) -> Budget:
+    if num_draws is not None and num_draws < 1:
+        raise ValueError(f"num_draws must be positive, got {num_draws}.")
     if rtol is None and num_draws is None and max_seconds is None:
         rtol = 0.05
     return Budget(rtol, MAX_DRAWS if num_draws is None else num_draws, max_seconds)

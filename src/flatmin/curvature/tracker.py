@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatmin.curvature.budget import standard_error
 from flatmin.curvature.lanczos import Lanczos, dot
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import HessianOperator
+from flatmin.curvature.probes import Probes, stderr
 from flatmin.curvature.results import Estimate, Measurement, plain
 from flatmin.curvature.sharpness import check_positive, noise_stability
 from flatmin.extras import need
@@ -171,18 +171,8 @@ class Tracker:
         return {"loss": self._objective.loss(), "trace": trace, "lambda_max": top, "noise_stability": noise}
 
     def _trace(self, seed: int) -> Estimate:
-        params = self._objective.params
-        generator = torch.Generator(params[0].device)
-        samples, count = np.zeros(self._num_probes), 0
-        for index, (curvature, batch) in enumerate(self._operator.batches()):
-            for probe in range(self._num_probes):
-                generator.manual_seed(mix_seeds(seed, probe, index))
-                v = [draw_like(p, "rademacher", generator) for p in params]
-                samples[probe] += float(curvature.forms(v).sum()) * batch.size  # size: known from here on
-            count += batch.size
-            del curvature, batch
-        samples /= count
-        return Estimate(value=float(samples.mean()), stderr=standard_error(samples))
+        samples = Probes(self._operator, seed).draw(0, self._num_probes).sum(1).cpu().numpy()
+        return Estimate(value=float(samples.mean()), stderr=stderr(samples))
 
     def _top(self, seed: int) -> Estimate:
         start = self._vector
@@ -258,7 +248,7 @@ class FreeTrace:
         samples = np.array(self._samples)
         return Measurement(
             value=float(samples.mean()) if len(samples) else math.nan,
-            stderr=standard_error(samples),
+            stderr=stderr(samples),
             method=f"second differences of losses at sigma = {self._sigma:g}, {len(samples)} of {self._count} samples; "
             "bias O(sigma^2)",
             num_samples=len(samples),
