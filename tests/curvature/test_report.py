@@ -1,11 +1,14 @@
 """The flatness report: frozen, printable, plottable, and plain data on request."""
 
 import dataclasses
+import io
 import json
 
 import pytest
+import torch
 
 import flatmin
+import flatmin.curvature.report as report_module
 from flatmin.curvature.results import format_estimate
 from tests.curvature.nets import criterion, make
 
@@ -79,3 +82,81 @@ def test_plots(report):
 )
 def test_two_digits_of_the_error(value, stderr, text):
     assert format_estimate(value, stderr) == text
+
+
+def full(model, x, y, **options):
+    return flatmin.measure(model, criterion, [(x, y)], sigma=0.01, rho=0.1, density=True, **options)
+
+
+def test_everything_at_once(monkeypatch):
+    monkeypatch.setattr(report_module, "spectral_density", small_density)
+    report = full(*make("tanh"))
+    text = str(report)
+    for word in ("noise rise", "sigma = 0.01", "worst rise", ">= ", "rho = 0.1, euclidean", "negative", "share of the"):
+        assert word in text
+    assert set(report.to_dict()) == {
+        "loss", "trace", "top_eigenvalue", "noise_stability", "ascent_sharpness", "density"
+    }  # fmt: skip
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def small_density(objective, seed):
+    return flatmin.spectral_density(objective, num_probes=2, num_steps=4, seed=seed)
+
+
+def test_a_table_for_rich(report):
+    console = pytest.importorskip("rich.console").Console(width=100, record=True, file=io.StringIO())
+    console.print(report)
+    text = console.export_text()
+    assert "lambda_max" in text
+    assert str(report.trace) in text
+
+
+def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_module, "spectral_density", small_density)
+    model, x, y = make("tanh")
+    path = tmp_path / "flatness.json"
+    calls = []
+
+    def counted(name):
+        function = getattr(report_module, name)
+
+        def count(*arguments, **options):
+            calls.append(name)
+            if calls == ["trace", "top_eigenvalues", "noise_stability"]:
+                raise KeyboardInterrupt
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(report_module, name, count)
+
+    for name in ("trace", "top_eigenvalues", "noise_stability", "ascent_sharpness", "spectral_density"):
+        counted(name)
+    with pytest.raises(KeyboardInterrupt):
+        full(model, x, y, store=path)
+    calls.append("again")
+    resumed = full(model, x, y, store=path)
+    assert calls[4:] == ["noise_stability", "ascent_sharpness", "spectral_density"]
+    calls.append("once more")
+    fresh = full(model, x, y, store=path).to_dict()
+    assert fresh == resumed.to_dict() == full(model, x, y).to_dict()
+    assert calls[calls.index("once more") :][:2] == ["once more", "trace"]  # nothing but for the call without a file
+    assert str(resumed.trace.per_layer["0"]) in str(resumed)
+    # Another setting is measured again; the rest is not.
+    calls.append("other setting")
+    full(model, x, y, store=path, rtol=0.2)
+    assert calls[calls.index("other setting") :] == ["other setting", "trace", "noise_stability"]
+
+
+def test_a_file_about_something_else_is_refused(tmp_path):
+    model, x, y = make("tanh")
+    path = tmp_path / "flatness.json"
+    flatmin.measure(model, criterion, [(x, y)], store=path, rtol=0.5)
+    with pytest.raises(ValueError, match=r"another measurement \(loss, num_samples differ\)"):
+        flatmin.measure(model, criterion, [(x[:20], y[:20])], store=path, rtol=0.5)
+    with torch.no_grad():
+        next(model.parameters()).add_(1e-9)
+    with pytest.raises(ValueError, match=r"another measurement \(weights"):
+        flatmin.measure(model, criterion, [(x, y)], store=path, rtol=0.5)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="is not a file of results"):
+        flatmin.measure(model, criterion, [(x, y)], store=path, rtol=0.5)

@@ -6,6 +6,7 @@ from flatmin.curvature.density import DensityResult, spectral_density
 from flatmin.curvature.eigen import top_eigenvalues
 from flatmin.curvature.flat import FlatMinimumEstimate, flat_minimum_estimate, model_function
 from flatmin.curvature.manifold import FlatMinimum, flat_minimum, limit_map
+from flatmin.curvature.matched import MatchedComparison, compare_at_matched_loss
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import FisherOperator, GaussNewtonOperator, HessianOperator, Operator, ResidualOperator
 from flatmin.curvature.products import hessian_product
@@ -29,6 +30,7 @@ __all__ = [
     "GaussNewtonOperator",
     "HessianOperator",
     "LossSlice",
+    "MatchedComparison",
     "Measurement",
     "Objective",
     "Operator",
@@ -41,6 +43,7 @@ __all__ = [
     "ascent_sharpness",
     "average_sharpness",
     "block_eigenvalues",
+    "compare_at_matched_loss",
     "direction_to",
     "flat_minimum",
     "flat_minimum_estimate",
