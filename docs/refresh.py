@@ -12,10 +12,12 @@ from torch.optim import SGD
 import flatmin
 from benchmarks.split_batch import markdown as split_table
 from benchmarks.step import markdown as cost_table
+from docs.flatness import RECORD
+from docs.flatness_pictures import flatness_tables
 from flatmin.lab.display import markdown_table
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("results.md", "methods.md", "concepts/step.md")
+PAGES = ("results.md", "methods.md", "concepts/step.md", "concepts/flatness.md")
 
 
 def methods_table() -> str:
@@ -47,6 +49,7 @@ def main() -> None:
         "cost": cost_table(cost),
         "methods": methods_table(),
         "split": split_table(split),
+        **flatness_tables(json.loads(RECORD.read_text())),
     }
     for path in (ROOT / "README.md", *(ROOT / "docs" / name for name in PAGES)):
         text = path.read_text()

@@ -140,7 +140,7 @@ def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path, monkeypat
     fresh = full(model, x, y, store=path).to_dict()
     assert fresh == resumed.to_dict() == full(model, x, y).to_dict()
     assert calls[calls.index("once more") :][:2] == ["once more", "trace"]  # nothing but for the call without a file
-    assert str(resumed.trace.per_layer["0"]) in str(resumed)
+    assert resumed.trace.per_layer["0"].stderr >= 0  # an estimate again, not a dict
     # Another setting is measured again; the rest is not.
     calls.append("other setting")
     full(model, x, y, store=path, rtol=0.2)

@@ -42,7 +42,7 @@ class MatchedComparison:
 
     @property
     def flatter(self) -> str | None:
-        """ "first" or "second" where the difference is beyond its error (p < 0.05), else `None`."""
+        """The flatter one, "first" or "second", if the difference is beyond its error (p < 0.05); else `None`."""
         if not self.p_value < 0.05:
             return None
         return "second" if self.ratio.value < 1 else "first"
@@ -75,10 +75,9 @@ def compare_at_matched_loss(
         flatmin.compare_at_matched_loss(sgd_tracker.points, nso_tracker.points)
     """
     curves = [_curve(first), _curve(second)]
-    lowest, highest = max(c[0][0] for c in curves), min(c[-1][0] for c in curves)
-    wanted = lowest if loss is None else loss
+    wanted = max(curve[0][0] for curve in curves) if loss is None else loss
     for name, curve in zip(("first", "second"), curves, strict=True):
-        if not curve[0][0] * (1 - CLOSE) <= wanted <= curve[-1][0] * (1 + CLOSE) or lowest > highest * (1 + CLOSE):
+        if not curve[0][0] * (1 - CLOSE) <= wanted <= curve[-1][0] * (1 + CLOSE):
             raise ValueError(
                 f"the losses do not match: the {name} model was measured at losses {curve[0][0]:.4g} .. "
                 f"{curve[-1][0]:.4g}, which leaves no comparison at {wanted:.4g}. A trace falls because the loss does, "

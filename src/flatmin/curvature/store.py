@@ -42,7 +42,7 @@ class Store:
         settings = json.loads(json.dumps(settings))
         kept = self._parts.get(name)
         if kept is not None and kept["settings"] == settings:
-            return _revived(kind, kept["result"])
+            return revived(kind, kept["result"])
         result = measure()
         if self._path is not None:
             self._parts[name] = {"settings": settings, "result": _entries(result)}
@@ -81,7 +81,7 @@ def _entries(result: Any) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(result).items() if name != "vectors"}
 
 
-def _revived(kind: type[Result], entries: Mapping[str, Any]) -> Result:
+def revived(kind: type[Result], entries: Mapping[str, Any]) -> Result:
     """The result again: JSON has lists for tuples, and dicts for estimates."""
     return kind(**{name: _revived_value(value) for name, value in entries.items()})
 
