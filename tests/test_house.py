@@ -35,8 +35,9 @@ CORE = {"torch", "numpy", "scipy"}
 THIRD_PARTY = {"problems": {"torch"}, "lab": {*CORE, "rich", "tyro"}}
 
 PUBLIC = [
-    "BSAM", "ESAM", "GSAM", "NSO", "RSP", "SAM", "SAP", "WSAM", "Averager", "EigenResult", "EigenSAM", "FisherSAM",
-    "FlatMinimum", "FlatOptimizer", "FlatnessReport", "FriendlySAM", "LookSAM", "Measurement", "MomentumSAM",
+    "BSAM", "ESAM", "GSAM", "NSO", "RSP", "SAM", "SAP", "WSAM", "Averager", "EigenResult", "EigenSAM", "FisherOperator",
+    "FisherSAM", "FlatMinimum", "FlatOptimizer", "FlatnessReport", "FriendlySAM", "GaussNewtonOperator",
+    "HessianOperator", "LookSAM", "Measurement", "MomentumSAM",
     "MongeSAM", "Objective", "Probe", "RandomSAM", "TraceResult", "flat_minimum", "limit_map", "measure",
     "methods", "norm_parameters", "problems", "top_eigenvalues", "trace",
 ]  # fmt: skip

@@ -2,15 +2,19 @@
 
 Training    NSO, RSP, SAP, SAM, MongeSAM and SAM's relatives around any `torch.optim` optimizer; `methods()` lists them
 Averaging   `Averager(model)`, the mean of the path of any of them, or of the base optimizer alone
-Measuring   `measure(model, criterion, data)`, or `Objective` with `trace` and `top_eigenvalues`
+Measuring   `measure(model, criterion, data)`, or `Objective` with `trace` and `top_eigenvalues`; products with a vector by
+            `HessianOperator`, `GaussNewtonOperator`, `FisherOperator`
 Problems    functions with known gradients, Hessians and spectra
 """
 
 from flatmin import problems
 from flatmin.curvature import (
     EigenResult,
+    FisherOperator,
     FlatMinimum,
     FlatnessReport,
+    GaussNewtonOperator,
+    HessianOperator,
     Measurement,
     Objective,
     TraceResult,
@@ -57,11 +61,14 @@ __all__ = [
     "Averager",
     "EigenResult",
     "EigenSAM",
+    "FisherOperator",
     "FisherSAM",
     "FlatMinimum",
     "FlatOptimizer",
     "FlatnessReport",
     "FriendlySAM",
+    "GaussNewtonOperator",
+    "HessianOperator",
     "LookSAM",
     "Measurement",
     "MomentumSAM",
