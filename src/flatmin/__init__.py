@@ -2,7 +2,7 @@
 
 Training    NSO, RSP, SAP, SAM, MongeSAM and SAM's relatives around any `torch.optim` optimizer; `methods()` lists them
 Averaging   `Averager(model)`, the mean of the path of any of them, or of the base optimizer alone
-Measuring   `measure(model, criterion, data)`, or `Objective` with `trace` and `top_eigenvalues`; products with a vector by
+Measuring   `measure(model, criterion, data)`, or `Objective` with `trace` and `top_eigenvalues`; matrices as products:
             `HessianOperator`, `GaussNewtonOperator`, `FisherOperator`
 Problems    functions with known gradients, Hessians and spectra
 """
