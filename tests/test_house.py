@@ -42,14 +42,14 @@ THIRD_PARTY = {"problems": {"torch"}, "lab": {*CORE, "rich", "tyro"}, "integrati
 
 PUBLIC = [
     "BSAM", "ESAM", "GSAM", "NSO", "RSP", "SAM", "SAP", "WSAM", "AscentResult", "Averager", "DensityResult",
-    "DistancePenalty", "DistanceProjection", "EigenResult", "EigenSAM", "FisherSAM", "FlatMinimum",
-    "FlatMinimumEstimate", "FlatOptimizer", "FlatnessReport", "FreeTrace", "FriendlySAM", "LookSAM", "LossSlice",
-    "MatchedComparison", "Measurement", "MomentumSAM", "MongeSAM", "Objective", "Probe", "RandomSAM", "RayleighSum",
-    "SharpnessResult", "TraceResult", "TrackPoint", "Tracker", "ascent_sharpness", "average_sharpness",
-    "block_eigenvalues", "bounds", "compare_at_matched_loss", "direction_to", "flat_minimum",
-    "flat_minimum_estimate", "layerwise_rayleigh_sum", "limit_map", "loss_slice", "measure", "methods", "mixup",
-    "model_function", "noise_stability", "norm_parameters", "problems", "random_direction", "spectral_density",
-    "top_eigenvalues", "trace",
+    "DistancePenalty", "DistanceProjection", "EigenResult", "EigenSAM", "FisherOperator", "FisherSAM", "FlatMinimum",
+    "FlatMinimumEstimate", "FlatOptimizer", "FlatnessReport", "FreeTrace", "FriendlySAM", "GaussNewtonOperator",
+    "HessianOperator", "LookSAM", "LossSlice", "MatchedComparison", "Measurement", "MomentumSAM", "MongeSAM",
+    "Objective", "Probe", "RandomSAM", "RayleighSum", "SharpnessResult", "TraceResult", "TrackPoint", "Tracker",
+    "ascent_sharpness", "average_sharpness", "block_eigenvalues", "bounds", "compare_at_matched_loss", "direction_to",
+    "flat_minimum", "flat_minimum_estimate", "layerwise_rayleigh_sum", "limit_map", "loss_slice", "measure",
+    "methods", "mixup", "model_function", "noise_stability", "norm_parameters", "problems", "random_direction",
+    "spectral_density", "top_eigenvalues", "trace",
 ]  # fmt: skip
 
 

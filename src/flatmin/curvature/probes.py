@@ -9,6 +9,7 @@ For v with independent entries +-1, E v' A v = tr A. Two choices make a product 
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -50,15 +51,14 @@ class Probes:
         device = objective.params[0].device
         generator = torch.Generator(device)
         total, count = torch.zeros((), dtype=torch.float64, device=device), 0
-        index = 0
+        numbers = itertools.count()
         for curvature, batch in self._operator.batches():  # not enumerate(), which would keep the last graph
-            rows = []
+            index, rows = next(numbers), []
             for row in range(size):
                 generator.manual_seed(mix_seeds(self._seed, first + row, objective.number(index)))
                 v = self._change([draw_like(p, "rademacher", generator) for p in objective.params])
                 rows.append(curvature.forms(v).to(device))
             total, count = total + batch.size * torch.stack(rows), count + batch.size
-            index += 1
             del curvature, batch
         means = objective.mean(total, count)
         if means.shape[1] == len(objective.params):
