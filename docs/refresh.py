@@ -44,11 +44,13 @@ def methods_table() -> str:
 def main() -> None:
     """Replaces what stands between `<!-- name -->` and `<!-- /name -->`."""
     summary = json.loads((ROOT / "docs" / "records" / "digits" / "summary.json").read_text())
+    halves = json.loads((ROOT / "docs" / "records" / "halves" / "summary.json").read_text())
     cost = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())
     split = json.loads((ROOT / "benchmarks" / "results" / "split_batch.json").read_text())
     sent = json.loads((ROOT / "benchmarks" / "results" / "collectives.json").read_text())
     tables = {
         "demo": markdown_table(summary),
+        "halves": markdown_table(halves),
         "cost": cost_table(cost),
         "methods": methods_table(),
         "split": split_table(split),

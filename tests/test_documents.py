@@ -56,13 +56,15 @@ def test_the_quickstart_is_short():
     assert len([line for line in ours.splitlines()[1:] if line.strip()]) <= 10
 
 
-def committed_summary():
-    return json.loads((RECORDS / "summary.json").read_text())
+def committed_summary(name="digits"):
+    return json.loads((RECORDS.parent / name / "summary.json").read_text())
 
 
-def test_the_committed_summary_is_computed_from_the_committed_records():
-    summary = committed_summary()
-    runs = Compare(num_seeds=summary["num_seeds"], name="digits", out=RECORDS.parent).runs()
+@pytest.mark.parametrize("name", ["digits", "halves"])
+def test_the_committed_summaries_are_computed_from_the_committed_records(name):
+    summary = committed_summary(name)
+    methods = tuple(summary["methods"])
+    runs = Compare(methods=methods, num_seeds=summary["num_seeds"], name=name, out=RECORDS.parent).runs()
     again = json.loads(json.dumps(summarize(runs)))
     assert again == {key: summary[key] for key in again}
 
@@ -83,6 +85,10 @@ def test_the_tables_are_computed_from_the_records(path):
     text = (ROOT / path).read_text()
     assert markdown_table(committed_summary()) in text
     assert cost_table(json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())) in text
+
+
+def test_the_table_of_half_batches_at_equal_cost_is_computed_from_the_records():
+    assert markdown_table(committed_summary("halves")) in (ROOT / "docs" / "results.md").read_text()
 
 
 def test_the_table_of_methods_is_computed_from_the_registry():
