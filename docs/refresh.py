@@ -10,12 +10,14 @@ from torch.nn import Parameter
 from torch.optim import SGD
 
 import flatmin
+from benchmarks.collectives import table as collectives_table
+from benchmarks.scale import table as scale_table
 from benchmarks.split_batch import markdown as split_table
 from benchmarks.step import markdown as cost_table
 from flatmin.lab.display import markdown_table
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("results.md", "methods.md", "concepts/step.md")
+PAGES = ("results.md", "methods.md", "concepts/step.md", "concepts/scale.md")
 
 
 def methods_table() -> str:
@@ -42,11 +44,14 @@ def main() -> None:
     summary = json.loads((ROOT / "docs" / "records" / "digits" / "summary.json").read_text())
     cost = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())
     split = json.loads((ROOT / "benchmarks" / "results" / "split_batch.json").read_text())
+    sent = json.loads((ROOT / "benchmarks" / "results" / "collectives.json").read_text())
     tables = {
         "demo": markdown_table(summary),
         "cost": cost_table(cost),
         "methods": methods_table(),
         "split": split_table(split),
+        "collectives": collectives_table(sent),
+        "scale": scale_table(),
     }
     for path in (ROOT / "README.md", *(ROOT / "docs" / name for name in PAGES)):
         text = path.read_text()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import collectives, scale
 from benchmarks.split_batch import markdown as split_table
 from benchmarks.step import markdown as cost_table
 from docs.refresh import methods_table
@@ -89,6 +90,19 @@ def test_the_table_of_methods_is_computed_from_the_registry():
 def test_the_table_of_half_batches_is_the_committed_result():
     results = json.loads((ROOT / "benchmarks" / "results" / "split_batch.json").read_text())
     assert split_table(results) in (ROOT / "docs" / "concepts" / "step.md").read_text()
+
+
+def test_what_is_sent_is_the_committed_count_and_agrees_with_the_model_of_cost():
+    results = json.loads((ROOT / "benchmarks" / "results" / "collectives.json").read_text())
+    text = (ROOT / "docs" / "concepts" / "scale.md").read_text()
+    assert collectives.table(results) in text
+    assert scale.table() in text
+    for counts in results["counts"].values():
+        for how, rules in counts.items():
+            for name, found in rules.items():
+                found["all_reduce"]["numbers"] -= found["all_reduce"]["single"]
+                sent = {kind: found[kind]["numbers"] / results["num_params"] for kind in found}
+                assert sent == collectives.expected(name, how), (how, name)
 
 
 def test_links_lead_somewhere():

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "quiet": set(),
     "problems": set(),
     "optim": {"vectors", "noise", "quiet", "shards", "distributed"},
-    "curvature": {"vectors", "noise", "quiet", "extras"},
+    "curvature": {"vectors", "noise", "quiet", "extras", "shards", "distributed"},
     "integrations": {"quiet", "extras", "optim"},
     "lab": {"vectors", "noise", "quiet", "extras", "optim", "curvature", "problems"},
     "__init__": {"optim", "curvature", "problems"},

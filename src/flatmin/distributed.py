@@ -11,7 +11,10 @@ parameters are sharded, or a `DistributedDataParallel` around some of them was n
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -19,6 +22,25 @@ from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from flatmin.shards import is_sharded
+
+_DIGIT = 2**12
+
+LOST = (
+    "flatmin: another process died, or did not come along within the time-out of the process group "
+    "(torch.distributed.init_process_group(timeout=...)). The weights of this one are where they were before the step. "
+    "Start all processes again from the last checkpoint; torchrun --max-restarts does so by itself."
+)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Adds what to do to the error of a collective that failed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if several() and (isinstance(error, distributed.DistError) or any(b in str(error) for b in ("gloo", "NCCL"))):
+            error.add_note(LOST)
+        raise
 
 
 def rank() -> int:
@@ -33,6 +55,23 @@ def several() -> bool:
 
 def _initialised() -> bool:
     return distributed.is_available() and distributed.is_initialized()
+
+
+def summed_over(group: Any, tensors: Sequence[Tensor], count: int) -> tuple[list[Tensor], int]:
+    """The sums of `tensors` and `count` over the processes of `group`, by one all-reduce of all numbers together.
+
+    Numbers are added up in the widest dtype among them, fp32 at least; tensors on one device.
+    """
+    dtype = reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+    # In two digits: fp32 cannot hold a large count.
+    digits = torch.tensor([count // _DIGIT, count % _DIGIT], dtype=dtype, device=tensors[0].device)
+    flat = torch.cat([*(t.detach().flatten().to(dtype) for t in tensors), digits])
+    with explained():
+        distributed.all_reduce(flat, group=group)
+    parts = flat.split([*(t.numel() for t in tensors), 2])
+    high, low = parts[-1].tolist()
+    sums = [part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=False)]
+    return sums, int(high) * _DIGIT + int(low)
 
 
 class Ranks:
@@ -86,8 +125,9 @@ class Ranks:
         if not self._groups:
             return flag
         value = torch.tensor(float(flag), device=self._device)
-        for group in self._groups:
-            distributed.all_reduce(value, distributed.ReduceOp.MAX, group=group)
+        with explained():
+            for group in self._groups:
+                distributed.all_reduce(value, distributed.ReduceOp.MAX, group=group)
         return bool(value)
 
     def _meet(self, module: nn.Module, _args: object = ()) -> None:

@@ -174,9 +174,13 @@ class Buffers:
                     value = None if buffer is None else buffer.detach().clone()
                     self._kept.append((module, name, buffer, value, inside))
 
-    @torch.no_grad()
     def put_back(self) -> None:
         """Restores values, and which tensor is registered; may be called again."""
+        if self._kept:
+            self._put_back()
+
+    @torch.no_grad()
+    def _put_back(self) -> None:
         for module, name, buffer, value, inside in self._kept:
             if buffer is not None and value is not None and _can_be_written(buffer):
                 # Without a new version: a graph that saved the buffer finds the value that it saved.

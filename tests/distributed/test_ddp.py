@@ -31,8 +31,7 @@ def synced(method):
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in BY_SAMPLE])
-@pytest.mark.parametrize("base", ["sgd", "adamw"])
-@pytest.mark.parametrize("form", ["loop", "closure"])
+@pytest.mark.parametrize(("base", "form"), [("sgd", "loop"), ("adamw", "closure")])
 def test_ranks_equal_one_process(ranks, method, base, form):
     first, second = ranks(train, method, "ddp", form, base, synced(method))
     assert_near(first, second, atol=0)

@@ -67,7 +67,7 @@ def trace(
     budget = _Budget(rtol, MAX_PRODUCTS if max_products is None else max_products, max_seconds)
     objective.check()
     samples = np.empty((0, len(objective.params)))  # (probes, parameters): v_p^T (H v)_p
-    while round_size := budget.next_round(samples.sum(1)):
+    while round_size := objective.together(budget.next_round(samples.sum(1))):
         samples = np.concatenate([samples, _round(objective, len(samples), round_size, seed)])
     return _result(objective, samples, budget, seed)
 
@@ -82,14 +82,15 @@ def _round(objective: Objective, first: int, size: int, seed: int) -> np.ndarray
         for loss, n in objective.batch_losses():  # not enumerate(), which would keep the last loss
             hessian = BatchHessian(loss, objective.params)
             for row in range(size):
-                generator.manual_seed(mix_seeds(seed, first + row, batch))
+                generator.manual_seed(mix_seeds(seed, first + row, objective.number(batch)))
                 v = [draw_like(p, "rademacher", generator) for p in objective.params]
                 terms = [(a * b).sum(dtype=torch.float64) for a, b in zip(v, hessian.product(v), strict=True)]
                 totals[row] += n * torch.stack(terms)
             batch, count = batch + 1, count + n
             del loss, hessian
-    check_finite(list(totals.isfinite().all(0)), objective)
-    return (totals / count).cpu().numpy()
+    means = objective.mean(totals, count)
+    check_finite(list(means.isfinite().all(0)), objective)
+    return means.cpu().numpy()
 
 
 class _Budget:

@@ -47,7 +47,10 @@ class Collector:
         self._weight = probe.weight
         if probe.weight is None:
             self.handed_out = True
-            return self._take().apply(_copied if self._ranks.reuse_gradients else _without_graph)
+            grads = self._take()
+            if self._ranks.reuse_gradients:
+                return grads.apply(_copied)
+            return grads.apply(_without_graph) if any(g.requires_grad for g in grads.present) else grads
         return NOTHING
 
     def install(self, direction: Vector | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import weakref
 from collections.abc import Callable, Generator
@@ -48,7 +47,7 @@ class Ending(Tools):
     @property
     def _under_way(self) -> bool:
         session = self._session and self._session()
-        return session is not None and inspect.getgeneratorstate(session) == inspect.GEN_SUSPENDED
+        return session is not None and session.gi_suspended  # type: ignore[attr-defined]
 
     def _initialises_state(self) -> bool:
         """torch.distributed.checkpoint steps with learning rate 0 and zero gradients to set up the base's state."""
@@ -77,7 +76,7 @@ class Ending(Tools):
         """Gradients are unscaled once; `scaler.step(opt)` after a loop is right for a rule that only adds them up."""
         if not self._scaling.is_right_for(self):
             raise ValueError(STILL_SCALED if self._scaling.rescale else SCALER_STEP)
-        if not hasattr(self, "found_inf"):
+        if "found_inf" not in self.__dict__:
             return
         if self._scaling.active:
             raise ValueError(SCALER_STEP)
@@ -89,7 +88,7 @@ class Ending(Tools):
     def _finish(self, losses: list[Any]) -> None:
         self._stage = "idle"
         agree = self.ranks.agree
-        if self._scaling.overflowed(agree) or bool(getattr(self, "found_inf", False)):
+        if self._scaling.overflowed(agree) or bool(self.__dict__.get("found_inf", False)):
             self._skip(None)  # an ordinary event of fp16 training: no warning
         elif self._guard and (culprit := self._not_finite(losses, agree)):
             self._skip(culprit)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flatmin.distributed import Ranks
+from flatmin.distributed import Ranks, explained
 from flatmin.optim.collect import Collector
 from flatmin.optim.ending import Ending, reported
 from flatmin.optim.memory import Memory, make_room
@@ -173,7 +173,7 @@ class FlatOptimizer(Ending):
             ValueError: if there is nothing to step with: no gradient, an unfinished loop, a closure that forgot
                 `backward()` or `return loss`; or a scaler that was not passed on.
         """
-        scaled_by = getattr(self, "grad_scale", None)  # set by GradScaler.step while it calls us
+        scaled_by = self.__dict__.get("grad_scale")  # set by GradScaler.step while it calls us
         if closure is None:
             if self._initialises_state():
                 self.base.step()
@@ -183,13 +183,13 @@ class FlatOptimizer(Ending):
             self._check_scaled_by(scaled_by)
             self._finish([])
             return None
-        if hasattr(self, "found_inf"):
+        if "found_inf" in self.__dict__:
             raise ValueError(SCALER_STEP)
         if self._stage == "window" and self._under_way:
             return self._step_along_window(closure)
         losses: list[tuple[Any, bool]] = []
         for probe in self._open("closure", Scaling(scaler, self.params)):
-            with torch.enable_grad():
+            with torch.enable_grad(), explained():
                 loss = closure()
             if loss is None:
                 raise ValueError(NO_LOSS)
@@ -249,19 +249,22 @@ class FlatOptimizer(Ending):
         params, quiet = self.params, self._quiet
         assert quiet is not None
         place = self._place = Place(params, self._restore)
-        collector = Collector(params, stage != "closure", self.ranks)
+        collector, active = Collector(params, stage != "closure", self.ranks), self._active()
         try:
-            yield from self._probe_by_probe(place, quiet, collector)
+            with explained():
+                yield from self._probe_by_probe(self.rule() if active else plain(), place, quiet, collector)
             if share is not None:
                 collector.combine(share, earlier)
-            self._rule_saw_gradients |= collector.handed_out and self._active()
+            self._rule_saw_gradients |= collector.handed_out and active
             self._stage = "idle" if stage == "closure" else "ready"
         finally:
             place.home()  # a second time: an interrupt may have cut the first one off
             self._place = self._probe = None
 
-    def _probe_by_probe(self, place: Place, quiet: Quiet, collector: Collector) -> Generator[Probe, None, None]:
-        ranks, requests = self.ranks, Requests(self.rule() if self._active() else plain())
+    def _probe_by_probe(
+        self, rule: Rule, place: Place, quiet: Quiet, collector: Collector
+    ) -> Generator[Probe, None, None]:
+        ranks, requests = self.ranks, Requests(rule)
         try:
             probe = requests.next(None)
             while probe is not None:
