@@ -12,6 +12,8 @@ import pytest
 from benchmarks import collectives, scale
 from benchmarks.split_batch import markdown as split_table
 from benchmarks.step import markdown as cost_table
+from docs.flatness import RECORD as FLATNESS
+from docs.flatness_pictures import PICTURES, draw, flatness_tables
 from docs.refresh import methods_table
 from flatmin.lab.compare import Compare
 from flatmin.lab.display import markdown_table
@@ -103,6 +105,18 @@ def test_what_is_sent_is_the_committed_count_and_agrees_with_the_model_of_cost()
                 found["all_reduce"]["numbers"] -= found["all_reduce"]["single"]
                 sent = {kind: found[kind]["numbers"] / results["num_params"] for kind in found}
                 assert sent == collectives.expected(name, how), (how, name)
+
+
+def test_the_page_on_flatness_is_computed_from_its_record():
+    text = (ROOT / "docs" / "concepts" / "flatness.md").read_text()
+    for table in flatness_tables(json.loads(FLATNESS.read_text())).values():
+        assert table in text
+
+
+def test_the_pictures_on_flatness_can_be_drawn_from_the_record(tmp_path, monkeypatch):
+    monkeypatch.setattr("docs.flatness_pictures.PICTURES", tmp_path)
+    draw()
+    assert {p.name for p in tmp_path.glob("*.svg")} == {p.name for p in PICTURES.glob("*.svg")}
 
 
 def test_links_lead_somewhere():

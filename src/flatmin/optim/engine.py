@@ -3,7 +3,7 @@
 One training step, whatever the method:
 
     1. the rule asks for a gradient at a displacement          (flatmin.optim.rule)
-    2. the engine moves the weights there                      (flatmin.optim.place)
+    2. the engine moves the weights there                      (flatmin.place)
     3. the caller evaluates: a closure, or the body of a loop  (extra evaluations leave no trace: flatmin.quiet)
     4. the engine brings the weights back and hands the gradient to the rule; again from 1 until the rule returns
     5. the direction goes into `.grad` and the base optimizer steps
@@ -38,9 +38,9 @@ from flatmin.optim.misuse import (
     check_options,
     check_window,
 )
-from flatmin.optim.place import Place, Restore, check_restore
 from flatmin.optim.rule import Probe, Requests, Rule, Update, plain
 from flatmin.optim.scaling import Scaling
+from flatmin.place import Place, Restore, check_restore
 from flatmin.quiet import Quiet
 from flatmin.vectors import Vector
 
