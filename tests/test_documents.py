@@ -42,10 +42,10 @@ def test_code_blocks_run(code, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
-def test_examples_run(path, tmp_path, monkeypatch, capsys):
+def test_examples_run(path, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(path), run_name="__main__")
-    assert capsys.readouterr().out
+    assert capfd.readouterr().out
     assert len([line for line in path.read_text().splitlines() if line.strip()]) <= 40
 
 

@@ -33,6 +33,7 @@ from flatmin.optim.misuse import (
     NO_LOSS,
     SCALER_STEP,
     check_base,
+    check_closure,
     check_dense,
     check_options,
     check_window,
@@ -187,6 +188,7 @@ class FlatOptimizer(Ending):
             raise ValueError(SCALER_STEP)
         if self._stage == "window" and self._under_way:
             return self._step_along_window(closure)
+        check_closure(closure)
         losses: list[tuple[Any, bool]] = []
         for probe in self._open("closure", Scaling(scaler, self.params)):
             with torch.enable_grad(), explained():
