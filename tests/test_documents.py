@@ -12,6 +12,8 @@ import pytest
 from benchmarks import collectives, scale
 from benchmarks.split_batch import markdown as split_table
 from benchmarks.step import markdown as cost_table
+from docs.flatness import RECORD as FLATNESS
+from docs.flatness_pictures import PICTURES, draw, flatness_tables
 from docs.refresh import methods_table
 from flatmin.lab.compare import Compare
 from flatmin.lab.display import markdown_table
@@ -40,10 +42,10 @@ def test_code_blocks_run(code, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
-def test_examples_run(path, tmp_path, monkeypatch, capsys):
+def test_examples_run(path, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(path), run_name="__main__")
-    assert capsys.readouterr().out
+    assert capfd.readouterr().out
     assert len([line for line in path.read_text().splitlines() if line.strip()]) <= 40
 
 
@@ -54,13 +56,15 @@ def test_the_quickstart_is_short():
     assert len([line for line in ours.splitlines()[1:] if line.strip()]) <= 10
 
 
-def committed_summary():
-    return json.loads((RECORDS / "summary.json").read_text())
+def committed_summary(name="digits"):
+    return json.loads((RECORDS.parent / name / "summary.json").read_text())
 
 
-def test_the_committed_summary_is_computed_from_the_committed_records():
-    summary = committed_summary()
-    runs = Compare(num_seeds=summary["num_seeds"], name="digits", out=RECORDS.parent).runs()
+@pytest.mark.parametrize("name", ["digits", "halves"])
+def test_the_committed_summaries_are_computed_from_the_committed_records(name):
+    summary = committed_summary(name)
+    methods = tuple(summary["methods"])
+    runs = Compare(methods=methods, num_seeds=summary["num_seeds"], name=name, out=RECORDS.parent).runs()
     again = json.loads(json.dumps(summarize(runs)))
     assert again == {key: summary[key] for key in again}
 
@@ -83,6 +87,10 @@ def test_the_tables_are_computed_from_the_records(path):
     assert cost_table(json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())) in text
 
 
+def test_the_table_of_half_batches_at_equal_cost_is_computed_from_the_records():
+    assert markdown_table(committed_summary("halves")) in (ROOT / "docs" / "results.md").read_text()
+
+
 def test_the_table_of_methods_is_computed_from_the_registry():
     assert methods_table() in (ROOT / "docs" / "methods.md").read_text()
 
@@ -103,6 +111,18 @@ def test_what_is_sent_is_the_committed_count_and_agrees_with_the_model_of_cost()
                 found["all_reduce"]["numbers"] -= found["all_reduce"]["single"]
                 sent = {kind: found[kind]["numbers"] / results["num_params"] for kind in found}
                 assert sent == collectives.expected(name, how), (how, name)
+
+
+def test_the_page_on_flatness_is_computed_from_its_record():
+    text = (ROOT / "docs" / "concepts" / "flatness.md").read_text()
+    for table in flatness_tables(json.loads(FLATNESS.read_text())).values():
+        assert table in text
+
+
+def test_the_pictures_on_flatness_can_be_drawn_from_the_record(tmp_path, monkeypatch):
+    monkeypatch.setattr("docs.flatness_pictures.PICTURES", tmp_path)
+    draw()
+    assert {p.name for p in tmp_path.glob("*.svg")} == {p.name for p in PICTURES.glob("*.svg")}
 
 
 def test_links_lead_somewhere():

@@ -26,12 +26,14 @@ MAY_IMPORT = {
     "distributed": {"shards"},
     "noise": {"vectors", "shards"},
     "quiet": set(),
+    "place": {"vectors", "shards"},
     "problems": set(),
-    "optim": {"vectors", "noise", "quiet", "shards", "distributed"},
-    "curvature": {"vectors", "noise", "quiet", "extras", "shards", "distributed"},
+    "optim": {"vectors", "noise", "quiet", "place", "shards", "distributed"},
+    "curvature": {"vectors", "noise", "quiet", "place", "extras", "shards", "distributed"},
+    "bounds": set(),
     "integrations": {"quiet", "extras", "optim"},
     "lab": {"vectors", "noise", "quiet", "extras", "optim", "curvature", "problems"},
-    "__init__": {"optim", "curvature", "problems"},
+    "__init__": {"optim", "curvature", "problems", "bounds"},
     "__main__": {"lab"},
 }
 CORE = {"torch", "numpy", "scipy"}
@@ -39,10 +41,15 @@ FRAMEWORKS = {"accelerate", "lightning", "transformers"}
 THIRD_PARTY = {"problems": {"torch"}, "lab": {*CORE, "rich", "tyro"}, "integrations": {*CORE, *FRAMEWORKS}}
 
 PUBLIC = [
-    "Averager", "BSAM", "DistancePenalty", "DistanceProjection", "ESAM", "EigenResult", "EigenSAM", "FisherSAM",
-    "FlatMinimum", "FlatOptimizer", "FlatnessReport", "FriendlySAM", "GSAM", "LookSAM", "Measurement", "MomentumSAM",
-    "MongeSAM", "NSO", "Objective", "Probe", "RSP", "RandomSAM", "SAM", "SAP", "TraceResult", "WSAM", "flat_minimum",
-    "limit_map", "measure", "methods", "mixup", "norm_parameters", "problems", "top_eigenvalues", "trace",
+    "BSAM", "ESAM", "GSAM", "NSO", "RSP", "SAM", "SAP", "WSAM", "AscentResult", "Averager", "DensityResult",
+    "DistancePenalty", "DistanceProjection", "EigenResult", "EigenSAM", "FisherOperator", "FisherSAM", "FlatMinimum",
+    "FlatMinimumEstimate", "FlatOptimizer", "FlatnessReport", "FreeTrace", "FriendlySAM", "GaussNewtonOperator",
+    "HessianOperator", "LookSAM", "LossSlice", "MatchedComparison", "Measurement", "MomentumSAM", "MongeSAM",
+    "Objective", "Probe", "RandomSAM", "RayleighSum", "SharpnessResult", "TraceResult", "TrackPoint", "Tracker",
+    "ascent_sharpness", "average_sharpness", "block_eigenvalues", "bounds", "compare_at_matched_loss", "direction_to",
+    "flat_minimum", "flat_minimum_estimate", "layerwise_rayleigh_sum", "limit_map", "loss_slice", "measure",
+    "methods", "mixup", "model_function", "noise_stability", "norm_parameters", "problems", "random_direction",
+    "spectral_density", "top_eigenvalues", "trace",
 ]  # fmt: skip
 
 
@@ -114,7 +121,7 @@ def test_version_is_said_once():
     assert f"version: {flatmin.__version__}" in (ROOT / "CITATION.cff").read_text()
 
 
-@pytest.mark.parametrize("name", [n for n in PUBLIC if n != "problems"])
+@pytest.mark.parametrize("name", [n for n in PUBLIC if n not in ("bounds", "problems")])
 def test_public_names_are_documented(name):
     thing = getattr(flatmin, name)
     doc = inspect.getdoc(thing) or ""

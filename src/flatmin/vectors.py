@@ -1,7 +1,8 @@
 """Points and directions in parameter space.
 
-    Vector   a list of tensors, one per parameter, with the arithmetic of one long vector and *the* global norm
-    Radii    one number per parameter: how far a method may move it
+    Vector          a list of tensors, one per parameter, with the arithmetic of one long vector and *the* global norm
+    Radii           one number per parameter: how far a method may move it
+    Displacement    whatever can add itself to parameters
 
 A missing entry (`None`) is a zero that takes no memory: a parameter that the loss does not use, or one that a
 method leaves alone. This module is the only one that knows about `foreach` kernels, sparse gradients and low
@@ -14,12 +15,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from flatmin.shards import any_sharded, is_sharded, local, parts, summed
+
+
+class Displacement(Protocol):
+    """Something that can add itself to parameters in place: a Vector, or noise drawn from a seed."""
+
+    @property
+    def support(self) -> list[int]:
+        """The indices of the parameters that are moved."""
+        ...
+
+    def add_to(self, params: Sequence[Tensor], sign: float = 1.0) -> None:
+        """Adds `sign` times the displacement to `params` in place."""
+        ...
 
 
 class Vector:

@@ -132,7 +132,7 @@ class InterruptAt:
 
     def __call__(self, frame, event, arg):
         name = frame.f_globals.get("__name__", "")
-        if not name.startswith(("flatmin.optim", "flatmin.vectors", "flatmin.noise")):
+        if not name.startswith(("flatmin.optim", "flatmin.place", "flatmin.vectors", "flatmin.noise")):
             return None
         if event == "line":
             self.remaining -= 1

@@ -80,3 +80,19 @@ def dense_hessian(model: nn.Module, loss: Callable[[], Tensor]) -> Tensor:
         rows = [torch.autograd.grad(g, params, **options) if g.requires_grad else () for g in flat]
         rows = [torch.cat([r.flatten() for r in row]) if row else torch.zeros_like(flat) for row in rows]
     return torch.stack(rows).detach()
+
+
+def dense_jacobian(model: nn.Module, outputs: Callable[[], Tensor]) -> Tensor:
+    """d outputs / d trainable parameters, one row per scalar of the outputs."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    with sdpa_kernel(SDPBackend.MATH):
+        rows = [torch.autograd.grad(z, params, **options) for z in outputs().flatten()]
+    return torch.stack([torch.cat([r.flatten() for r in row]) for row in rows])
+
+
+def dense_gauss_newton(model: nn.Module, outputs: Callable[[], Tensor], loss: Callable[[Tensor], Tensor]) -> Tensor:
+    """J' (d2 loss / d outputs2) J."""
+    jacobian, z = dense_jacobian(model, outputs), outputs().detach()
+    curvature = torch.autograd.functional.hessian(loss, z).reshape(z.numel(), z.numel())
+    return jacobian.T @ curvature @ jacobian

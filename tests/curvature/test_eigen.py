@@ -154,3 +154,88 @@ def test_a_bad_tolerance(tol):
 def test_no_products():
     with pytest.raises(ValueError, match="max_products must be at least 1, got 0"):
         flatmin.top_eigenvalues(setting("relu")[0], max_products=0)
+
+
+@pytest.mark.parametrize("which", ["LA", "SA"])
+def test_eigenvectors(which):
+    model, x, y = make("tanh")
+    objective = flatmin.Objective(model, criterion, [(x[:16], y[:16]), (x[16:], y[16:])])
+    hessian = dense_hessian(model, lambda: criterion(model(x), y))
+    result = flatmin.top_eigenvalues(objective, 4, which=which, vectors=True)
+    rows = torch.stack([torch.cat([t.flatten() for t in v.present]) for v in result.vectors])
+    torch.testing.assert_close(rows @ rows.T, torch.eye(4, dtype=rows.dtype))
+    for row, value, residual in zip(rows, result.values, result.residuals, strict=True):
+        assert float((hessian @ row - value * row).norm()) == pytest.approx(residual, rel=1e-3, abs=1e-10)
+    assert "vectors" not in result.to_dict()
+    assert flatmin.top_eigenvalues(objective, 4, which=which).vectors == ()
+
+
+@pytest.mark.parametrize("max_basis", [13, 16, 24])
+@pytest.mark.parametrize("which", ["LA", "SA"])
+def test_restarts_with_little_memory(max_basis, which):
+    spectrum = torch.linspace(0, 1, 300, dtype=torch.float64) ** 2 * (1 if which == "LA" else -1)
+    truth = spectrum.flip(0)
+    result = flatmin.top_eigenvalues(
+        objective_with(spectrum), 10, which=which, max_basis=max_basis, max_products=3000, tol=1e-6, vectors=True
+    )
+    assert result.converged
+    assert result.num_products > 2 * max_basis  # restarted, more than once
+    assert np.allclose(result.values, truth[:10], atol=1e-6)
+    rows = torch.stack([v.tensors[0] for v in result.vectors])  # type: ignore[misc]
+    torch.testing.assert_close(rows @ rows.T, torch.eye(10, dtype=rows.dtype), atol=1e-8, rtol=0)
+    for row, value, residual in zip(rows, result.values, result.residuals, strict=True):
+        assert float((spectrum * row - value * row).norm()) <= residual * (1 + 1e-6) + 1e-12
+    with pytest.raises(ValueError, match="max_basis must be at least k"):
+        flatmin.top_eigenvalues(objective_with(spectrum), 10, max_basis=12)
+
+
+def test_starts():
+    objective, spectrum = setting("relu")
+    random = flatmin.top_eigenvalues(objective, 5, start="random", vectors=True)
+    assert random.values == pytest.approx(spectrum[::-1][:5], rel=1e-3)
+    warm = flatmin.top_eigenvalues(objective, start=random.vectors[0])
+    assert warm.num_products == 8  # the fewest that there are
+    assert warm.value == pytest.approx(spectrum[-1], rel=1e-5)
+    with pytest.warns(RuntimeWarning, match="not converged after 1 products"):
+        short = flatmin.top_eigenvalues(objective, start=random.vectors[0], max_products=1)
+    assert short.value == pytest.approx(spectrum[-1], rel=1e-3)
+    with pytest.raises(ValueError, match="start must be"):
+        flatmin.top_eigenvalues(objective, start="zero")  # type: ignore[arg-type]
+
+
+def test_an_eigenvector_that_the_gradient_has_no_part_in_is_found():
+    h = torch.linspace(0.1, 1, 40, dtype=torch.float64)
+    h[3] = 5.0
+    objective = objective_with(h)
+    with torch.no_grad():
+        objective.params[0][10:] = 1.0  # so that the gradient is zero where the largest eigenvalue is
+    assert float(objective.gradient().tensors[0][3]) == 0  # type: ignore[index]
+    assert flatmin.top_eigenvalues(objective).value == pytest.approx(5.0, rel=1e-6)
+
+
+def test_from_the_gradient_five_values_take_at_most_twenty_products():
+    for name in ("relu", "tanh"):
+        objective, spectrum = setting(name)
+        results = [flatmin.top_eigenvalues(objective, 5, seed=seed) for seed in range(20)]
+        assert np.quantile([r.num_products for r in results], 0.95) <= 20
+        assert all(np.allclose(r.values, spectrum[::-1][:5], rtol=1e-3) for r in results)
+
+
+def test_any_operator():
+    from flatmin.curvature import FisherOperator, GaussNewtonOperator
+    from flatmin.curvature.lanczos import flatten, shaped
+
+    objective, _ = setting("attention")
+    for operator in (GaussNewtonOperator(objective), FisherOperator(objective, "empirical")):
+        eye = torch.eye(objective.num_params, dtype=torch.float64)
+        dense = torch.stack([flatten(operator.product(shaped(row, objective.params))) for row in eye])
+        result = flatmin.top_eigenvalues(operator, 3, tol=1e-6)
+        assert np.allclose(result.values, torch.linalg.eigvalsh(dense).flip(0)[:3], rtol=1e-5)
+        assert operator.name in result.method
+
+
+def test_no_ghosts():
+    # Without reorthogonalisation the largest of these would come back many times within 80 products.
+    h = torch.cat([torch.tensor([100.0, 50.0]), torch.linspace(0, 1, 400)]).float()
+    result = flatmin.top_eigenvalues(objective_with(h), 3, tol=1e-3, max_products=200)
+    assert np.allclose(result.values, [100, 50, 1], rtol=2e-3)

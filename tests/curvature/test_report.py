@@ -1,18 +1,21 @@
 """The flatness report: frozen, printable, plottable, and plain data on request."""
 
 import dataclasses
+import io
 import json
 
 import pytest
+import torch
 
 import flatmin
+import flatmin.curvature.report as report_module
 from flatmin.curvature.results import format_estimate
 from tests.curvature.nets import criterion, make
 
 
 @pytest.fixture(scope="module")
 def report():
-    model, x, y = make("relu")
+    model, x, y = make("tanh")
     return flatmin.measure(model, criterion, [(x, y)], num_eigenvalues=2)
 
 
@@ -20,7 +23,7 @@ def test_contents(report):
     assert report.loss.stderr == 0
     assert report.trace.stderr <= 0.05 * report.trace.value
     assert report.top_eigenvalue.values[0] >= report.top_eigenvalue.values[1]
-    assert set(report.trace.per_layer) == {"0", "2", "4"}
+    assert set(report.trace.per_layer) == {"0", "2", "3"}
 
 
 def test_frozen(report):
@@ -44,7 +47,7 @@ def test_plain_data_is_plain(report):
 
 
 def test_what_is_not_finite_is_null_in_json():
-    model, x, y = make("relu")
+    model, x, y = make("tanh")
     result = flatmin.trace(flatmin.Objective(model, criterion, [(x, y)]), max_products=1)
     assert result.stderr == float("inf")
     assert result.to_dict()["stderr"] is None
@@ -61,7 +64,7 @@ def test_plots(report):
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
     axes = report.plot()
-    assert [t.get_text() for t in axes.get_yticklabels()] == ["0", "2", "4"]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["0", "2", "3"]
     assert len(report.top_eigenvalue.plot().lines) >= 1
 
 
@@ -79,3 +82,81 @@ def test_plots(report):
 )
 def test_two_digits_of_the_error(value, stderr, text):
     assert format_estimate(value, stderr) == text
+
+
+def full(model, x, y, **options):
+    return flatmin.measure(model, criterion, [(x, y)], sigma=0.01, rho=0.1, density=True, **options)
+
+
+def test_everything_at_once(monkeypatch):
+    monkeypatch.setattr(report_module, "spectral_density", small_density)
+    report = full(*make("tanh"))
+    text = str(report)
+    for word in ("noise rise", "sigma = 0.01", "worst rise", ">= ", "rho = 0.1, euclidean", "negative", "share of the"):
+        assert word in text
+    assert set(report.to_dict()) == {
+        "loss", "trace", "top_eigenvalue", "noise_stability", "ascent_sharpness", "density"
+    }  # fmt: skip
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def small_density(objective, seed):
+    return flatmin.spectral_density(objective, num_probes=2, num_steps=4, seed=seed)
+
+
+def test_a_table_for_rich(report):
+    console = pytest.importorskip("rich.console").Console(width=100, record=True, file=io.StringIO())
+    console.print(report)
+    text = console.export_text()
+    assert "lambda_max" in text
+    assert str(report.trace) in text
+
+
+def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_module, "spectral_density", small_density)
+    model, x, y = make("tanh")
+    path = tmp_path / "flatness.json"
+    calls = []
+
+    def counted(name):
+        function = getattr(report_module, name)
+
+        def count(*arguments, **options):
+            calls.append(name)
+            if calls == ["trace", "top_eigenvalues", "noise_stability"]:
+                raise KeyboardInterrupt
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(report_module, name, count)
+
+    for name in ("trace", "top_eigenvalues", "noise_stability", "ascent_sharpness", "spectral_density"):
+        counted(name)
+    with pytest.raises(KeyboardInterrupt):
+        full(model, x, y, store=path)
+    calls.append("again")
+    resumed = full(model, x, y, store=path)
+    assert calls[4:] == ["noise_stability", "ascent_sharpness", "spectral_density"]
+    calls.append("once more")
+    fresh = full(model, x, y, store=path).to_dict()
+    assert fresh == resumed.to_dict() == full(model, x, y).to_dict()
+    assert calls[calls.index("once more") :][:2] == ["once more", "trace"]  # nothing but for the call without a file
+    assert resumed.trace.per_layer["0"].stderr >= 0  # an estimate again, not a dict
+    # Another setting is measured again; the rest is not.
+    calls.append("other setting")
+    full(model, x, y, store=path, rtol=0.2)
+    assert calls[calls.index("other setting") :] == ["other setting", "trace", "noise_stability"]
+
+
+def test_a_file_about_something_else_is_refused(tmp_path):
+    model, x, y = make("tanh")
+    path = tmp_path / "flatness.json"
+    flatmin.measure(model, criterion, [(x, y)], store=path, rtol=0.5)
+    with pytest.raises(ValueError, match=r"another measurement \(loss, num_samples differ\)"):
+        flatmin.measure(model, criterion, [(x[:20], y[:20])], store=path, rtol=0.5)
+    with torch.no_grad():
+        next(model.parameters()).add_(1e-9)
+    with pytest.raises(ValueError, match=r"another measurement \(weights"):
+        flatmin.measure(model, criterion, [(x, y)], store=path, rtol=0.5)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="is not a file of results"):
+        flatmin.measure(model, criterion, [(x, y)], store=path, rtol=0.5)

@@ -1,10 +1,12 @@
 """The trace estimate in units of its own standard error, at a fixed number of probes, over many seeds."""
 
 import math
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flatmin
 from flatmin import problems
@@ -32,7 +34,7 @@ def layer_traces(objective, hessian):
 def test_unbiased_and_its_interval_covers_at_the_stated_rate(name):
     objective, hessian = setting(name)
     truth = float(hessian.trace())
-    results = [flatmin.trace(objective, max_products=12, seed=seed) for seed in range(SEEDS)]
+    results = [flatmin.trace(objective, max_products=12, method="hutchinson", seed=seed) for seed in range(SEEDS)]
     values = np.array([r.value for r in results])
     assert abs(values.mean() - truth) < 3 * values.std() / math.sqrt(SEEDS)
     covered = np.mean([low <= truth <= high for low, high in (r.interval(0.9) for r in results)])
@@ -46,7 +48,7 @@ def test_unbiased_and_its_interval_covers_at_the_stated_rate(name):
 def test_layers_add_up_and_are_unbiased(name):
     objective, hessian = setting(name)
     truth = layer_traces(objective, hessian)
-    results = [flatmin.trace(objective, max_products=8, seed=seed) for seed in range(SEEDS)]
+    results = [flatmin.trace(objective, max_products=8, method="hutchinson", seed=seed) for seed in range(SEEDS)]
     for r in results[:5]:
         assert sum(part.value for part in r.per_layer.values()) == pytest.approx(r.value, rel=1e-10)
     for layer, expected in truth.items():
@@ -83,7 +85,7 @@ def test_problems(make_problem):
     problem = make_problem()
     objective = flatmin.Objective(problem.module(), None, [torch.zeros(1)], forward=lambda m, b: (m(), b))
     result = flatmin.trace(objective, max_products=400)
-    assert abs(result.value - float(problem.trace(problem.start))) < 4 * result.stderr
+    assert abs(result.value - float(problem.trace(problem.start))) <= 4 * result.stderr + 1e-9
 
 
 def test_a_linear_loss_has_no_curvature():
@@ -93,10 +95,10 @@ def test_a_linear_loss_has_no_curvature():
 
 
 def test_budgets():
-    objective, _ = setting("relu")
+    objective, _ = setting("tanh")
     assert flatmin.trace(objective, max_products=3).num_products == 3
     unmet = flatmin.trace(objective, rtol=1e-6, max_products=20)
-    assert unmet.num_products == 20
+    assert unmet.num_products <= 20
     assert not unmet.converged
     assert flatmin.trace(objective, max_seconds=0.2).num_products > 8
     short = flatmin.trace(objective, rtol=1e-9, max_seconds=0.01)
@@ -106,12 +108,12 @@ def test_budgets():
         flatmin.trace(objective, rtol=0.0)
     with pytest.raises(ValueError, match="max_products must be positive, got -1"):
         flatmin.trace(objective, max_products=-1)
-    with pytest.raises(ValueError, match="unknown trace method 'xtrace'"):
-        flatmin.trace(objective, method="xtrace")
+    with pytest.raises(ValueError, match=r"unknown trace method 'power'\. Known: auto, hutchinson"):
+        flatmin.trace(objective, method="power")
 
 
 def test_same_seed_same_number():
-    objective, _ = setting("relu")
+    objective, _ = setting("tanh")
     a, b, c = (flatmin.trace(objective, max_products=9, seed=seed) for seed in (1, 1, 2))
     assert a == b
     assert a.value != c.value
@@ -122,6 +124,114 @@ def test_every_batch_has_a_probe_of_its_own():
     model, x, y = make("relu")
     spread = []
     for data in ([(x, y)], [(x, y)] * 8):
-        result = flatmin.trace(flatmin.Objective(model, criterion, data), max_products=200)
+        result = flatmin.trace(flatmin.Objective(model, criterion, data), max_products=200, method="hutchinson")
         spread.append(np.std(result.samples))
     assert spread[1] == pytest.approx(spread[0] / math.sqrt(8), rel=0.25)
+
+
+SHORT = 80
+# (method, net, products): where the error is not zero. Of XTrace the interval is wider than need be.
+ESTIMATES = [
+    ("gauss-newton", "attention", 12, (0.8, 0.99)),
+    ("hutch++", "tanh", 24, (0.8, 0.99)),
+    ("xtrace", "tanh", 24, (0.81, 1.0)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "name", "products", "rates"), ESTIMATES)
+def test_the_other_methods_are_unbiased_and_their_intervals_cover(method, name, products, rates):
+    objective, hessian = setting(name)
+    truth = float(hessian.trace())
+    results = [flatmin.trace(objective, max_products=products, method=method, seed=seed) for seed in range(SHORT)]
+    values = np.array([r.value for r in results])
+    assert abs(values.mean() - truth) < 3 * values.std() / math.sqrt(SHORT)
+    covered = np.mean([low <= truth <= high for low, high in (r.interval(0.9) for r in results)])
+    assert rates[0] <= covered <= rates[1]
+    assert {r.num_products for r in results} == {products}
+    layers = layer_traces(objective, hessian)
+    for layer, expected in layers.items():
+        parts = np.array([r.per_layer[layer].value for r in results])
+        assert abs(parts.mean() - expected) <= 3.5 * parts.std() / math.sqrt(SHORT) + 1e-9 * abs(truth)
+    for r in results[:3]:
+        assert sum(part.value for part in r.per_layer.values()) == pytest.approx(r.value, rel=1e-9)
+
+
+def test_a_piecewise_linear_net_is_exact_at_the_cost_of_its_classes():
+    objective, hessian = setting("relu")
+    result = flatmin.trace(objective)
+    assert result.value == pytest.approx(float(hessian.trace()), rel=1e-10)
+    assert result.stderr == 0
+    assert result.converged
+    assert result.interval() == (result.value, result.value)
+    assert result.num_gradients <= 2
+    for layer, expected in layer_traces(objective, hessian).items():
+        assert result.per_layer[layer].value == pytest.approx(expected, rel=1e-10)
+    assert "piecewise linear in every parameter" in result.method
+
+
+@pytest.mark.parametrize(("name", "text"), [("tanh", "Gauss-Newton exact; of the rest"), ("conv", "Hutch++ with")])
+def test_auto_says_what_it_chose_and_why_and_needs_less(name, text):
+    objective, hessian = setting(name)
+    auto = flatmin.trace(objective, rtol=0.01, max_products=5000)
+    plain = flatmin.trace(objective, rtol=0.01, max_products=5000, method="hutchinson")
+    assert text in auto.method
+    assert "in a pilot, probes of H - G had" in auto.method
+    assert auto.num_gradients < plain.num_gradients / 2
+    assert abs(auto.value - float(hessian.trace())) < 4 * auto.stderr
+    assert auto.stderr <= 0.01 * auto.value
+
+
+def test_auto_without_outputs():
+    model, x, y = make("relu")
+    own = flatmin.Objective(model, None, [(x, y)], forward=lambda m, b: (criterion(m(b[0]), b[1]), b[1]))
+    result = flatmin.trace(own, max_products=8)
+    assert "auto: no Gauss-Newton: Gauss-Newton and Fisher need the outputs" in result.method
+    with pytest.raises(ValueError, match="criterion=None"):
+        flatmin.trace(own, method="gauss-newton")
+
+
+@pytest.mark.parametrize("method", ["hutch++", "xtrace"])
+def test_a_hessian_of_low_rank_is_exact(method):
+    problem = problems.rank_deficient()
+    objective = flatmin.Objective(problem.module(), None, [torch.zeros(1)], forward=lambda m, b: (m(), b))
+    result = flatmin.trace(objective, method=method)
+    assert result.value == pytest.approx(float(problem.trace(problem.start)), rel=1e-9)
+
+
+@pytest.mark.parametrize(("products", "parts"), [("difference", True), ("loss", False)])
+def test_without_second_derivatives(products, parts):
+    objective, hessian = setting("tanh")
+    result = flatmin.trace(objective, max_products=60, method="hutchinson", products=products)
+    reference = flatmin.trace(objective, max_products=60, method="hutchinson")
+    assert result.value == pytest.approx(reference.value, rel=1e-4)  # the same probes
+    assert ("differences of gradients" if parts else "differences of losses") in result.method
+    assert set(result.per_layer) == (set(layer_traces(objective, hessian)) if parts else set())
+
+
+def test_memory_does_not_grow_with_batches_or_probes():
+    model, x, y = make("tanh")
+    peaks = []
+    for batches, probes in [(2, 4), (12, 24)]:
+        objective = flatmin.Objective(model, criterion, [(x, y)] * batches)
+        with Alive() as alive:
+            flatmin.trace(objective, max_products=probes, method="hutchinson", graph_memory=0)
+        peaks.append(alive.peak)
+    assert peaks[1] <= peaks[0] + 24 * 8 * len(list(model.parameters())) + 1000
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes of tensors made inside that were alive at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self._sizes = weakref.WeakKeyDictionary()
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self._sizes[tensor.untyped_storage()] = tensor.untyped_storage().nbytes()
+        self.peak = max(self.peak, sum(self._sizes.values()))
+        return out

@@ -297,6 +297,10 @@ def test_what_could_not_be_right_is_refused():
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
+    trainer = trainer_of()
+    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, FlatCallback)]
+    with pytest.raises(ValueError, match=r"FlatCallback\(\)"):
+        trainer.fit(Net("sam"), batches(64))
     with pytest.raises(ValueError, match=r"manual_backward"):
         fit("sam", model=Manual("sam"))
     with pytest.raises(ValueError, match=r"FlatCallback needs a flatmin optimizer, got SGD"):

@@ -1,25 +1,61 @@
 """Measuring: an objective, Hessian products, and what is estimated from them, each with its error."""
 
+from flatmin.curvature.ascent import AscentResult, ascent_sharpness
+from flatmin.curvature.blocks import RayleighSum, block_eigenvalues, layerwise_rayleigh_sum
+from flatmin.curvature.density import DensityResult, spectral_density
 from flatmin.curvature.eigen import top_eigenvalues
+from flatmin.curvature.flat import FlatMinimumEstimate, flat_minimum_estimate, model_function
 from flatmin.curvature.manifold import FlatMinimum, flat_minimum, limit_map
+from flatmin.curvature.matched import MatchedComparison, compare_at_matched_loss
 from flatmin.curvature.objective import Objective
+from flatmin.curvature.operators import FisherOperator, GaussNewtonOperator, HessianOperator, Operator, ResidualOperator
 from flatmin.curvature.products import hessian_product
 from flatmin.curvature.report import FlatnessReport, measure
 from flatmin.curvature.results import EigenResult, Estimate, Measurement, TraceResult
+from flatmin.curvature.sharpness import SharpnessResult, average_sharpness, noise_stability
+from flatmin.curvature.slices import LossSlice, direction_to, loss_slice, random_direction
 from flatmin.curvature.trace import trace
+from flatmin.curvature.tracker import FreeTrace, Tracker, TrackPoint
 
 __all__ = [
+    "AscentResult",
+    "DensityResult",
     "EigenResult",
     "Estimate",
+    "FisherOperator",
     "FlatMinimum",
+    "FlatMinimumEstimate",
     "FlatnessReport",
+    "FreeTrace",
+    "GaussNewtonOperator",
+    "HessianOperator",
+    "LossSlice",
+    "MatchedComparison",
     "Measurement",
     "Objective",
+    "Operator",
+    "RayleighSum",
+    "ResidualOperator",
+    "SharpnessResult",
     "TraceResult",
+    "TrackPoint",
+    "Tracker",
+    "ascent_sharpness",
+    "average_sharpness",
+    "block_eigenvalues",
+    "compare_at_matched_loss",
+    "direction_to",
     "flat_minimum",
+    "flat_minimum_estimate",
     "hessian_product",
+    "layerwise_rayleigh_sum",
     "limit_map",
+    "loss_slice",
     "measure",
+    "model_function",
+    "noise_stability",
+    "random_direction",
+    "spectral_density",
     "top_eigenvalues",
     "trace",
 ]

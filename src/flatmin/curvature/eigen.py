@@ -1,13 +1,8 @@
-"""Extreme eigenvalues of the Hessian by Lanczos iteration with full reorthogonalisation.
+"""Extreme eigenvalues of the Hessian, or of another curvature operator, by Lanczos iteration (`lanczos.py`).
 
-After m products the Hessian is projected onto the Krylov space of m vectors q_1 .. q_m:
-
-    H Q = Q T + beta_m q_{m+1} e_m^T,    T tridiagonal (m, m)
-
-An eigenpair (theta, s) of T gives the Ritz pair (theta, Q s), whose residual |H Q s - theta Q s| is beta_m |s_m|
-exactly, without another product. So an eigenvalue lies within the residual of theta; that it is the *largest* cannot
-be proved. In a crowded spectrum (1, up to a thousandth, and one value apart) the first Ritz values have small residuals
-and are not the largest. The iteration therefore stops only if
+The residual r = |H y - theta y| of a Ritz pair is known without another product, and an eigenvalue lies within r of
+theta. That it is the *largest* cannot be proved. In a crowded spectrum (1, up to a thousandth, and one value apart) the
+first Ritz values have small residuals and are not the largest. The iteration therefore stops only if
 
     residual <= tol |theta|   and   residual <= tol (theta_max - theta_min)      the spread does not change with a shift
     theta has moved by at most tol (theta_max - theta_min) over the last 3 products, after at least 8
@@ -21,11 +16,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
+from flatmin.curvature.lanczos import Lanczos, dot, flatten, shaped
 from flatmin.curvature.objective import Objective
-from flatmin.curvature.products import METHOD, hessian_product
+from flatmin.curvature.operators import HessianOperator, Operator
 from flatmin.curvature.results import EigenResult
 from flatmin.noise import draw_like
 from flatmin.vectors import Vector
@@ -35,23 +30,31 @@ STABLE = 3  # products over which a value must stay
 
 
 def top_eigenvalues(
-    objective: Objective,
+    objective: Objective | Operator,
     k: int = 1,
     *,
     which: Literal["LA", "SA"] = "LA",
     tol: float = 1e-3,
     max_products: int = 100,
+    max_basis: int | None = None,
+    start: Vector | Literal["gradient", "random"] = "gradient",
+    vectors: bool = False,
     seed: int = 0,
 ) -> EigenResult:
     """The `k` algebraically largest ("LA") or smallest ("SA") eigenvalues of the Hessian.
 
     Args:
-        objective: what to measure.
+        objective: what to measure: the Hessian of an Objective, or an operator (`GaussNewtonOperator(objective)`, ...).
         k: how many.
         which: "LA" or "SA".
         tol: an eigenvalue counts as found when its residual is at most `tol` times its size, and at most `tol` times
             the spread of the spectrum that was seen, and its value stays within that over 3 products.
         max_products: Hessian-vector products over the whole data, at most.
+        max_basis: vectors that are kept at a time, each one copy of the parameters; then the iteration is restarted
+            from the best of them. 40, or 2 k + 20 if that is more, if not given; fewer cost more products.
+        start: "gradient" (plus as much of a random vector, for eigenvectors that the gradient has no part in),
+            "random", or a vector, such as `result.vectors[0]` of an earlier measurement (plus a little noise).
+        vectors: whether the result holds the eigenvectors too.
         seed: of the starting vector.
 
     Returns:
@@ -59,15 +62,52 @@ def top_eigenvalues(
         eigenvalue lies within the residual of each value (rounding included), and usually within residual^2 / gap.
         That it is the largest is what the stability is for: it cannot be proved.
 
-    Cost: about 3 gradients of the data per product; usually 8 to 20 products, never fewer than 8 (or the number of
-    parameters). Memory: one copy of the parameters per product.
+    Cost: 2 to 3 gradients of the data per product; usually 8 to 20 products, never fewer than 8 (or the number of
+    parameters). Memory: one copy of the parameters per product, up to `max_basis`; twice that at a restart.
 
     Raises:
-        ValueError: k < 1 or larger than the number of parameters, `tol` not positive and finite, max_products < 1, data
-            that gives another loss on a second pass, or a Hessian that is not finite.
+        ValueError: k < 1 or larger than the number of parameters, `tol` not positive and finite, max_products < 1,
+            max_basis < k + 3, data that gives another loss on a second pass, or a Hessian that is not finite.
 
-    Source: Lanczos 1950; Paige 1980 for why full reorthogonalisation removes ghost copies.
+    Source: Lanczos 1950; Paige 1980 for why full reorthogonalisation removes ghost copies; Wu, Simon 2000 for the
+    restart.
     """
+    operator = as_operator(objective, seed)
+    objective = operator.objective
+    max_basis = max(40, 2 * k + 20) if max_basis is None else max_basis
+    _check(objective, k, which, tol, max_products, max_basis)
+    objective.check()
+    lanczos = Lanczos(operator.product, objective.params, seed=seed, start=_start(objective, start, seed))
+    search = _Search(lanczos, k, 1.0 if which == "LA" else -1.0, tol)
+    converged = search.run(max_products, max_basis)
+    if not converged:
+        warnings.warn(
+            f"top_eigenvalues is not converged after {lanczos.num_products} products: residuals "
+            f"{search.residuals.tolist()} for values {search.values.tolist()}. Raise max_products or tol.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return EigenResult(
+        value=float(search.values[0]),
+        stderr=float(search.residuals[0]),
+        method=f"Lanczos, full reorthogonalisation; {operator.method}",
+        num_products=lanczos.num_products,
+        num_samples=objective.num_samples,
+        seed=seed,
+        values=tuple(float(v) for v in search.values),
+        residuals=tuple(float(r) for r in search.residuals),
+        converged=converged,
+        which=which,
+        vectors=search.vectors(objective.params) if vectors else (),
+    )
+
+
+def as_operator(objective: Objective | Operator, seed: int) -> Operator:
+    """The operator itself, or the Hessian of an objective."""
+    return objective if isinstance(objective, Operator) else HessianOperator(objective, seed=seed)
+
+
+def _check(objective: Objective, k: int, which: str, tol: float, max_products: int, max_basis: int) -> None:
     if not 1 <= k <= objective.num_params:
         raise ValueError(f"k must be between 1 and the number of parameters ({objective.num_params}), got {k}.")
     if which not in ("LA", "SA"):
@@ -76,120 +116,70 @@ def top_eigenvalues(
         raise ValueError(f"tol must be positive and finite, got {tol}.")
     if max_products < 1:
         raise ValueError(f"max_products must be at least 1, got {max_products}.")
-    objective.check()
-    lanczos = _Lanczos(objective, seed)
-    values, residuals, converged = lanczos.run(k, 1.0 if which == "LA" else -1.0, tol, max_products)
-    if not converged:
-        warnings.warn(
-            f"top_eigenvalues is not converged after {lanczos.size} products: residuals {residuals.tolist()} for "
-            f"values {values.tolist()}. Raise max_products or tol.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return EigenResult(
-        value=float(values[0]),
-        stderr=float(residuals[0]),
-        method=f"Lanczos, full reorthogonalisation; {METHOD}",
-        num_products=lanczos.size,
-        num_samples=objective.num_samples,
-        seed=seed,
-        values=tuple(float(v) for v in values),
-        residuals=tuple(float(r) for r in residuals),
-        converged=converged,
-        which=which,
-    )
+    if max_basis < k + 3:
+        raise ValueError(f"max_basis must be at least k + 3 = {k + 3}, got {max_basis}.")
 
 
-class _Lanczos:
-    """The growing Krylov basis and its tridiagonal projection."""
+def _start(objective: Objective, start: Vector | str, seed: int) -> Tensor | None:
+    if start == "random":
+        return None
+    if isinstance(start, str) and start != "gradient":
+        raise ValueError(f"start must be 'gradient', 'random' or a Vector, got {start!r}.")
+    given = flatten(objective.gradient() if isinstance(start, str) else start)
+    size = math.sqrt(dot(given, given))
+    if not (math.isfinite(size) and size > 0):
+        return None
+    generator = torch.Generator(given.device).manual_seed(seed)
+    chance = draw_like(given, "normal", generator)
+    share = 1.0 if isinstance(start, str) else 0.01
+    return given / size + share * chance / math.sqrt(dot(chance, chance))
 
-    def __init__(self, objective: Objective, seed: int):
-        self._objective = objective
-        self._generator = torch.Generator(objective.params[0].device).manual_seed(seed)
-        self._basis: list[Tensor] = []  # orthonormal rows, (num_params,) each
-        self._alpha: list[float] = []
-        self._beta: list[float] = []
-        self._next = self._random()
-        self.complete = False
 
-    @property
-    def size(self) -> int:
-        return len(self._basis)
+class _Search:
+    """Products until the k wanted Ritz pairs are found."""
 
-    @property
-    def floor(self) -> float:
-        """Below this an eigenvalue is rounding: machine precision times the largest one seen."""
-        scale = max((abs(a) for a in self._alpha), default=0.0)
-        return torch.finfo(self._next.dtype).eps * max(scale, max(self._beta, default=0.0))
+    def __init__(self, lanczos: Lanczos, k: int, sign: float, tol: float):
+        self._lanczos, self._k, self._sign, self._tol = lanczos, k, sign, tol
+        self._history: list[np.ndarray] = []
+        self._lowest, self._highest = math.inf, -math.inf  # of the spectrum, as far as it was seen
+        self.values = self.residuals = np.empty(0)  # the wanted end first; residuals with rounding
+        self._coordinates = np.empty((0, 0))
 
-    @property
-    def rounding(self) -> float:
-        """What rounding may add to a residual: that of sums over all parameters."""
-        return self.floor * math.sqrt(self._next.numel())
-
-    def run(self, k: int, sign: float, tol: float, max_products: int) -> tuple[np.ndarray, np.ndarray, bool]:
-        """Products until the k wanted Ritz pairs are found: values, residuals (with rounding), converged."""
-        history: list[np.ndarray] = []
+    def run(self, max_products: int, max_basis: int) -> bool:
+        """Whether they were found."""
         while True:
-            self.extend()
-            theta, bounds = self.ritz(sign)
-            history = [*history[-STABLE:], theta[:k]]
-            found = self.complete or (self.size >= MIN_PRODUCTS and self._found(k, theta, bounds, history, tol))
-            if found or self.size >= max_products:
-                return theta[:k], bounds[:k] + self.rounding, found
+            if self._lanczos.size >= max_basis:
+                self._restart()
+            self._lanczos.extend()
+            found = self._look() or self._lanczos.complete
+            if found or self._lanczos.num_products >= max_products:
+                return found
 
-    def _found(self, k: int, theta: np.ndarray, bounds: np.ndarray, history: list[np.ndarray], tol: float) -> bool:
-        if any(len(values) < k for values in history) or len(history) <= STABLE:
+    def vectors(self, params: tuple[Tensor, ...]) -> tuple[Vector, ...]:
+        """The eigenvectors of `values`, of norm 1."""
+        rows = self._lanczos.vectors(self._coordinates[:, : len(self.values)])
+        return tuple(shaped(rows.row(i).clone(), params) for i in range(len(rows)))
+
+    def _look(self) -> bool:
+        theta, residuals, coordinates = self._lanczos.ritz()
+        self._lowest, self._highest = min(self._lowest, theta[0]), max(self._highest, theta[-1])
+        order = np.argsort(-self._sign * theta)
+        theta, bounds, self._coordinates = theta[order], residuals[order], coordinates[:, order]
+        self.values, self.residuals = theta[: self._k], bounds[: self._k] + self._lanczos.rounding
+        self._history = [*self._history[-STABLE:], self.values]
+        return self._lanczos.num_products >= MIN_PRODUCTS and self._found(bounds[: self._k])
+
+    def _found(self, bounds: np.ndarray) -> bool:
+        if any(len(values) < self._k for values in self._history) or len(self._history) <= STABLE:
             return False
-        spread, values = np.ptp(theta), theta[:k]
-        small = bounds[:k] <= np.maximum(tol * np.minimum(np.abs(values), spread), self.floor)
-        moved = max(float(np.abs(earlier - values).max()) for earlier in history[:-1])
-        return bool(small.all() and moved <= max(tol * spread, 10 * self.floor))
+        spread, floor = self._highest - self._lowest, self._lanczos.floor
+        small = bounds <= np.maximum(self._tol * np.minimum(np.abs(self.values), spread), floor)
+        moved = max(float(np.abs(earlier - self.values).max()) for earlier in self._history[:-1])
+        return bool(small.all() and moved <= max(self._tol * spread, 10 * floor))
 
-    def extend(self) -> None:
-        """One product: q_{m+1}, alpha_m, beta_m."""
-        q = self._next
-        self._basis.append(q)
-        w = self._product(q)
-        self._alpha.append(_dot(q, w))
-        w = self._orthogonal(w)
-        beta = math.sqrt(_dot(w, w))
-        if len(self._basis) == q.numel():
-            beta = 0.0
-            self.complete = True
-        elif beta <= 10 * self.floor:  # an invariant subspace: go on in its complement
-            beta = 0.0
-            w = self._random()
-        self._beta.append(beta)
-        if not self.complete:
-            self._next = w / math.sqrt(_dot(w, w))
-
-    def ritz(self, sign: float) -> tuple[np.ndarray, np.ndarray]:
-        """All Ritz values, the wanted end first, and their residuals."""
-        theta, s = eigh_tridiagonal(np.array(self._alpha), np.array(self._beta[:-1]))
-        order = np.argsort(-sign * theta)
-        return theta[order], np.abs(self._beta[-1] * s[-1, order])
-
-    def _product(self, q: Tensor) -> Tensor:
-        params = self._objective.params
-        parts = q.split([p.numel() for p in params])
-        v = Vector(part.view_as(p).to(p.dtype) for part, p in zip(parts, params, strict=True))
-        return torch.cat([t.flatten().to(q.dtype) for t in hessian_product(self._objective, v).present])
-
-    def _orthogonal(self, w: Tensor) -> Tensor:
-        for _ in range(2):  # twice is enough (Kahan)
-            for q in self._basis:
-                w = w - _dot(q, w) * q
-        return w
-
-    def _random(self) -> Tensor:
-        params = self._objective.params
-        dtype = torch.promote_types(params[0].dtype, torch.float32)
-        like = torch.empty(self._objective.num_params, dtype=dtype, device=params[0].device)
-        w = self._orthogonal(draw_like(like, "normal", self._generator))
-        return w / math.sqrt(_dot(w, w))
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    """Added up in double: in single precision a sum over a million entries loses three more digits."""
-    return float((a * b).sum(dtype=torch.float64))
+    def _restart(self) -> None:
+        # The wanted vectors and half of the others, from the wanted end: the nearest ones slow convergence down most.
+        keep = self._k + (self._lanczos.size - self._k) // 2
+        theta, _, coordinates = self._lanczos.ritz()
+        order = np.argsort(-self._sign * theta)[:keep]
+        self._lanczos.restart(theta[order], coordinates[:, order])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +26,36 @@ SHARDED = (
     "anew without fully_shard and load get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of "
     "torch.distributed.checkpoint.state_dict into it on every process; the data may stay in parts (group=...)."
 )
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A batch after a forward pass: its mean loss, and the outputs and targets that it came from."""
+
+    loss: Tensor
+    outputs: Any
+    targets: Any
+
+
+class Batch:
+    """A batch that can be evaluated, at the weights as they are, as often as needed."""
+
+    def __init__(self, objective: Objective, content: Any, samples: SampleCount):
+        self._objective, self._content, self._samples = objective, content, samples
+        self._size: int | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of samples; known after the first evaluation."""
+        assert self._size is not None
+        return self._size
+
+    def evaluate(self) -> Evaluated:
+        """A forward pass, with its graph if gradients are enabled."""
+        outputs, targets = self._objective.forward(self._content)
+        if self._size is None:
+            self._size = self._samples.add(self._content, targets)
+        return Evaluated(self._objective.batch_loss(outputs, targets, self._size), outputs, targets)
 
 
 class Objective:
@@ -98,6 +130,14 @@ class Objective:
         """The module that each parameter belongs to, by name."""
         return tuple(name.rpartition(".")[0] or name for name in self.names)
 
+    def only(self, names: Iterable[str]) -> Objective:
+        """The same loss as a function of these parameters alone, by name."""
+        keep = set(names)
+        chosen = [(n, p) for n, p in zip(self.names, self.params, strict=True) if n in keep]
+        other = copy.copy(self)
+        other.names, other.params = tuple(n for n, _ in chosen), tuple(p for _, p in chosen)
+        return other
+
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Inside, the model may be evaluated; on leaving everything is as before."""
@@ -109,22 +149,30 @@ class Objective:
             for generator, state in own:
                 generator.set_state(state)
 
+    def forward(self, content: Any) -> tuple[Any, Any]:
+        """Outputs and targets of what the data yields."""
+        outputs, targets = self._forward(self.model, content)
+        self._rounding = max(self._rounding, _eps(outputs))
+        return outputs, targets
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches, not yet evaluated; whoever iterates evaluates each of them."""
+        samples = SampleCount()
+        for content in self.data:
+            yield Batch(self, content, samples)
+        if samples.total == 0:
+            raise ValueError("the data has no batches: an empty loader has no loss to measure.")
+        self._num_samples = samples.total
+
     def batch_losses(self) -> Iterator[tuple[Tensor, int]]:
         """The mean loss of each batch, with its graph if gradients are enabled, and its number of samples.
 
         Whoever iterates deletes the loss before asking for the next: a loop variable would keep its graph alive.
         """
-        samples = SampleCount()
-        for batch in self.data:
-            outputs, targets = self._forward(self.model, batch)
-            count = samples.add(batch, targets)
-            self._rounding = max(self._rounding, _eps(outputs))
-            result = [(self._batch_loss(outputs, targets, count), count)]
-            del batch, outputs, targets  # what a batch leaves must be gone when the next one is evaluated
+        for batch in self.batches():
+            result = [(batch.evaluate().loss, batch.size)]
+            del batch  # what a batch leaves must be gone when the next one is evaluated
             yield result.pop()
-        if samples.total == 0:
-            raise ValueError("the data has no batches: an empty loader has no loss to measure.")
-        self._num_samples = samples.total
 
     def loss(self) -> float:
         """L(w), summed in float64. One forward pass over the data."""
@@ -173,13 +221,19 @@ class Objective:
 
     def gradient(self) -> Vector:
         """The gradient of L. One forward and one backward pass."""
+        return self.loss_and_gradient()[1]
+
+    def loss_and_gradient(self) -> tuple[float, Vector]:
+        """L(w), summed in float64, and its gradient. One forward and one backward pass."""
         with self.quiet(), torch.enable_grad():
-            total, count = self.zeros(), 0
+            value, total, count = 0.0, self.zeros(), 0
             for loss, n in self.batch_losses():
                 grads = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
+                value += n * float(loss.detach().double())
                 total, count = total.add_(Vector(grads) * float(n)), count + n
                 del loss, grads
-        return self.mean(total, count)
+        sums = self.mean(Vector([*total.present, torch.tensor(value, dtype=torch.float64)]), count).present
+        return float(sums[-1]), Vector(sums[:-1])
 
     def zeros(self) -> Vector:
         """The zero vector of parameter space."""
@@ -216,7 +270,8 @@ class Objective:
             "at random. Pass a fixed list of batches, e.g. list(loader)."
         )
 
-    def _batch_loss(self, outputs: Any, targets: Any, count: int) -> Tensor:
+    def batch_loss(self, outputs: Any, targets: Any, count: int) -> Tensor:
+        """The mean loss of a batch of `count` samples, from its outputs: a finite scalar."""
         own = self.criterion is None
         loss = getattr(outputs, "loss", outputs) if own else self.criterion(outputs, targets)  # type: ignore[misc]
         if not isinstance(loss, Tensor) or loss.numel() != 1:

@@ -1,6 +1,11 @@
-"""How a Hessian product is computed: double backward, with attention in its differentiable form.
+"""How a Hessian product is computed, chosen by trial.
 
-Fused attention kernels have no second derivative, so every forward pass here runs attention in math mode. A parameter
+    "autograd"     double backward, with attention in its differentiable form (fused kernels have no second derivative)
+    "difference"   central differences of gradients, where an operation has no second derivative
+    "loss"         second differences of losses, where there is no backward pass at all: only v' H v, for the trace
+
+"auto" takes the first that works on the first batch. Each is compared there with another one, on one random vector: the
+relative difference is part of every result (for a network with kinks, such as ReLU, it is large by nature). A parameter
 that the loss does not use, or uses linearly, contributes zeros.
 """
 
@@ -8,15 +13,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flatmin.curvature.differences import (
+    GradientDifference,
+    LossDifference,
+    Scalar,
+    best_length,
+    dots,
+    lengths,
+    relative_difference,
+)
+from flatmin.curvature.graph import check_differentiable
 from flatmin.curvature.objective import Objective
+from flatmin.noise import draw_like, mix_seeds
 from flatmin.vectors import Vector
 
 METHOD = "double backward"
+NAMES = {"autograd": METHOD, "difference": "differences of gradients", "loss": "differences of losses"}
+NOT_DIFFERENTIABLE = (RuntimeError, NotImplementedError)
 
 
 @contextmanager
@@ -38,6 +57,10 @@ class BatchHessian:
         self._curved = [i for i, g in enumerate(grads) if g.requires_grad]
         self._grads = [grads[i] for i in self._curved]
 
+    def check(self) -> None:
+        """Raises RuntimeError if the second derivative would silently be wrong."""
+        check_differentiable(self._grads)
+
     def product(self, v: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """H v, one tensor per parameter."""
         if not self._curved:
@@ -50,6 +73,140 @@ class BatchHessian:
             allow_unused=True,
             materialize_grads=True,
         )
+
+    def forms(self, v: Sequence[Tensor]) -> Tensor:
+        """v_p' (H v)_p for each parameter p, float64."""
+        return dots(v, self.product(v))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How products are computed for one objective.
+
+    Attributes:
+        name: "autograd", "difference" or "loss".
+        cross_check: relative difference to another way, for one random vector on the first batch; `None` if no other
+            way was possible.
+        graph_bytes: memory of the graph that double backward keeps, per sample.
+        length: the displacement of a difference.
+        reason: why a way before it was not possible.
+    """
+
+    name: str
+    cross_check: float | None = None
+    graph_bytes: float = 0.0
+    length: float = 0.0
+    reason: str = ""
+
+    @property
+    def text(self) -> str:
+        """What was computed, for `method` of a result."""
+        text = NAMES[self.name] + (f" ({self.reason})" if self.reason else "")
+        if self.cross_check is None:
+            return text
+        other = "other lengths" if self.name != "autograd" else NAMES["difference"]
+        return f"{text}, within {self.cross_check:.1g} of {other} on one batch"
+
+    @contextmanager
+    def context(self, objective: Objective) -> Iterator[None]:
+        """Inside, products may be computed; nothing is changed on leaving."""
+        if self.name == "autograd":
+            with differentiable_twice(objective):
+                yield
+        else:
+            with objective.quiet(), torch.enable_grad():
+                yield
+
+    def curvature(self, scalar: Scalar, params: Sequence[Tensor]) -> BatchHessian | GradientDifference | LossDifference:
+        """The curvature of `scalar()`, the loss of one batch at the weights as they are, or a function like it."""
+        if self.name == "autograd":
+            return BatchHessian(scalar(), params)
+        return (GradientDifference if self.name == "difference" else LossDifference)(scalar, params, self.length)
+
+
+def choose_way(objective: Objective, products: str = "auto", *, seed: int = 0) -> Way:
+    """The way to compute products with the Hessian of `objective`: `products`, or the first that works ("auto").
+
+    Cost: about five gradients of the first batch (eight more if it comes to differences).
+
+    Raises:
+        ValueError: if `products` is unknown, or the way that it names is not possible.
+    """
+    if products not in ("auto", *NAMES):
+        raise ValueError(f"unknown products {products!r}. Known: auto, {', '.join(NAMES)}.")
+    names = list(NAMES) if products == "auto" else [products]
+    reason = ""
+    for name in names:
+        try:
+            return _try(objective, name, reason, seed)
+        except torch.OutOfMemoryError:
+            raise
+        except NOT_DIFFERENTIABLE as error:
+            reason = f"{NAMES[name]} failed: {str(error).splitlines()[0][:100]}"
+    raise ValueError(f"products={products!r} is not possible here; {reason}")
+
+
+def _try(objective: Objective, name: str, reason: str, seed: int) -> Way:
+    """The way `name`, tried on the first batch and compared with another."""
+    params = objective.params
+    way = Way(name=name, reason=reason)
+    with way.context(objective):
+        batch = next(iter(objective.batches()))
+        v = _random(params, seed)
+        if name == "autograd":
+            with _GraphSize(params) as graph:
+                hessian = BatchHessian(batch.evaluate().loss, params)
+            hessian.check()
+            product = Vector(hessian.product(v))
+            del hessian
+        else:
+            return _with_length(way, lambda: batch.evaluate().loss, params, v)
+    with objective.quiet():  # the kernels as the user has them
+        try:
+            other = GradientDifference(lambda: batch.evaluate().loss, params, lengths(params, 1 / 3)[1])
+            check = relative_difference(Vector(other.product(v)), product)
+        except NOT_DIFFERENTIABLE:
+            check = None
+    return Way(name=name, reason=reason, cross_check=check, graph_bytes=graph.total / batch.size)
+
+
+def _with_length(way: Way, scalar: Scalar, params: Sequence[Tensor], v: list[Tensor]) -> Way:
+    tried = lengths(params, 1 / 3 if way.name == "difference" else 1 / 4)
+    found = []
+    for length in tried:
+        if way.name == "difference":
+            found.append(Vector(GradientDifference(scalar, params, length).product(v)))
+        else:
+            found.append(Vector([LossDifference(scalar, params, length).forms(v)]))
+    length, gap = best_length(tried, found)
+    return Way(name=way.name, reason=way.reason, cross_check=gap, length=length)
+
+
+def _random(params: Sequence[Tensor], seed: int) -> list[Tensor]:
+    generator = torch.Generator(params[0].device).manual_seed(mix_seeds(seed, -1))
+    return [draw_like(p, "rademacher", generator) for p in params]
+
+
+class _GraphSize:
+    """Counts the memory that graphs built inside hold on to, without the parameters."""
+
+    def __init__(self, params: Sequence[Tensor]):
+        self._seen = {p.untyped_storage().data_ptr() for p in params}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self.total = 0
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        if tensor.layout == torch.strided and (storage := tensor.untyped_storage()).data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.total += storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> _GraphSize:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._hooks.__exit__(*exc)
 
 
 def hessian_product(objective: Objective, v: Vector) -> Vector:

@@ -3,59 +3,95 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor, nn
 
+from flatmin.curvature.ascent import AscentResult, ascent_sharpness
+from flatmin.curvature.density import DensityResult, spectral_density
 from flatmin.curvature.eigen import top_eigenvalues
 from flatmin.curvature.objective import Forward, Objective
 from flatmin.curvature.results import EigenResult, Measurement, TraceResult
+from flatmin.curvature.sharpness import SharpnessResult, noise_stability
+from flatmin.curvature.store import Store
 from flatmin.curvature.trace import trace
+from flatmin.extras import need
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlatnessReport:
-    """What `measure` found.
+    """What `measure` found; `None` where it was not asked for.
 
     Attributes:
         loss: the mean loss over the data (exact).
         trace: the Hessian trace, in all and per layer.
         top_eigenvalue: the largest eigenvalue(s) of the Hessian.
+        noise_stability: the mean rise of the loss under noise.
+        ascent_sharpness: the largest rise of the loss that was found in a ball.
+        density: the distribution of the eigenvalues.
     """
 
     loss: Measurement
     trace: TraceResult
     top_eigenvalue: EigenResult
+    noise_stability: SharpnessResult | None = None
+    ascent_sharpness: AscentResult | None = None
+    density: DensityResult | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts."""
-        return {name: getattr(self, name).to_dict() for name in ("loss", "trace", "top_eigenvalue")}
+        """Plain numbers, strings, lists and dicts; only what was measured."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: part.to_dict() for name, part in parts.items() if part is not None}
 
     def to_json(self) -> str:
         """`to_dict` as indented JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
     def plot(self, ax: Any = None) -> Any:
-        """The trace per layer, as bars. Returns the matplotlib Axes."""
+        """The trace per layer, as bars. Returns the matplotlib Axes. `density.plot()` draws the eigenvalues."""
         ax = self.trace.plot(ax)
         ax.set_title(f"loss {self.loss}, largest eigenvalue {self.top_eigenvalue}")
         return ax
 
-    def __str__(self) -> str:
-        rows = [
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Name, value with error, and a note, for each number."""
+        found = [
             ("loss", str(self.loss), "exact"),
-            ("trace", str(self.trace), f"{self.trace.num_products} products"),
+            ("trace", str(self.trace), f"{self.trace.num_products} products" if self.trace.stderr else "exact"),
             *[(f"  {name}", str(part), "") for name, part in self.trace.per_layer.items()],
             ("trace / d", f"{self.trace.value / self.trace.num_params:.4g}", f"d = {self.trace.num_params} parameters"),
             ("lambda_max", str(self.top_eigenvalue), f"{self.top_eigenvalue.num_products} products"),
             *[(f"  lambda_{i}", str(part), "") for i, part in enumerate(self.top_eigenvalue.estimates[1:], 2)],
         ]
+        if noise := self.noise_stability:
+            found.append(("noise rise", str(noise), f"sigma = {noise.radius:g}, {len(noise.samples)} draws"))
+        if ascent := self.ascent_sharpness:
+            found.append(("worst rise", str(ascent), f"rho = {ascent.rho:g}, {ascent.metric}; a lower bound"))
+        if density := self.density:
+            found.append(("negative", str(density.negative_mass), "share of the eigenvalues"))
+        return found
+
+    @property
+    def title(self) -> str:
+        """What the table is about."""
+        return f"Flatness on {self.loss.num_samples} samples (value +- error)"
+
+    def __str__(self) -> str:
+        rows = self.rows()
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        head = f"Flatness on {self.loss.num_samples} samples (value +- error)"
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([head, "-" * len(head), *lines])
+        return "\n".join([self.title, "-" * len(self.title), *lines])
+
+    def __rich__(self) -> Any:
+        """The table that `rich.print(report)` shows."""
+        table = need("rich.table", "lab").Table(title=self.title, title_justify="left", show_header=False)
+        for name, value, note in self.rows():
+            style = "dim" if name.startswith(" ") else None
+            table.add_row(need("rich.text", "lab").Text(name), value, need("rich.text", "lab").Text(note), style=style)
+        return table
 
 
 def measure(
@@ -69,9 +105,13 @@ def measure(
     rtol: float = 0.05,
     num_eigenvalues: int = 1,
     tol: float = 1e-3,
+    sigma: float | None = None,
+    rho: float | None = None,
+    density: bool = False,
+    store: str | os.PathLike[str] | None = None,
     seed: int = 0,
 ) -> FlatnessReport:
-    """Measures how flat `model` is on `data`: loss, Hessian trace (per layer too), largest eigenvalue.
+    """Measures how flat `model` is on `data`: loss, Hessian trace (per layer too), largest eigenvalue; more on request.
 
     Args:
         model: a module.
@@ -80,9 +120,13 @@ def measure(
         forward: `forward(model, batch) -> (outputs, targets)`, for batches that are not a pair.
         params: which parameters, by name or predicate; `None` for all trainable ones.
         eval_mode: measure in evaluation mode.
-        rtol: relative standard error of the trace.
+        rtol: relative standard error of the trace, and of the rise under noise.
         num_eigenvalues: how many of the largest eigenvalues.
         tol: relative residual of the eigenvalues.
+        sigma: standard deviation of the noise, for the mean rise of the loss under it; `None` leaves it out.
+        rho: radius of the ball, for the largest rise of the loss in it; `None` leaves it out.
+        density: whether to estimate the distribution of the eigenvalues too.
+        store: a file for the results as they come: after an interrupt, the same call goes on where it stopped.
         seed: of the probes. With a loader that shuffles, batches and so the probes' estimate also depend on torch's
             random state; pass a fixed order for the same digits every time.
 
@@ -90,10 +134,11 @@ def measure(
         A FlatnessReport; `print` it, or use `.to_dict()`, `.to_json()`, `.plot()`.
 
     Cost: five forward passes over the data (the loss, and two before each of the others to see that it does not
-    change), about 2 gradients per trace probe, 3 per Lanczos step; typically 50 to 200 gradients of the data in all.
+    change), about 2 gradients per trace probe, 2 to 3 per Lanczos step; typically 20 to 200 gradients of the data.
 
     Raises:
-        ValueError: for a model, criterion or data that Objective refuses, bad numbers, or a Hessian that is not finite.
+        ValueError: for a model, criterion or data that Objective refuses, bad numbers, a Hessian that is not finite, or
+            a `store` that is about something else.
 
     Example:
         print(flatmin.measure(model, nn.CrossEntropyLoss(), loader))
@@ -102,8 +147,20 @@ def measure(
         raise ValueError(f"num_eigenvalues must be at least 1, got {num_eigenvalues}.")
     objective = Objective(model, criterion, data, forward=forward, params=params, eval_mode=eval_mode)
     loss = objective.loss()
+    kept = Store(store, objective, loss)
+
+    def get(name: str, kind: Any, function: Callable[..., Any], **settings: Any) -> Any:
+        return kept.get(name, settings, kind, lambda: function(objective, **settings))
+
     return FlatnessReport(
         loss=Measurement(value=loss, stderr=0.0, method="exact", num_samples=objective.num_samples),
-        trace=trace(objective, rtol=rtol, seed=seed),
-        top_eigenvalue=top_eigenvalues(objective, num_eigenvalues, tol=tol, seed=seed),
+        trace=get("trace", TraceResult, trace, rtol=rtol, seed=seed),
+        top_eigenvalue=get("top_eigenvalue", EigenResult, top_eigenvalues, k=num_eigenvalues, tol=tol, seed=seed),
+        noise_stability=None
+        if sigma is None
+        else get("noise_stability", SharpnessResult, noise_stability, sigma=sigma, rtol=rtol, seed=seed),
+        ascent_sharpness=None
+        if rho is None
+        else get("ascent_sharpness", AscentResult, ascent_sharpness, rho=rho, seed=seed),
+        density=get("density", DensityResult, spectral_density, seed=seed) if density else None,
     )

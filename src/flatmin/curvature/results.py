@@ -15,6 +15,7 @@ from typing import Any
 from scipy import stats
 
 from flatmin.extras import need
+from flatmin.vectors import Vector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,22 +63,23 @@ class TraceResult(Measurement):
 
     Attributes:
         per_layer: module name -> its part of the trace, from the same probes; the parts add up to `value`.
-        samples: the estimates of the single probes, whose mean is `value`.
+        samples: the estimates of the single probes, whose mean is `value`; none if it is exact.
+        num_gradients: what it cost, in gradients of the data (counted, not timed).
         num_params: size of the Hessian; `value / num_params` is the mean eigenvalue.
         converged: whether the requested relative error was reached.
     """
 
     per_layer: Mapping[str, Estimate] = field(default_factory=dict)
     samples: tuple[float, ...] = ()
+    num_gradients: float = 0.0
     num_params: int = 0
     converged: bool = True
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """A confidence interval for the trace (Student's t over the probes)."""
-        if len(self.samples) < 2:
-            return (-math.inf, math.inf)
-        half = float(stats.t.ppf(0.5 + level / 2, len(self.samples) - 1)) * self.stderr
-        return (self.value - half, self.value + half)
+        """A confidence interval for the trace (Student's t over the probes); a point if it is exact."""
+        if not self.samples:
+            return (self.value, self.value)
+        return student_interval(self.value, self.stderr, len(self.samples), level)
 
     def plot(self, ax: Any = None) -> Any:
         """Bars: the trace of each layer with one standard error. Returns the matplotlib Axes."""
@@ -100,12 +102,19 @@ class EigenResult(Measurement):
         converged: whether every residual is small beside its value and beside the spread of the spectrum, and the
             values have stayed (see `top_eigenvalues`).
         which: "LA" (largest algebraic) or "SA" (smallest).
+        vectors: the eigenvectors, of norm 1, if they were asked for; not part of `to_dict`.
     """
 
     values: tuple[float, ...] = ()
     residuals: tuple[float, ...] = ()
     converged: bool = True
     which: str = "LA"
+    vectors: tuple[Vector, ...] = field(default=(), repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts, without the vectors."""
+        entries = dataclasses.asdict(dataclasses.replace(self, vectors=()))
+        return plain({name: entry for name, entry in entries.items() if name != "vectors"})
 
     @property
     def estimates(self) -> tuple[Estimate, ...]:
@@ -119,6 +128,14 @@ class EigenResult(Measurement):
         ax.set_xlabel("rank")
         ax.set_ylabel("eigenvalue of the Hessian")
         return ax
+
+
+def student_interval(value: float, stderr: float, n: int, level: float) -> tuple[float, float]:
+    """The confidence interval of a mean of `n` samples with this standard error."""
+    if n < 2:
+        return (-math.inf, math.inf)
+    half = float(stats.t.ppf(0.5 + level / 2, n - 1)) * stderr
+    return (value - half, value + half)
 
 
 def plain(value: Any) -> Any:

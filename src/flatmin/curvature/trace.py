@@ -1,29 +1,27 @@
-"""The trace of the Hessian by random probes (Hutchinson), with its error, in all and per layer.
+"""The trace of the Hessian, in all and per layer, with its error: exactly where possible, else from random probes.
 
-For v with independent entries +-1, E v^T H v = tr H. Two choices make a product worth more than usual:
+    "hutchinson"     the mean of v' H v over random signs v
+    "gauss-newton"   tr H = tr G + tr (H - G): the first exactly or by random class vectors, the second by probes
+    "hutch++"        exactly on a subspace found by products, probes on the rest
+    "xtrace"         the same, with every vector used for both in turn
+    "auto"           tr G alone where H - G has no trace; else Hutchinson or the split, by the variance of pilot probes
 
-    a fresh v for every batch    the batches' errors are independent and average out; the sum stays unbiased,
-                                 since it is v_b^T H_b v_b whose mean is wanted, batch by batch
-    several v for every graph    the first-order graph of a batch is built once for all probes of a round
-
-Per layer: v^T H v = sum over layers of v_l^T (H v)_l, and the mean of each term is the trace of that layer's block.
+Per layer: v' H v = sum over layers of v_l' (H v)_l, and the mean of each term is the trace of that layer's block.
 """
 
 from __future__ import annotations
 
-import math
-import time
-
 import numpy as np
-import torch
 
+from flatmin.curvature.estimators import Found, Work
+from flatmin.curvature.gauss_newton import inspect
 from flatmin.curvature.objective import Objective
-from flatmin.curvature.products import METHOD, BatchHessian, check_finite, differentiable_twice
+from flatmin.curvature.operators import GRAPH_MEMORY
+from flatmin.curvature.probes import Budget, stderr
 from flatmin.curvature.results import Estimate, TraceResult
-from flatmin.noise import draw_like, mix_seeds
 
-PILOT = 8  # probes before the first decision: fewer, and the standard error itself is a guess
 MAX_PRODUCTS = 1000
+METHODS = ("auto", "hutchinson", "gauss-newton", "hutch++", "xtrace")
 
 
 def trace(
@@ -33,122 +31,87 @@ def trace(
     max_products: int | None = None,
     max_seconds: float | None = None,
     method: str = "auto",
+    products: str = "auto",
+    graph_memory: int = GRAPH_MEMORY,
     seed: int = 0,
 ) -> TraceResult:
-    """The trace of the Hessian of `objective` by Hutchinson's estimator with Rademacher probes.
+    """The trace of the Hessian of `objective`.
 
     Stops when the standard error is at most `rtol` times the value, or when `max_products` or `max_seconds` are used
     up, whichever comes first; at least 8 probes are drawn, unless `max_products` is smaller. With none of the three,
-    `rtol=0.05`. The error is always reported.
+    `rtol=0.05`. The error is always reported; it is 0 where the trace is exact.
 
     Args:
         objective: what to measure.
-        rtol: wanted relative standard error.
+        rtol: wanted relative standard error (widened for few probes, see `probes.cautious`). For an error of at most 5%
+            nine times of ten, ask for 0.03.
         max_products: Hessian-vector products over the whole data, at most (1000 if not given).
         max_seconds: time, at most (checked between rounds of probes).
-        method: "auto" or "hutchinson".
+        method: "auto", "hutchinson", "gauss-newton", "hutch++" or "xtrace". "auto" says in the result why it chose.
+        products: how second derivatives are computed: "auto", "autograd", "difference" or "loss".
+        graph_memory: bytes that graphs kept between rounds may take.
         seed: of the probes.
 
     Returns:
-        TraceResult with `value`, `stderr`, `per_layer`, `samples`, `num_products`.
+        TraceResult with `value`, `stderr`, `per_layer`, `samples`, `num_products`, `num_gradients`, `method`.
 
-    Cost: 1 + 2 m gradients of the data for a round of m probes. Memory: the graph of one batch.
+    Cost: Hutchinson: 1 + 2 m gradients of the data for a round of m probes (2 m where graphs are kept). Exact
+    Gauss-Newton: (1 + 2 (classes - 1)) / 3 gradients. Memory: the graph of one batch, and the graphs kept.
 
     Raises:
-        ValueError: unknown method, a budget that is not positive, data that gives another loss on a second pass, or a
-            Hessian that is not finite.
+        ValueError: unknown method, a budget that is not positive, data that gives another loss on a second pass, a
+            Hessian that is not finite, or a method that needs outputs where the model returns its own loss.
 
-    Source: Hutchinson 1990; Avron and Toledo 2011 for the variance 2 (|H|_F^2 - sum_i H_ii^2).
+    Source: Hutchinson 1990; Avron and Toledo 2011 for the variance 2 (|H|_F^2 - sum_i H_ii^2); Schraudolph 2002 for G;
+    Meyer et al. 2021 (Hutch++); Epperly, Tropp and Webber 2024 (XTrace).
     """
-    if method not in ("auto", "hutchinson"):
-        raise ValueError(f"unknown trace method {method!r}. Known: auto, hutchinson.")
+    if method not in METHODS:
+        raise ValueError(f"unknown trace method {method!r}. Known: {', '.join(METHODS)}.")
     if rtol is None and max_products is None and max_seconds is None:
         rtol = 0.05
-    budget = _Budget(rtol, MAX_PRODUCTS if max_products is None else max_products, max_seconds)
+    budget = Budget(rtol, MAX_PRODUCTS if max_products is None else max_products, max_seconds, objective.together)
+    if objective.group is not None and method not in ("auto", "hutchinson"):
+        raise ValueError(f"over several processes the trace is estimated by Hutchinson's probes, not by {method!r}.")
     objective.check()
-    samples = np.empty((0, len(objective.params)))  # (probes, parameters): v_p^T (H v)_p
-    while round_size := objective.together(budget.next_round(samples.sum(1))):
-        samples = np.concatenate([samples, _round(objective, len(samples), round_size, seed)])
-    return _result(objective, samples, budget, seed)
+    work = Work(objective, budget, products, graph_memory, seed)
+    if method == "hutchinson":
+        found = work.hutchinson()
+    elif method == "gauss-newton":
+        found = work.split(inspect(objective, seed=seed))
+    elif method == "auto":
+        found = work.auto()
+    else:
+        found = work.low_rank(method)
+    return _result(objective, found, budget, seed)
 
 
-def _round(objective: Objective, first: int, size: int, seed: int) -> np.ndarray:
-    """`size` new samples, each a pass over the data: (size, parameters)."""
-    device = objective.params[0].device
-    generator = torch.Generator(device)
-    totals = torch.zeros(size, len(objective.params), dtype=torch.float64, device=device)
-    batch = count = 0
-    with differentiable_twice(objective):
-        for loss, n in objective.batch_losses():  # not enumerate(), which would keep the last loss
-            hessian = BatchHessian(loss, objective.params)
-            for row in range(size):
-                generator.manual_seed(mix_seeds(seed, first + row, objective.number(batch)))
-                v = [draw_like(p, "rademacher", generator) for p in objective.params]
-                terms = [(a * b).sum(dtype=torch.float64) for a, b in zip(v, hessian.product(v), strict=True)]
-                totals[row] += n * torch.stack(terms)
-            batch, count = batch + 1, count + n
-            del loss, hessian
-    means = objective.mean(totals, count)
-    check_finite(list(means.isfinite().all(0)), objective)
-    return means.cpu().numpy()
-
-
-class _Budget:
-    """Decides how many probes the next round has; 0 ends."""
-
-    def __init__(self, rtol: float | None, max_products: int, max_seconds: float | None):
-        for name, value in [("rtol", rtol), ("max_products", max_products), ("max_seconds", max_seconds)]:
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be positive, got {value}.")
-        self.rtol, self.max_products, self.max_seconds = rtol, max_products, max_seconds
-        self._start = time.monotonic()
-
-    def met(self, samples: np.ndarray) -> bool:
-        """Whether the relative error asked for is reached (true if none was)."""
-        return self.rtol is None or bool(_stderr(samples) <= self.rtol * abs(samples.mean()))
-
-    def next_round(self, samples: np.ndarray) -> int:
-        done = len(samples)
-        if done == 0:
-            return min(PILOT, self.max_products)
-        wanted = self.max_products - done
-        if self.rtol is not None:
-            if self.met(samples):
-                return 0
-            needed = (_stderr(samples) / (self.rtol * max(abs(samples.mean()), 1e-300))) ** 2 * done
-            # At most double: the pilot's variance is itself uncertain.
-            wanted = min(wanted, done, max(math.ceil(min(needed, 1e9)) - done, 2))
-        else:
-            wanted = min(wanted, max(done, PILOT))
-        if self.max_seconds is not None:
-            used = time.monotonic() - self._start
-            wanted = min(wanted, int((self.max_seconds - used) / (used / done)))
-        return max(wanted, 0)
-
-
-def _result(objective: Objective, samples: np.ndarray, budget: _Budget, seed: int) -> TraceResult:
-    totals = samples.sum(1)
-    layers = np.array(objective.layers)
-    per_layer = {
-        name: Estimate(value=float(part.mean()), stderr=_stderr(part))
-        for name in dict.fromkeys(objective.layers)
-        for part in [samples[:, layers == name].sum(1)]
-    }
+def _result(objective: Objective, found: Found, budget: Budget, seed: int) -> TraceResult:
+    totals = found.exact + found.samples.sum(1)
     return TraceResult(
-        value=float(totals.mean()),
-        stderr=_stderr(totals),
-        method=f"Hutchinson, a fresh Rademacher probe for every batch; {METHOD}",
-        num_products=len(totals),
+        value=float(totals.mean()) if len(totals) else found.exact,
+        stderr=stderr(totals) if len(totals) else 0.0,
+        method=found.method,
+        num_products=found.num_products,
+        num_gradients=found.num_gradients,
         num_samples=objective.num_samples,
         seed=seed,
-        per_layer=per_layer,
+        per_layer=_per_layer(objective, found),
         samples=tuple(float(t) for t in totals),
         num_params=objective.num_params,
-        converged=budget.met(totals),
+        converged=len(totals) == 0 or budget.met(totals),
     )
 
 
-def _stderr(samples: np.ndarray) -> float:
-    if len(samples) < 2:
-        return math.inf
-    return float(samples.std(ddof=1) / math.sqrt(len(samples)))
+def _per_layer(objective: Objective, found: Found) -> dict[str, Estimate]:
+    """The parts of the layers; none where only the whole was measured (differences of losses)."""
+    size = len(objective.params)
+    samples = found.samples if len(found.samples) else np.zeros((1, size))
+    if samples.shape[1] != size:
+        return {}
+    constant = np.broadcast_to(found.constant, size)
+    layers = np.array(objective.layers)
+    parts = {}
+    for name in dict.fromkeys(objective.layers):
+        part = samples[:, layers == name].sum(1) + constant[layers == name].sum()
+        parts[name] = Estimate(value=float(part.mean()), stderr=stderr(part) if len(found.samples) else 0.0)
+    return parts

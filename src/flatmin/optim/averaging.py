@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from flatmin.optim.iterates import Kind, averaging_function, first_step
 from flatmin.optim.names import Known, matched
 from flatmin.optim.norms import Forward, Norms
-from flatmin.optim.place import Place
+from flatmin.place import Place
 from flatmin.quiet import Buffers, undisturbed
 from flatmin.shards import any_sharded
 

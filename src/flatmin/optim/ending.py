@@ -21,10 +21,10 @@ from flatmin.optim.misuse import (
     UNSCALED_NEEDED,
     warn_skipped,
 )
-from flatmin.optim.place import Place
 from flatmin.optim.rule import Probe
 from flatmin.optim.scaling import Scaling
 from flatmin.optim.tools import Tools
+from flatmin.place import Place
 from flatmin.quiet import Quiet
 from flatmin.vectors import Radii, Vector
 

@@ -3,7 +3,7 @@
 One training step, whatever the method:
 
     1. the rule asks for a gradient at a displacement          (flatmin.optim.rule)
-    2. the engine moves the weights there                      (flatmin.optim.place)
+    2. the engine moves the weights there                      (flatmin.place)
     3. the caller evaluates: a closure, or the body of a loop  (extra evaluations leave no trace: flatmin.quiet)
     4. the engine brings the weights back and hands the gradient to the rule; again from 1 until the rule returns
     5. the direction goes into `.grad` and the base optimizer steps
@@ -33,13 +33,14 @@ from flatmin.optim.misuse import (
     NO_LOSS,
     SCALER_STEP,
     check_base,
+    check_closure,
     check_dense,
     check_options,
     check_window,
 )
-from flatmin.optim.place import Place, Restore, check_restore
 from flatmin.optim.rule import Probe, Requests, Rule, Update, plain
 from flatmin.optim.scaling import Scaling
+from flatmin.place import Place, Restore, check_restore
 from flatmin.quiet import Quiet
 from flatmin.vectors import Vector
 
@@ -187,6 +188,7 @@ class FlatOptimizer(Ending):
             raise ValueError(SCALER_STEP)
         if self._stage == "window" and self._under_way:
             return self._step_along_window(closure)
+        check_closure(closure)
         losses: list[tuple[Any, bool]] = []
         for probe in self._open("closure", Scaling(scaler, self.params)):
             with torch.enable_grad(), explained():

@@ -22,26 +22,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from flatmin.optim.misuse import NOT_CHOSEN, NOT_TAKEN
 from flatmin.optim.parts import Part, num_rows, take_rows
-from flatmin.vectors import Vector
-
-
-class Displacement(Protocol):
-    """Something that can add itself to parameters in place: a Vector, or noise drawn from a seed."""
-
-    @property
-    def support(self) -> list[int]:
-        """The indices of the parameters that are moved."""
-        ...
-
-    def add_to(self, params: Sequence[Tensor], sign: float = 1.0) -> None:
-        """Adds `sign` times the displacement to `params` in place."""
-        ...
+from flatmin.vectors import Displacement, Vector
 
 
 @dataclass(slots=True, eq=False)

@@ -18,9 +18,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from flatmin.optim.rule import Displacement
 from flatmin.shards import local, parts
-from flatmin.vectors import Vector
+from flatmin.vectors import Displacement, Vector
 
 Restore = Literal["exact", "recompute"]
 

@@ -1,0 +1,223 @@
+"""The spectral density of the Hessian, or of another curvature operator, by stochastic Lanczos quadrature.
+
+For a random unit vector z, the spectral measure of z is sum_i (z.v_i)^2 delta(lambda_i), whose mean over z is the
+density (1/d) sum_i delta(lambda_i). m Lanczos steps from z give a measure of m points with the same moments up to
+degree 2 m - 1:
+
+    sum_j tau_j delta(theta_j),     theta_j the Ritz values, tau_j = (first coordinate of the Ritz vector)^2
+
+The mean over probes is the estimate, their spread its error. Two things are done to the plain method:
+
+    full reorthogonalisation      no eigenvalue comes back as a ghost copy of itself
+    eigenvectors count as one     a Ritz pair that has converged is an eigenpair, and weighs 1/d exactly; later probes
+                                  are drawn orthogonal to those found and stand for the d - k others. The outliers,
+                                  few and large, would otherwise bring in most of the error
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+
+from flatmin.curvature.eigen import as_operator
+from flatmin.curvature.lanczos import Lanczos, Rows
+from flatmin.curvature.objective import Objective
+from flatmin.curvature.operators import Operator
+from flatmin.curvature.probes import stderr
+from flatmin.curvature.results import Estimate, Measurement
+from flatmin.extras import need
+from flatmin.noise import mix_seeds
+
+CONVERGED = 1e-3  # residual over the spread of the spectrum below which a Ritz pair is an eigenpair
+
+
+@dataclass(frozen=True, kw_only=True)
+class DensityResult(Measurement):
+    """The distribution of the eigenvalues; `value` is their mean, tr / d.
+
+    Attributes:
+        nodes: for each probe, where its measure has mass; ascending.
+        weights: for each probe, how much; they add up to 1.
+        eigenvalues: those that were found one by one, ascending. They are among the nodes, with weight 1 / num_params.
+        num_params: the number of eigenvalues, d.
+        zero: eigenvalues of this size and below cannot be told from zero.
+    """
+
+    nodes: tuple[tuple[float, ...], ...]
+    weights: tuple[tuple[float, ...], ...]
+    eigenvalues: tuple[float, ...]
+    num_params: int
+    zero: float
+
+    def mass(self, low: float = -math.inf, high: float = math.inf) -> Estimate:
+        """The share of the eigenvalues in low <= lambda < high.
+
+        The error is that over probes, and that of the quadrature: where in its neighbourhood a node's mass lies is not
+        known, so the mass below a bound is certain only up to the weights of the two nodes around it
+        (Chebyshev-Markov-Stieltjes inequalities). For a bound inside the bulk that is most of the error.
+        """
+        shares, blurs = [], []
+        for x, w in zip(map(np.array, self.nodes), map(np.array, self.weights), strict=True):
+            shares.append(float(w[(x >= low) & (x < high)].sum()))
+            blurs.append(sum(_blur(x, w, bound) for bound in (low, high)))
+        return Estimate(
+            value=float(np.mean(shares)), stderr=math.hypot(stderr(np.array(shares)), float(np.mean(blurs)))
+        )
+
+    @property
+    def negative_mass(self) -> Estimate:
+        """The share of the eigenvalues below -`zero`."""
+        return self.mass(high=-self.zero)
+
+    def quadrature(self) -> tuple[np.ndarray, np.ndarray]:
+        """All nodes, ascending, and their weights in the mean over probes."""
+        nodes = np.concatenate([np.array(x) for x in self.nodes])
+        weights = np.concatenate([np.array(w) for w in self.weights]) / len(self.nodes)
+        order = np.argsort(nodes)
+        return nodes[order], weights[order]
+
+    def density(self, grid: np.ndarray, width: float) -> tuple[np.ndarray, np.ndarray]:
+        """The density on a grid, smoothed by a Gaussian of this standard deviation, and its standard error."""
+        curves = np.stack(
+            [
+                stats.norm.pdf(grid[:, None], x, width) @ np.array(w)
+                for x, w in zip(self.nodes, self.weights, strict=True)
+            ]
+        )
+        error = curves.std(0, ddof=1) / math.sqrt(len(curves)) if len(curves) > 1 else np.full(len(grid), np.inf)
+        return curves.mean(0), error
+
+    def plot(self, ax: Any = None, *, width: float | None = None) -> Any:
+        """The density on a logarithmic axis with its band of 2 standard errors, and marks at the eigenvalues found.
+
+        Args:
+            ax: where to draw; a new figure if not given.
+            width: of the smoothing; 1% of the spread of the spectrum if not given.
+        """
+        ax = need("matplotlib.pyplot", "lab").subplots()[1] if ax is None else ax
+        nodes, _ = self.quadrature()
+        spread = max(nodes[-1] - nodes[0], self.zero, 1e-300)
+        blur = 0.01 * spread if width is None else width
+        grid = np.linspace(nodes[0] - 4 * blur, nodes[-1] + 4 * blur, 1000)
+        mean, error = self.density(grid, blur)
+        floor = 1e-3 / self.num_params / blur
+        ax.plot(grid, np.maximum(mean, floor), color="#0072B2")
+        if len(self.nodes) > 1:
+            low, high = np.maximum(mean - 2 * error, floor), np.maximum(mean + 2 * error, floor)
+            ax.fill_between(grid, low, high, color="#0072B2", alpha=0.2, lw=0)
+        ax.plot(
+            self.eigenvalues, [floor] * len(self.eigenvalues), "|", color="#D55E00", ms=12, label="found one by one"
+        )
+        ax.set_yscale("log")
+        ax.set_xlabel(f"eigenvalue ({len(self.nodes)} probes)")
+        ax.set_ylabel("density")
+        if self.eigenvalues:
+            ax.legend(frameon=False)
+        return ax
+
+
+def spectral_density(
+    objective: Objective | Operator, *, num_probes: int = 10, num_steps: int = 40, seed: int = 0
+) -> DensityResult:
+    """The distribution of the eigenvalues of the Hessian, with its error.
+
+    Args:
+        objective: what to measure: the Hessian of an Objective, or an operator (`GaussNewtonOperator(objective)`,
+            `FisherOperator(objective)`, ...).
+        num_probes: random vectors; the error falls with the square root of their number. One more searches for
+            outliers before the first.
+        num_steps: Lanczos steps for each: more resolve finer structure, and find more eigenvalues one by one.
+        seed: of the probes.
+
+    Returns:
+        DensityResult with `mass(low, high)`, `negative_mass`, `eigenvalues`, `density(grid, width)`, `plot()`.
+
+    Cost: (1 + num_probes) x num_steps products of 2 to 3 gradients of the data. Memory: up to 2 num_steps copies of the
+    parameters.
+
+    Raises:
+        ValueError: num_probes < 1, num_steps < 2, data that gives another loss on a second pass, or a Hessian that is
+            not finite.
+
+    Source: Lin, Saad, Yang 2016; Ubaru, Chen, Saad 2017; Ghorbani, Krishnan, Xiao 2019.
+    """
+    if num_probes < 1 or num_steps < 2:
+        raise ValueError(f"num_probes must be at least 1 and num_steps at least 2, got {num_probes} and {num_steps}.")
+    operator = as_operator(objective, seed)
+    operator.objective.check()
+    quadrature = _Quadrature(operator, num_steps)
+    _, *measures = [quadrature.probe(mix_seeds(seed, i)) for i in range(1 + num_probes)]  # the first one only searches
+    means = np.array([float(x @ w) for x, w in measures])
+    return DensityResult(
+        value=float(means.mean()),
+        stderr=stderr(means),
+        method=f"Lanczos quadrature, eigenvectors that were found count as one; {operator.method}",
+        num_products=quadrature.num_products,
+        num_samples=operator.objective.num_samples,
+        seed=seed,
+        nodes=tuple(tuple(map(float, x)) for x, _ in measures),
+        weights=tuple(tuple(map(float, w)) for _, w in measures),
+        eigenvalues=tuple(sorted(quadrature.found)),
+        num_params=operator.num_params,
+        zero=quadrature.zero,
+    )
+
+
+class _Quadrature:
+    """Probe by probe; remembers the eigenvectors found so far."""
+
+    def __init__(self, operator: Operator, num_steps: int):
+        self._operator, self._num_steps = operator, num_steps
+        params = operator.objective.params
+        dtype = torch.promote_types(params[0].dtype, torch.float32)
+        self._vectors = Rows(torch.empty(operator.num_params, dtype=dtype, device=params[0].device))
+        self._low, self._high = math.inf, -math.inf
+        self.found: list[float] = []
+        self.num_products = 0
+        self.zero = 0.0
+
+    def probe(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """The nodes and weights of one random vector: the eigenvalues found before it, 1/d each, and its own.
+
+        What is found on the way serves the probes after it, not this one: an eigenvector of a multiple eigenvalue is
+        the probe's own projection, and without it the probe would not stand for the others any more.
+        """
+        d, known = self._operator.num_params, np.array(self.found)
+        if len(known) == d:
+            return np.sort(known), np.full(d, 1 / d)
+        params = self._operator.objective.params
+        lanczos = Lanczos(self._operator.product, params, seed=seed, deflated=self._vectors)
+        while lanczos.size < self._num_steps and not lanczos.complete:
+            lanczos.extend()
+        self.num_products += lanczos.num_products
+        theta, residuals, coordinates = lanczos.ritz()
+        self.zero = max(self.zero, lanczos.rounding)
+        self._low, self._high = min(self._low, theta[0]), max(self._high, theta[-1])
+        new = np.arange(len(theta)) if lanczos.complete else self._converged(theta, residuals)
+        rows = lanczos.vectors(coordinates[:, new])
+        for i in range(len(rows)):
+            self._vectors.append(rows.row(i))
+        self.found += [float(t) for t in theta[new]]
+        own = (1 - len(known) / d) * coordinates[0] ** 2
+        nodes, weights = np.concatenate([known, theta]), np.concatenate([np.full(len(known), 1 / d), own])
+        order = np.argsort(nodes)
+        return nodes[order], weights[order]
+
+    def _converged(self, theta: np.ndarray, residuals: np.ndarray) -> np.ndarray:
+        """Which pairs are eigenpairs: those farthest from the bulk first, as far as memory goes."""
+        good = np.flatnonzero(residuals <= max(CONVERGED * (self._high - self._low), self.zero))
+        far = np.argsort(-np.abs(theta[good] - np.median(theta)))
+        return good[far][: self._num_steps - len(self.found)]
+
+
+def _blur(nodes: np.ndarray, weights: np.ndarray, bound: float) -> float:
+    """The standard deviation of the mass below `bound`, uniform between what the two nodes around it allow."""
+    above = int(np.searchsorted(nodes, bound))
+    if above in (0, len(nodes)):
+        return 0.0
+    return float(weights[above - 1] + weights[above]) / math.sqrt(12)

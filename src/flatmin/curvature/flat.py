@@ -1,0 +1,210 @@
+"""Is a model at a flat minimum in the sense of Ahn, Jadbabaie and Sra (`manifold.py`)? What can be said at each size.
+
+    small     flat_minimum(*model_function(objective)): the statement itself, by gradient flow and dense Hessians
+    larger    flat_minimum_estimate(objective): tr(H)/d and the gradient of it, with errors, and what is left out
+
+Of the gradient of trbar = tr(H)/d, only the part P grad trbar in the null space of H counts: along the minima. A null
+space of thousands of dimensions is out of reach, but its complement begins with the top eigenvectors V. Taking those
+out leaves at least as much as P does:
+
+    |P grad trbar|  <=  |(I - V V^T) grad trbar|  <=  |grad trbar|
+
+grad tr(H) = E grad (v^T H v) for random signs v, a third derivative. The squared norm of a mean of m noisy vectors is
+too large by their variance over m, so norms come from the products of *different* draws, whose mean is right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flatmin.curvature.eigen import top_eigenvalues
+from flatmin.curvature.lanczos import flatten
+from flatmin.curvature.objective import Objective
+from flatmin.curvature.operators import HessianOperator
+from flatmin.curvature.probes import stderr
+from flatmin.curvature.products import differentiable_twice
+from flatmin.curvature.results import Estimate
+from flatmin.noise import draw_like, mix_seeds
+from flatmin.vectors import Vector
+
+LEFT_OUT = (
+    "it is about the weights as they are, not about the minimum that gradient flow would lead them to",
+    "the excess over that minimum is only bounded by the loss itself, if the loss cannot be negative",
+    "of the directions across the minima only the eigenvectors counted were taken out of the gradient, so the "
+    "tangential part may be smaller than said",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlatMinimumEstimate:
+    """What can be estimated of the (eps, eps') statement for a model of any size.
+
+    Attributes:
+        loss: L(w); at least the excess L(w) - L(minimum) if the loss cannot be negative.
+        gradient_norm: |grad L(w)|: 0 at a minimum.
+        normalised_trace: tr(H) / d.
+        trace_gradient: |grad trbar|.
+        tangential_gradient: |(I - V V^T) grad trbar|, at least |P grad trbar|.
+        num_eigenvectors: the columns of V.
+        num_probes: random vectors.
+        left_out: what the numbers do not cover.
+    """
+
+    loss: float
+    gradient_norm: float
+    normalised_trace: Estimate
+    trace_gradient: Estimate
+    tangential_gradient: Estimate
+    num_eigenvectors: int
+    num_probes: int
+    left_out: tuple[str, ...] = LEFT_OUT
+
+    def is_flat(self, eps: float, eps_prime: float | None = None) -> bool | None:
+        """True if loss <= eps and the tangential gradient, plus two standard errors, <= eps'; else `None`: not known.
+
+        eps' is sqrt(eps) if not given. Both are upper bounds (see `left_out`), so a no cannot be concluded.
+        """
+        eps_prime = math.sqrt(eps) if eps_prime is None else eps_prime
+        slope = self.tangential_gradient
+        return True if self.loss <= eps and slope.value + 2 * slope.stderr <= eps_prime else None
+
+
+def flat_minimum_estimate(
+    objective: Objective, *, num_probes: int = 16, num_eigenvectors: int = 5, seed: int = 0
+) -> FlatMinimumEstimate:
+    """The normalised trace, its gradient, and an upper bound of the part of it along the minima, with errors.
+
+    Args:
+        objective: what to measure.
+        num_probes: random vectors, at least 3; a fresh one for every batch.
+        num_eigenvectors: how many top eigenvectors of the Hessian are taken out; 0 for none.
+        seed: of the probes.
+
+    Cost: about 6 gradients of the data per probe, and `top_eigenvalues`. Memory: one copy of the parameters per probe,
+    and third-order graphs of one batch.
+
+    Raises:
+        ValueError: num_probes < 3, num_eigenvectors < 0 or larger than the number of parameters, data that gives
+            another loss on a second pass, or a model that cannot be differentiated three times.
+
+    Source: Ahn, Jadbabaie, Sra 2024, section 2, for the definition; the estimate is this library's.
+    """
+    if num_probes < 3:
+        raise ValueError(f"num_probes must be at least 3 for an error, got {num_probes}.")
+    if not 0 <= num_eigenvectors <= objective.num_params:
+        raise ValueError(f"num_eigenvectors must be in 0 .. {objective.num_params}, got {num_eigenvectors}.")
+    loss = objective.check()
+    d = objective.num_params
+    try:
+        traces, slopes = zip(*[_probe(objective, mix_seeds(seed, i)) for i in range(num_probes)], strict=True)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"the model cannot be differentiated three times: {str(error).splitlines()[0]}") from error
+    rows = torch.stack(slopes) / d
+    whole = _norm(rows)
+    if num_eigenvectors:
+        operator = HessianOperator(objective, seed=seed)
+        found = top_eigenvalues(operator, num_eigenvectors, vectors=True, seed=seed)
+        across = torch.stack([flatten(v).to(rows) for v in found.vectors])
+        rows = rows - rows @ across.T @ across
+    samples = np.array(traces) / d
+    return FlatMinimumEstimate(
+        loss=loss,
+        gradient_norm=float(objective.gradient().norm()),
+        normalised_trace=Estimate(value=float(samples.mean()), stderr=stderr(samples)),
+        trace_gradient=whole,
+        tangential_gradient=_norm(rows),
+        num_eigenvectors=num_eigenvectors,
+        num_probes=num_probes,
+    )
+
+
+def model_function(objective: Objective) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """The loss as a function of one vector, and the weights as that vector: for `flat_minimum` on a small model.
+
+    Args:
+        objective: of a model in float64 with at most a few hundred parameters.
+
+    Returns:
+        f and w, (num_params,), with f(w) the loss. Several times differentiable.
+
+    Raises:
+        ValueError: if a parameter is not float64, or the model does not look its parameters up when it is called.
+
+    Example:
+        flatmin.flat_minimum(*flatmin.model_function(objective)).is_flat(1e-3)
+    """
+    for name, p in zip(objective.names, objective.params, strict=True):
+        if p.dtype != torch.float64:
+            raise ValueError(f"{name!r} is {p.dtype}: call model.double() and give data in float64.")
+    weights = torch.cat([p.detach().flatten() for p in objective.params])
+    sizes = [p.numel() for p in objective.params]
+    owners = [objective.model.get_submodule(name.rpartition(".")[0]) for name in objective.names]
+    keys = [name.rpartition(".")[2] for name in objective.names]
+
+    def f(x: Tensor) -> Tensor:
+        parts = [part.view_as(p) for part, p in zip(x.split(sizes), objective.params, strict=True)]
+        with differentiable_twice(objective):
+            try:
+                for owner, key, part in zip(owners, keys, parts, strict=True):
+                    owner._parameters[key] = part  # type: ignore[assignment]
+                total, count = x.new_zeros(()), 0
+                for loss, n in objective.batch_losses():
+                    total, count = total + n * loss, count + n
+            finally:
+                for owner, key, p in zip(owners, keys, objective.params, strict=True):
+                    owner._parameters[key] = p  # type: ignore[assignment]
+        return total / count
+
+    x = weights.clone().requires_grad_()
+    slope = torch.autograd.grad(f(x), x, allow_unused=True, materialize_grads=True)[0]
+    if not torch.allclose(slope, flatten(objective.gradient()), rtol=1e-6, atol=1e-9):
+        raise ValueError("the model does not look its parameters up when it is called (as recurrent layers do not).")
+    return f, weights
+
+
+def _probe(objective: Objective, seed: int) -> tuple[float, Tensor]:
+    """v^T H v and its gradient, with a fresh v for every batch: one sample each of tr H and grad tr H."""
+    params = objective.params
+    generator = torch.Generator(params[0].device)
+    form, slope, count = 0.0, torch.zeros(objective.num_params, dtype=torch.float64, device=params[0].device), 0
+    options: dict[str, Any] = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
+    with differentiable_twice(objective):
+        for index, (loss, n) in enumerate(objective.batch_losses()):
+            generator.manual_seed(mix_seeds(seed, objective.number(index)))
+            v = [draw_like(p, "rademacher", generator) for p in params]
+            first = torch.autograd.grad(loss, params, **options)
+            along = _inner(first, v)
+            second = torch.autograd.grad(along, params, **options) if along.requires_grad else ()
+            value = _inner(second, v) if second else torch.zeros(())
+            count += n
+            form += n * float(value.detach())
+            if value.requires_grad:
+                third = torch.autograd.grad(value, params, allow_unused=True, materialize_grads=True)
+                slope += n * torch.cat([t.flatten() for t in third]).double()
+    mean_form, mean_slope = objective.mean(Vector([torch.tensor(form, dtype=torch.float64), slope]), count).present
+    return float(mean_form), mean_slope
+
+
+def _inner(a: tuple[Tensor, ...], b: list[Tensor]) -> Tensor:
+    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
+
+
+def _norm(rows: Tensor) -> Estimate:
+    """The norm of the mean of which each row is a noisy copy: from products of different rows; jackknife error."""
+    m = len(rows)
+    gram = (rows @ rows.T).cpu().numpy()
+    total, cross = gram.sum() - np.trace(gram), 2 * (gram.sum(1) - gram.diagonal())
+    square = total / (m * (m - 1))
+    without = (total - cross) / ((m - 1) * (m - 2))  # each row left out in turn
+    error = math.sqrt((m - 1) / m * float(((without - without.mean()) ** 2).sum()))
+    value = math.sqrt(max(square, 0.0))
+    return Estimate(value=value, stderr=min(error / (2 * value), math.sqrt(error)) if value > 0 else math.sqrt(error))

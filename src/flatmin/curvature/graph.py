@@ -1,0 +1,99 @@
+"""What autograd recorded: the operations between parameters and a result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+Node = Any  # torch.autograd.graph.Node
+
+# Piecewise linear in all inputs together.
+_LINEAR = (
+    "AccumulateGrad Add Sub Rsub Neg View UnsafeView Reshape ReshapeAlias Alias Clone ToCopy T Transpose Permute "
+    "Expand Squeeze Unsqueeze Select Slice Split SplitWithSizes Unbind Cat Stack Sum Mean Relu LeakyRelu Threshold "
+    "Hardtanh MaxPool2DWithIndices MaxPool3DWithIndices MkldnnMaxPool2D AvgPool2D AvgPool3D AdaptiveAvgPool2D "
+    "AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D Amax Max Abs ConstantPadNd ReflectionPad1D "
+    "ReflectionPad2D ReplicationPad1D ReplicationPad2D UpsampleNearest1D UpsampleNearest2D UpsampleBilinear2D "
+    "Index IndexSelect Gather MaskedFill Where PixelShuffle Flip Roll Repeat Embedding"
+)
+LINEAR = frozenset(_LINEAR.split())
+# Linear in each of the inputs; those after the first two are added (bias).
+BILINEAR = {"Mul", "Mm", "Bmm", "Mv", "Dot", "Convolution", "NativeBatchNorm", "CudnnBatchNorm", "Prelu", "PreluKernel"}
+
+
+def kind(node: Node) -> str:
+    """The name of an operation, without namespace, number or "Backward"."""
+    return node.name().rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
+
+
+def nodes(results: Iterable[Tensor]) -> Iterator[Node]:
+    """All recorded operations that `results` depend on, each once, in an order that depends on the operations only."""
+    waiting = [t.grad_fn for t in results if t.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                waiting.append(child)
+
+
+def check_differentiable(results: Iterable[Tensor]) -> None:
+    """Raises where a gradient passed through a function marked `once_differentiable`.
+
+    Its error node would raise when it is run. But it is no ancestor of the parameters, so `torch.autograd.grad` leaves
+    it out, and with it a part of the derivative: the result is wrong, and nothing is said.
+    """
+    if any(node.name().endswith("::Error") for node in nodes(results)):
+        raise RuntimeError("an operation is once_differentiable")
+
+
+def curved(result: Tensor, params: Sequence[Tensor]) -> set[int]:
+    """The indices of the parameters in which `result` is not known to be (piecewise) affine, one tensor at a time.
+
+    Each recorded operation is linear, or linear in each of two inputs, or unknown. A parameter is curved if it reaches
+    an unknown operation, or both inputs of a product (weights used twice in a row). If none is, the second derivative
+    of `result` by any parameter tensor with itself is zero, and so is its trace.
+    """
+    index = {p: i for i, p in enumerate(params)}
+    above: dict[Node, int] = {}  # which parameters an operation depends on, as bits
+    found = 0
+    for node in _children_first(result):
+        inputs = [above[child] if child is not None else 0 for child, _ in node.next_functions]
+        union = 0
+        for bits in inputs:
+            union |= bits
+        if (variable := getattr(node, "variable", None)) is not None and variable in index:
+            union |= 1 << index[variable]
+        above[node] = union
+        found |= _curved_here(node, inputs, union)
+    return {i for i in range(len(params)) if found >> i & 1}
+
+
+def _curved_here(node: Node, inputs: list[int], union: int) -> int:
+    name = kind(node)
+    if name in LINEAR:
+        return 0
+    if name == "Div" and len(inputs) > 0:
+        return inputs[1] if len(inputs) > 1 else 0
+    if name == "Addmm":
+        return inputs[1] & inputs[2]
+    if name in BILINEAR and not getattr(node, "_saved_training", False):
+        return inputs[0] & inputs[1] if len(inputs) > 1 else 0
+    return union
+
+
+def _children_first(result: Tensor) -> Iterator[Node]:
+    done: set[Node] = set()
+    waiting = [(result.grad_fn, False)] if result.grad_fn is not None else []
+    while waiting:
+        node, expanded = waiting.pop()
+        if expanded:
+            yield node
+        elif node not in done:
+            done.add(node)
+            waiting.append((node, True))
+            waiting += [(child, False) for child, _ in node.next_functions if child is not None and child not in done]

@@ -1,0 +1,197 @@
+"""The Lanczos iteration with full reorthogonalisation and thick restart.
+
+After m products with a symmetric matrix A the basis q_1 .. q_m and the projection T satisfy
+
+    A Q = Q T + beta q_{m+1} e_m^T
+
+An eigenpair (theta, s) of T gives the Ritz pair (theta, Q s), whose residual |A Q s - theta Q s| is beta |s_m| exactly,
+without another product. Each new vector is orthogonalised against all of the basis, twice: without that, converged
+eigenvalues come back as ghost copies (Paige 1980).
+
+A restart replaces the basis by some of its Ritz vectors, after which T is diagonal with one full row, and goes on from
+the same q_{m+1}: nothing but the other Ritz vectors is forgotten (Wu, Simon 2000).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flatmin.noise import draw_like
+from flatmin.vectors import Vector
+
+Product = Callable[[Vector], Vector]
+CHUNK = 8  # rows that are allocated together
+
+
+class Lanczos:
+    """The growing Krylov basis and the projection onto it.
+
+    Args:
+        product: v -> A v.
+        params: what the vectors are shaped like.
+        seed: of random vectors: the start, if none is given, and the way out of an invariant subspace.
+        start: flat, (num_params,).
+        deflated: orthonormal vectors that the iteration stays orthogonal to.
+    """
+
+    def __init__(
+        self,
+        product: Product,
+        params: Sequence[Tensor],
+        *,
+        seed: int = 0,
+        start: Tensor | None = None,
+        deflated: Rows | None = None,
+    ):
+        self._product, self._params = product, params
+        self._generator = torch.Generator(params[0].device).manual_seed(seed)
+        self._like = torch.empty(
+            sum(p.numel() for p in params),
+            dtype=torch.promote_types(params[0].dtype, torch.float32),
+            device=params[0].device,
+        )
+        self._deflated = Rows(self._like) if deflated is None else deflated
+        self._basis = Rows(self._like)
+        self._t = np.zeros((0, 0))
+        self._coupling = np.zeros(0)  # of q_{m+1} to the basis: beta e_m, after a restart a full row
+        self._scale = 0.0
+        self._next = self._random() if start is None else self._begin(start.to(self._like))
+        self.num_products = 0
+        self.complete = False  # the basis spans everything
+
+    @property
+    def size(self) -> int:
+        """The number of basis vectors."""
+        return len(self._basis)
+
+    @property
+    def floor(self) -> float:
+        """Below this an eigenvalue is rounding: machine precision times the largest number seen."""
+        return torch.finfo(self._like.dtype).eps * self._scale
+
+    @property
+    def rounding(self) -> float:
+        """What rounding may add to a residual: that of sums over all parameters."""
+        return self.floor * math.sqrt(self._like.numel())
+
+    def extend(self) -> None:
+        """One product: q_{m+1} joins the basis."""
+        q = self._next
+        w = self._multiply(q)
+        diagonal = dot(q, w)
+        self._t = np.block([[self._t, self._coupling[:, None]], [self._coupling[None, :], np.array([[diagonal]])]])
+        self._basis.append(q)
+        w = self._orthogonal(w)
+        beta = math.sqrt(dot(w, w))
+        self._scale = max(self._scale, abs(diagonal), float(np.abs(self._coupling).max(initial=0.0)))
+        if self.size + len(self._deflated) == self._like.numel():
+            beta, self.complete = 0.0, True
+        elif beta <= 10 * self.floor:  # an invariant subspace: go on in its complement
+            beta, self._next = 0.0, self._random()
+        else:
+            self._next = w / beta
+            self._scale = max(self._scale, beta)
+        self._coupling = np.concatenate([np.zeros(self.size - 1), [beta]])
+
+    def ritz(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ritz values in ascending order, their residuals, and their coordinates (size, size), one a column."""
+        theta, s = np.linalg.eigh(self._t)
+        return theta, np.abs(self._coupling @ s), s
+
+    def vectors(self, coordinates: np.ndarray) -> Rows:
+        """The Ritz vectors with these coordinates (size, k), as rows."""
+        return self._basis.combined(coordinates)
+
+    def restart(self, theta: np.ndarray, coordinates: np.ndarray) -> None:
+        """Replaces the basis by the Ritz vectors with these values and coordinates."""
+        self._coupling = self._coupling @ coordinates
+        self._basis = self.vectors(coordinates)
+        self._t = np.diag(theta)
+
+    def _multiply(self, q: Tensor) -> Tensor:
+        self.num_products += 1
+        return flatten(self._product(shaped(q, self._params))).to(self._like.dtype)
+
+    def _orthogonal(self, w: Tensor) -> Tensor:
+        for _ in range(2):  # twice is enough (Kahan)
+            w = self._deflated.reject(self._basis.reject(w))
+        return w
+
+    def _begin(self, start: Tensor) -> Tensor:
+        left = self._orthogonal(start)
+        size = math.sqrt(dot(left, left))
+        return left / size if size > 1e-6 * math.sqrt(dot(start, start)) else self._random()
+
+    def _random(self) -> Tensor:
+        return self._unit(draw_like(self._like, "normal", self._generator))
+
+    def _unit(self, w: Tensor) -> Tensor:
+        w = self._orthogonal(w)
+        return w / math.sqrt(dot(w, w))
+
+
+class Rows:
+    """Orthonormal vectors, the rows of a matrix that grows."""
+
+    def __init__(self, like: Tensor):
+        self._like = like
+        self._chunks: list[Tensor] = []
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def append(self, row: Tensor) -> None:
+        """One more row, which must be orthogonal to the others."""
+        place = self._size % CHUNK
+        if place == 0:
+            self._chunks.append(self._like.new_empty(CHUNK, self._like.numel()))
+        self._chunks[-1][place] = row
+        self._size += 1
+
+    def reject(self, w: Tensor) -> Tensor:
+        """The part of w that is orthogonal to all rows."""
+        for chunk in self._filled():
+            w = w - chunk.T @ (chunk @ w)
+        return w
+
+    def row(self, i: int) -> Tensor:
+        """One of the rows."""
+        return self._chunks[i // CHUNK][i % CHUNK]
+
+    def combined(self, coordinates: np.ndarray) -> Rows:
+        """New rows: sum_i coordinates[i, j] row_i for each j."""
+        new = Rows(self._like)
+        mix = torch.from_numpy(coordinates.T.copy()).to(self._like)
+        for first in range(0, len(mix), CHUNK):
+            part = mix[first : first + CHUNK]
+            block = self._like.new_zeros(CHUNK, self._like.numel())
+            for i, chunk in enumerate(self._filled()):
+                block[: len(part)] += part[:, i * CHUNK : i * CHUNK + len(chunk)] @ chunk
+            new._chunks.append(block)
+        new._size = len(mix)
+        return new
+
+    def _filled(self) -> list[Tensor]:
+        return [c[: min(CHUNK, self._size - i * CHUNK)] for i, c in enumerate(self._chunks)]
+
+
+def flatten(v: Vector) -> Tensor:
+    """All entries of a vector in one tensor."""
+    return torch.cat([t.flatten() for t in v.present])
+
+
+def shaped(flat: Tensor, params: Sequence[Tensor]) -> Vector:
+    """The vector of parameter space with these entries."""
+    parts = flat.split([p.numel() for p in params])
+    return Vector(part.view_as(p).to(p.dtype) for part, p in zip(parts, params, strict=True))
+
+
+def dot(a: Tensor, b: Tensor) -> float:
+    """Added up in double: in single precision a sum over a million entries loses three more digits."""
+    return float((a * b).sum(dtype=torch.float64))

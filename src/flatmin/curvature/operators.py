@@ -1,0 +1,266 @@
+"""Symmetric matrices over parameter space, as maps v -> A v over the whole data.
+
+    HessianOperator       H = second derivative of L
+    GaussNewtonOperator   G = 1/N sum_i J_i' A_i J_i         J_i: outputs by parameters, A_i: loss by outputs, twice
+    ResidualOperator      H - G = 1/N sum_i sum_k (d loss_i / d f_ik) (second derivative of output f_ik)
+    FisherOperator        F = 1/N sum_i g_i g_i'             g_i: gradient of a sample's loss; "mc": for a drawn target
+
+They have one face: `product(v)`, `objective`, `num_params`, `cost` (gradients of the data per product) and `method`
+(what is computed). Batches are weighted by their samples. The graphs of all batches are kept between products if they
+fit into `graph_memory` bytes (estimated from the first batch), which saves a third of the work; they are built anew
+when the weights have changed. Memory is else that of one batch's graph, whatever the number of batches.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from flatmin.curvature.differences import dots
+from flatmin.curvature.objective import Batch, Objective
+from flatmin.curvature.outputs import OutputLoss, output_tensor
+from flatmin.curvature.products import Way, check_finite, choose_way
+from flatmin.noise import mix_seeds
+from flatmin.vectors import Vector
+
+GRAPH_MEMORY = 2**31
+
+
+class BatchOperator(Protocol):
+    """An operator of one batch."""
+
+    def product(self, v: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """A v, one tensor per parameter."""
+        ...
+
+    def forms(self, v: Sequence[Tensor]) -> Tensor:
+        """v_p' (A v)_p for each parameter p, float64."""
+        ...
+
+
+class Operator(ABC):
+    """A symmetric matrix over the parameters of an objective, as a map v -> A v.
+
+    Args:
+        objective: what to measure.
+        products: how second derivatives are computed: "auto", "autograd", "difference" or "loss" (see `products`), or
+            a `Way` that was found before.
+        graph_memory: bytes that kept graphs may take; 0 keeps none.
+        seed: of whatever is drawn.
+
+    Raises:
+        ValueError: an unknown or impossible way, or a product that is not finite.
+    """
+
+    name = ""
+
+    def __init__(
+        self, objective: Objective, products: str | Way = "auto", *, graph_memory: int = GRAPH_MEMORY, seed: int = 0
+    ):
+        self.objective = objective
+        self.way = products if isinstance(products, Way) else choose_way(objective, products, seed=seed)
+        self.seed = seed
+        self._graph_bytes = int(self.way.graph_bytes * objective.num_samples)
+        self._keeps = self.way.name == "autograd" and self._graph_bytes <= graph_memory
+        self._kept: list[tuple[BatchOperator, Batch]] = []
+        self._versions: list[tuple[int, int]] = []
+
+    @property
+    def num_params(self) -> int:
+        """The size of the matrix."""
+        return self.objective.num_params
+
+    @property
+    def cost(self) -> float:
+        """Gradients of the data per product, about (after the first, where graphs are kept)."""
+        return 3.0 if self.way.name == "autograd" and not self._keeps else 2.0
+
+    @property
+    def method(self) -> str:
+        """What is computed, and how."""
+        graphs = f", graphs kept ({self._graph_bytes / 2**20:.3g} MiB)" if self._keeps else ""
+        return f"{self.name}; {self.way.text}{graphs}"
+
+    def product(self, v: Vector) -> Vector:
+        """A v. A missing entry of `v` is zero."""
+        params = self.objective.params
+        full = [torch.zeros_like(p) if t is None else t for t, p in zip(v.tensors, params, strict=True)]
+        total, count = self.objective.zeros(), 0
+        for curvature, batch in self.batches():
+            part = curvature.product(full)
+            total, count = total.add_(Vector(part) * float(batch.size)), count + batch.size
+            del curvature, part
+        product = self.objective.mean(total, count)
+        check_finite([t.isfinite().all() for t in product.present], self.objective)
+        return product
+
+    def batches(self) -> Iterator[tuple[BatchOperator, Batch]]:
+        """The operator of each batch, and the batch. Whoever iterates deletes it before asking for the next."""
+        versions = [(p.data_ptr(), p._version) for p in self.objective.params]
+        if self._kept and versions == self._versions:
+            yield from self._kept
+            return
+        self._kept = []
+        kept = []
+        with self.way.context(self.objective):
+            for index, batch in enumerate(self.objective.batches()):
+                item = [(self._open(batch, self.objective.number(index)), batch)]
+                if self._keeps:
+                    kept += item
+                yield item.pop()
+        self._kept, self._versions = kept, versions
+
+    @abstractmethod
+    def _open(self, batch: Batch, index: int) -> BatchOperator: ...
+
+
+class HessianOperator(Operator):
+    """The Hessian of the objective.
+
+    Example:
+        operator = HessianOperator(objective)
+        operator.product(v), operator.cost, operator.method
+    """
+
+    name = "Hessian"
+
+    def _open(self, batch: Batch, index: int) -> BatchOperator:
+        return self.way.curvature(lambda: batch.evaluate().loss, self.objective.params)
+
+
+class ResidualOperator(Operator):
+    """H - G, the Hessian without its Gauss-Newton part: that of the outputs, weighted with the loss's slope in them.
+
+    It is the Hessian of w -> <c, f(w)> with c = d loss / d outputs held constant, so a product costs what one with the
+    Hessian does.
+    """
+
+    name = "Hessian - Gauss-Newton"
+
+    def _open(self, batch: Batch, index: int) -> BatchOperator:
+        first = [OutputLoss.of(self.objective, batch)]
+        slope = first[0].slope.detach()  # at the weights as they are, also where a difference displaces them
+
+        def scalar() -> Tensor:
+            outputs = first.pop().outputs if first else output_tensor(batch.evaluate().outputs)
+            return (outputs * slope).sum()
+
+        if self.way.name != "autograd":
+            first.clear()
+        return self.way.curvature(scalar, self.objective.params)
+
+
+class _Factored(Operator):
+    """sum_i J_i' B_i J_i, with B_i over the outputs of a sample."""
+
+    def __init__(self, objective: Objective, *, graph_memory: int = GRAPH_MEMORY, seed: int = 0):
+        super().__init__(objective, "autograd", graph_memory=graph_memory, seed=seed)
+
+    def _open(self, batch: Batch, index: int) -> BatchOperator:
+        loss = OutputLoss.of(self.objective, batch)
+        return BatchFactored(loss.outputs, self.objective.params, self._middle(loss, index))
+
+    @abstractmethod
+    def _middle(self, loss: OutputLoss, index: int) -> Callable[[Tensor], Tensor]: ...
+
+
+class GaussNewtonOperator(_Factored):
+    """The generalised Gauss-Newton matrix: J' (d2 loss / d outputs2) J. Needs a criterion and one tensor of outputs.
+
+    Source: Schraudolph 2002.
+    """
+
+    name = "Gauss-Newton"
+
+    def _middle(self, loss: OutputLoss, index: int) -> Callable[[Tensor], Tensor]:
+        return loss.curvature
+
+
+class FisherOperator(_Factored):
+    """The Fisher information as a mean of g g' over the samples.
+
+    Args:
+        objective: what to measure; needs a criterion and one tensor of outputs.
+        kind: "mc": g for a target drawn from the model's own distribution (one draw per sample, fixed by `seed` for
+            data in a fixed order), whose expectation is the Gauss-Newton matrix. "empirical": g for the targets given,
+            which is another matrix (Kunstner et al. 2019).
+        graph_memory: bytes that kept graphs may take.
+        seed: of the draws.
+
+    Raises:
+        ValueError: an unknown kind; "mc" for a loss that is no likelihood that is known here (softmax cross-entropy, or
+            a loss whose second derivative is diagonal in the outputs: squared error, logistic).
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        kind: Literal["mc", "empirical"] = "mc",
+        *,
+        graph_memory: int = GRAPH_MEMORY,
+        seed: int = 0,
+    ):
+        if kind not in ("mc", "empirical"):
+            raise ValueError(f"kind must be 'mc' or 'empirical', got {kind!r}.")
+        self.kind = kind
+        self.name = f"Fisher ({kind})"
+        super().__init__(objective, graph_memory=graph_memory, seed=seed)
+
+    def _middle(self, loss: OutputLoss, index: int) -> Callable[[Tensor], Tensor]:
+        if self.kind == "empirical":
+            scores = loss.slope.detach() * math.sqrt(loss.size)  # the slope of a mean loss: 1/N once, not twice
+        else:
+            generator = torch.Generator(loss.outputs.device).manual_seed(mix_seeds(self.seed, index))
+            scores = loss.draw_scores(generator)
+        rows = scores.reshape(loss.size, -1)
+
+        def middle(u: Tensor) -> Tensor:
+            along = (rows * u.reshape(loss.size, -1)).sum(1, keepdim=True)
+            return (rows * along).view_as(u)
+
+        return middle
+
+
+class BatchFactored:
+    """J' B J of one batch. J v is the derivative of u -> J' u in the direction v: two backward passes, no forward mode.
+
+    Cost: two gradients to build, about two per product.
+    """
+
+    def __init__(self, outputs: Tensor, params: Sequence[Tensor], middle: Callable[[Tensor], Tensor]):
+        self._outputs, self._params, self._middle = outputs, params, middle
+        self._dual = torch.zeros_like(outputs, requires_grad=True)
+        options = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
+        grads = torch.autograd.grad(outputs, params, grad_outputs=self._dual, **options)
+        self._used = [i for i, g in enumerate(grads) if g.requires_grad]
+        self._pulled = [grads[i] for i in self._used]
+
+    def product(self, v: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """J' B J v, one tensor per parameter."""
+        if not self._used:
+            return tuple(torch.zeros_like(p) for p in self._params)
+        along = self.push(v)
+        return torch.autograd.grad(
+            self._outputs,
+            self._params,
+            grad_outputs=self._middle(along),
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+    def push(self, v: Sequence[Tensor]) -> Tensor:
+        """J v, of the shape of the outputs."""
+        (along,) = torch.autograd.grad(
+            self._pulled, self._dual, grad_outputs=[v[i] for i in self._used], retain_graph=True
+        )
+        return along
+
+    def forms(self, v: Sequence[Tensor]) -> Tensor:
+        """v_p' (J' B J v)_p for each parameter p, float64."""
+        return dots(v, self.product(v))

@@ -1,0 +1,149 @@
+"""Random probes v' A v, one per pass over the data, with a fresh v for every batch; and when there are enough of them.
+
+For v with independent entries +-1, E v' A v = tr A. Two choices make a product worth more than usual:
+
+    a fresh v for every batch    the batches' errors are independent and average out; the sum stays unbiased,
+                                 since it is v_b' A_b v_b whose mean is wanted, batch by batch
+    several v for every graph    the first-order graph of a batch is built once for all probes of a round
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from flatmin.curvature.operators import Operator
+from flatmin.curvature.products import check_finite
+from flatmin.noise import draw_like, mix_seeds
+
+PILOT = 8  # probes before the first decision: fewer, and the standard error itself is a guess
+
+Draw = Callable[[int, int], Tensor]  # (number of the first, how many) -> (how many, parameters), float64
+
+
+class Probes:
+    """v_p' (A v)_p for each parameter p, whose mean is the trace of its block.
+
+    Args:
+        operator: A.
+        seed: of the probes.
+        change: what is done to a probe before it is used; with a projection P the mean is the trace of P A P.
+
+    Cost: about two gradients of the data for each, and one for each call unless graphs are kept.
+    """
+
+    cost = 2.0
+
+    def __init__(self, operator: Operator, seed: int, change: Callable[[list[Tensor]], list[Tensor]] | None = None):
+        self._operator, self._seed = operator, seed
+        self._change = change or (lambda v: v)
+
+    def draw(self, first: int, size: int) -> Tensor:
+        """The probes with the numbers `first` ... `first + size - 1`: (size, parameters), float64."""
+        objective = self._operator.objective
+        device = objective.params[0].device
+        generator = torch.Generator(device)
+        total, count = torch.zeros((), dtype=torch.float64, device=device), 0
+        numbers = itertools.count()
+        for curvature, batch in self._operator.batches():  # not enumerate(), which would keep the last graph
+            index, rows = next(numbers), []
+            for row in range(size):
+                generator.manual_seed(mix_seeds(self._seed, first + row, objective.number(index)))
+                v = self._change([draw_like(p, "rademacher", generator) for p in objective.params])
+                rows.append(curvature.forms(v).to(device))
+            total, count = total + batch.size * torch.stack(rows), count + batch.size
+            del curvature, batch
+        means = objective.mean(total, count)
+        if means.shape[1] == len(objective.params):
+            check_finite(list(means.isfinite().all(0)), objective)
+        return means
+
+
+class Budget:
+    """Decides how many probes the next round has; 0 ends.
+
+    Args:
+        rtol: wanted relative standard error.
+        max_products: probes, at most.
+        max_seconds: time, at most.
+        together: makes one decision of those that several processes take by their own clocks.
+    """
+
+    def __init__(
+        self,
+        rtol: float | None,
+        max_products: int,
+        max_seconds: float | None,
+        together: Callable[[int], int] = lambda decision: decision,
+    ):
+        for name, value in [("rtol", rtol), ("max_products", max_products), ("max_seconds", max_seconds)]:
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}.")
+        self.rtol, self.max_products, self.max_seconds = rtol, max_products, max_seconds
+        self._start, self._together = time.monotonic(), together
+
+    def met(self, samples: np.ndarray, constant: float = 0.0) -> bool:
+        """Whether the relative error asked for is reached (true if none was)."""
+        return self.rtol is None or bool(cautious(samples) <= self.rtol * abs(constant + samples.mean()))
+
+    def left(self, samples: np.ndarray, constant: float = 0.0, since: float | None = None) -> int:
+        """How many more probes are expected to be needed and can be had.
+
+        Args:
+            samples: the probes so far, (probes,).
+            constant: what is known exactly and added to their mean.
+            since: when they were begun (monotonic seconds); with the estimator if not given.
+        """
+        done = len(samples)
+        left = self.max_products - done
+        if self.rtol is not None:
+            if self.met(samples, constant):
+                return 0
+            goal = self.rtol * max(abs(constant + samples.mean()), 1e-300)
+            left = min(left, max(math.ceil(min((cautious(samples) / goal) ** 2 * done, 1e9)) - done, 2))
+        if self.max_seconds is not None:
+            now = time.monotonic()
+            each = (now - (self._start if since is None else since)) / done
+            left = min(left, int((self.max_seconds - (now - self._start)) / each))
+        return max(self._together(left), 0)
+
+    def spend(self, products: int) -> None:
+        """Takes products out of the budget that were used otherwise; one round of probes is always left."""
+        self.max_products = max(self.max_products - products, 2)
+
+
+def run(draw: Draw, budget: Budget, samples: np.ndarray | None = None, constant: float = 0.0) -> np.ndarray:
+    """Rounds of probes until the budget says enough: (probes, parameters)."""
+    since = time.monotonic()
+    if samples is None:
+        samples = draw(0, min(PILOT, budget.max_products)).cpu().numpy()
+    else:
+        since = None
+    # At most double: the pilot's variance is itself uncertain.
+    while size := min(budget.left(samples.sum(1), constant, since), max(len(samples), PILOT)):
+        samples = np.concatenate([samples, draw(len(samples), size).cpu().numpy()])
+    return samples
+
+
+def stderr(samples: np.ndarray) -> float:
+    """The standard error of the mean; infinite for a single sample."""
+    if len(samples) < 2:
+        return math.inf
+    return float(samples.std(ddof=1) / math.sqrt(len(samples)))
+
+
+def cautious(samples: np.ndarray) -> float:
+    """The standard error, widened by what Student's t has over the normal distribution.
+
+    Stopping when an estimate of the error looks small stops too early, the more so the fewer the samples.
+    """
+    if len(samples) < 2:
+        return math.inf
+    return stderr(samples) * float(stats.t.ppf(0.95, len(samples) - 1) / stats.norm.ppf(0.95))

@@ -1,0 +1,272 @@
+"""How much the loss rises when the weights are moved at random: sharpness in the units of training.
+
+    noise_stability     E L(w + u) - L(w),   u random with standard deviation sigma per weight: what NSO penalises
+    average_sharpness   E L(w + d) - L(w),   d uniform on the surface of the ball of radius rho (|A^-1 d| = rho)
+
+Both are sums of curvatures to leading order, which ties them to the trace:
+
+    noise_stability = sigma^2 / 2 tr H + O(sigma^4),      average_sharpness = rho^2 / (2 dim) tr(A H A) + O(rho^4)
+
+What they add to the trace: they need only losses (no derivative, any kernel), and they see the loss at the distance
+that training sees it, kinks of ReLU included, where the second derivative sees nothing.
+
+Three choices make a draw worth more:
+
+    u and -u on the same draw    the gradient's share g.u, which has mean zero and most of the variance, cancels exactly
+    one batch, all places        the losses at w, w + u and w - u are taken on the same batch before the next is loaded
+    a fresh u for every batch    the batches' errors are independent and average out; the mean is the same
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from flatmin.curvature.metrics import Metric, ball
+from flatmin.curvature.objective import Batch, Objective
+from flatmin.curvature.probes import PILOT, Budget, stderr
+from flatmin.curvature.results import Estimate, Measurement, student_interval
+from flatmin.noise import Law, Noise, Scale, check_law, mix_seeds
+from flatmin.place import Place
+from flatmin.vectors import Radii, Step, check_radius
+
+MAX_DRAWS = 1000
+Draw = Callable[[int], Noise | Step]  # from a seed, with the weights at home
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharpnessResult(Measurement):
+    """A rise of the loss over random displacements.
+
+    Attributes:
+        radius: sigma or rho.
+        curvature_per_rise: what `value` is multiplied with to give a trace: 2 / sigma^2, or 2 dim / rho^2.
+        clean_loss: L(w), which was subtracted. In single precision a rise below 1e-6 of it is rounding.
+        per_layer: layer -> the rise when only that layer is moved. They add up to `value` to leading order only.
+        samples: the rises of the single draws, whose mean is `value`.
+        num_losses: evaluations of the loss over the whole data that it took.
+        converged: whether the requested relative error was reached.
+    """
+
+    radius: float
+    curvature_per_rise: float
+    clean_loss: float
+    per_layer: Mapping[str, Estimate] = field(default_factory=dict)
+    samples: tuple[float, ...] = ()
+    num_losses: int = 0
+    converged: bool = True
+
+    @property
+    def implied_trace(self) -> Estimate:
+        """The trace of the Hessian (of A H A, if the displacement is scaled by A) if the loss were quadratic here."""
+        factor = self.curvature_per_rise
+        return Estimate(value=factor * self.value, stderr=factor * self.stderr)
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """A confidence interval for the rise (Student's t over the draws)."""
+        return student_interval(self.value, self.stderr, len(self.samples), level)
+
+
+def noise_stability(
+    objective: Objective,
+    sigma: float,
+    *,
+    num_draws: int | None = None,
+    rtol: float | None = None,
+    max_seconds: float | None = None,
+    law: Law = "normal",
+    scale: Scale = "absolute",
+    two_sided: bool = True,
+    per_layer: bool = False,
+    seed: int = 0,
+) -> SharpnessResult:
+    """The mean rise of the loss under random noise, E L(w + u) - L(w) with u = sigma z, entry by entry.
+
+    The same seed draws the same z for every sigma, so that a curve over sigma is smooth.
+
+    Args:
+        objective: what to measure.
+        sigma: standard deviation of the noise on each weight; with `scale="filter"` in units of the filter's norm.
+        num_draws: passes over the data, each with its own noise; at most 1000 if not given.
+        rtol: wanted relative standard error; 0.05 if none of the three is given.
+        max_seconds: time, at most.
+        law: of z, with mean 0 and variance 1.
+        scale: "absolute", or "filter": does not change when a layer of a ReLU network is scaled up and the next down.
+        two_sided: evaluate at w + u and w - u and take the mean. One-sided draws have the same mean and, away from a
+            minimum, a much larger variance.
+        per_layer: also the rise when only one layer is moved, for each layer.
+        seed: of the noise.
+
+    Returns:
+        SharpnessResult with `value`, `stderr`, `samples`, `implied_trace` (2 value / sigma^2), `per_layer`.
+
+    Cost: 1 + 2 m losses of the data for a round of m draws (times 1 + number of layers with `per_layer`), and 2 to see
+    that the data stays the same. No gradient. Memory: two copies of the parameters.
+
+    Raises:
+        ValueError: sigma that is not positive, an unknown law or scale, data that gives another loss on a second pass,
+            or a loss that is not finite where the noise leads.
+
+    Source: Ju, Li, Zhang 2024 (the objective that NSO minimises); Li et al. 2018 for the scale of the filters.
+    """
+    check_positive("sigma", sigma)
+    check_law(law)
+    if scale not in ("absolute", "filter"):
+        raise ValueError(f"scale must be 'absolute' or 'filter', got {scale!r}.")
+    params, layers = objective.params, objective.layers
+    names = [None, *(dict.fromkeys(layers) if per_layer else ())]
+
+    def drawer(moved: str | None) -> Draw:
+        radii = Radii(sigma if moved in (None, layer) else 0.0 for layer in layers)
+        return lambda seed: Noise(params, radii, law, seed, scale=scale)
+
+    sampler = _Sampler(objective, [drawer(name) for name in names], two_sided, seed)
+    return sampler.run(
+        names,
+        _budget(objective, rtol, num_draws, max_seconds),
+        radius=sigma,
+        curvature_per_rise=2 / sigma**2,
+        method=f"{law} noise, {scale} scale, {'two-sided' if two_sided else 'one-sided'}, fresh for every batch",
+    )
+
+
+def average_sharpness(
+    objective: Objective,
+    rho: float,
+    metric: Metric = "euclidean",
+    *,
+    num_draws: int | None = None,
+    rtol: float | None = None,
+    max_seconds: float | None = None,
+    seed: int = 0,
+) -> SharpnessResult:
+    """The mean rise of the loss over all directions: d uniform on the surface of the ball, both ways along each.
+
+    Args:
+        objective: what to measure.
+        rho: radius of the ball |A^-1 d| <= rho.
+        metric: "euclidean", "adaptive", "filter" or "monge" (`flatmin.curvature.metrics`).
+        num_draws: passes over the data, each with directions of its own.
+        rtol: wanted relative standard error; 0.05 if no budget is given.
+        max_seconds: time, at most.
+        seed: of the directions.
+
+    Returns:
+        SharpnessResult with `value`, `stderr`, `samples`, `implied_trace` (2 dim value / rho^2).
+
+    Cost: 1 + 2 m losses of the data for a round of m draws, and 2 to see that the data stays the same; one gradient
+    for "monge". Memory: two copies of the parameters.
+
+    Raises:
+        ValueError: rho that is not positive, an unknown metric, data that gives another loss on a second pass, or a
+            loss that is not finite on the ball.
+
+    Source: Wen, Ma, Li 2023 ("average-direction sharpness"); the metrics are those of SAM, ASAM and Monge SAM.
+    """
+    check_positive("rho", rho)
+    to_weights = ball(objective, metric, objective.gradient)
+    ones = Radii([1.0] * len(objective.params))
+
+    def draw(seed: int) -> Step:
+        direction = ones.along(Noise(objective.params, ones, "normal", seed, keep=False).vector())
+        return Step(to_weights(direction), [rho] * len(objective.params))
+
+    return _Sampler(objective, [draw], True, seed).run(
+        [None],
+        _budget(objective, rtol, num_draws, max_seconds),
+        radius=rho,
+        curvature_per_rise=2 * objective.num_params / rho**2,
+        method=f"directions on the {metric} sphere, two-sided, fresh for every batch",
+    )
+
+
+@contextmanager
+def displaced(objective: Objective) -> Iterator[Place]:
+    """Inside, the weights may be moved and the model evaluated; on leaving all is as before, bit for bit."""
+    place = Place(objective.params)
+    try:
+        try:
+            with objective.quiet():
+                yield place
+        finally:
+            place.home()
+    finally:  # an interrupt inside the first one is undone here
+        place.home()
+
+
+class _Sampler:
+    """Rises of the loss, pass by pass: one column for each way of drawing."""
+
+    def __init__(self, objective: Objective, drawers: list[Draw], two_sided: bool, seed: int):
+        self._objective, self._drawers, self._seed = objective, drawers, seed
+        self._signs = (1.0, -1.0) if two_sided else (1.0,)
+        self._clean = 0.0
+        self._rounds = 0
+
+    def run(self, names: list[str | None], budget: Budget, **entries: Any) -> SharpnessResult:
+        self._objective.check()
+        samples = self._round(0, min(PILOT, budget.max_products))
+        while size := min(budget.left(samples[:, 0]), max(len(samples), PILOT)):
+            samples = np.concatenate([samples, self._round(len(samples), size)])
+        total, columns = samples[:, 0], zip(names[1:], samples.T[1:], strict=True)
+        return SharpnessResult(
+            value=float(total.mean()),
+            stderr=stderr(total),
+            num_samples=self._objective.num_samples,
+            seed=self._seed,
+            clean_loss=self._clean,
+            per_layer={str(n): Estimate(value=float(c.mean()), stderr=stderr(c)) for n, c in columns},
+            samples=tuple(float(t) for t in total),
+            num_losses=self._rounds + samples.size * len(self._signs),
+            converged=budget.met(total),
+            **entries,
+        )
+
+    @torch.no_grad()
+    def _round(self, first: int, size: int) -> np.ndarray:
+        totals, clean, count = np.zeros((size, len(self._drawers))), 0.0, 0
+        with displaced(self._objective) as place:
+            for index, batch in enumerate(self._objective.batches()):
+                at_home = float(batch.evaluate().loss.double())
+                n = batch.size
+                for row, column in np.ndindex(totals.shape):
+                    place.move(None)
+                    u = self._drawers[column](mix_seeds(self._seed, first + row, self._objective.number(index)))
+                    totals[row, column] += n * (self._mean_loss(place, u, batch) - at_home)
+                place.move(None)
+                clean, count = clean + n * at_home, count + n
+        sums = torch.tensor([clean, *totals.flat], dtype=torch.float64)
+        self._clean, *means = self._objective.mean(sums, count).tolist()
+        self._rounds += 1
+        return np.array(means).reshape(totals.shape)
+
+    def _mean_loss(self, place: Place, u: Noise | Step, batch: Batch) -> float:
+        losses = []
+        for sign in self._signs:
+            place.move(u if sign > 0 else -u)
+            try:
+                losses.append(float(batch.evaluate().loss.double()))
+            except ValueError as error:
+                error.add_note("The weights were displaced: with a smaller radius the loss may be finite.")
+                raise
+        return math.fsum(losses) / len(losses)
+
+
+def _budget(objective: Objective, rtol: float | None, num_draws: int | None, max_seconds: float | None) -> Budget:
+    if num_draws is not None and num_draws < 1:
+        raise ValueError(f"num_draws must be positive, got {num_draws}.")
+    if rtol is None and num_draws is None and max_seconds is None:
+        rtol = 0.05
+    return Budget(rtol, MAX_DRAWS if num_draws is None else num_draws, max_seconds, objective.together)
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuses a radius that is negative, not finite, or zero."""
+    if check_radius(name, value) == 0:
+        raise ValueError(f"{name} must be positive: at 0 the loss does not rise.")

@@ -1,0 +1,96 @@
+"""Results kept in a file while a long measurement goes on, so that an interrupt loses only the part under way."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from flatmin.curvature.objective import Objective
+from flatmin.curvature.results import Estimate
+
+Result = TypeVar("Result")
+
+
+class Store:
+    """What has been measured of one model on one data set, by name. Without a path nothing is kept.
+
+    Args:
+        path: a JSON file; made if it is not there.
+        objective: what is measured; the file remembers a digest of its weights, its loss and its number of samples.
+        loss: at the weights.
+
+    Raises:
+        ValueError: if the file is about another model, other weights or other data, or is not such a file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, objective: Objective, loss: float):
+        self._path = None if path is None else Path(path)
+        self._about = {"weights": _digest(objective), "loss": loss, "num_samples": objective.num_samples}
+        self._parts: dict[str, Any] = {}
+        if self._path is not None and self._path.exists():
+            self._parts = self._read(self._path)
+
+    def get(self, name: str, settings: Mapping[str, Any], kind: type[Result], measure: Callable[[], Result]) -> Result:
+        """The result kept under this name, if it was made with these settings; else it is measured now, and kept."""
+        settings = json.loads(json.dumps(settings))
+        kept = self._parts.get(name)
+        if kept is not None and kept["settings"] == settings:
+            return revived(kind, kept["result"])
+        result = measure()
+        if self._path is not None:
+            self._parts[name] = {"settings": settings, "result": _entries(result)}
+            self._write(self._path)
+        return result
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            data = json.loads(path.read_text())
+            about, parts = data["about"], data["parts"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a file of results that a measurement kept.") from error
+        if about != self._about:
+            differing = [name for name, value in self._about.items() if about.get(name) != value]
+            raise ValueError(f"{path} is about another measurement ({', '.join(differing)} differ). Name another file.")
+        return parts
+
+    def _write(self, path: Path) -> None:
+        new = path.with_name(path.name + ".new")
+        new.write_text(json.dumps({"about": self._about, "parts": self._parts}, indent=1))
+        os.replace(new, path)  # whole, or not at all
+
+
+def _digest(objective: Objective) -> str:
+    digest = hashlib.sha256()
+    for name, p in zip(objective.names, objective.params, strict=True):
+        digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
+        digest.update(p.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _entries(result: Any) -> dict[str, Any]:
+    """The fields of a result, without vectors."""
+    if hasattr(result, "vectors"):
+        result = dataclasses.replace(result, vectors=())
+    return {name: value for name, value in dataclasses.asdict(result).items() if name != "vectors"}
+
+
+def revived(kind: type[Result], entries: Mapping[str, Any]) -> Result:
+    """The result again: JSON has lists for tuples, and dicts for estimates."""
+    return kind(**{name: _revived_value(value) for name, value in entries.items()})
+
+
+def _revived_value(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_revived_value(part) for part in value)
+    if isinstance(value, dict):
+        if set(value) == {"value", "stderr"}:
+            return Estimate(**value)
+        return {name: _revived_value(part) for name, part in value.items()}
+    return value

@@ -1,0 +1,309 @@
+"""The operations that take a parameter directly, and the gradient of a single sample through each of them.
+
+For an operation with output z and delta = d(something) / dz, given for each sample n, the gradient by its parameter is
+
+    linear           sum_t delta_nt a_nt'           t: positions within a sample
+    convolution      the same, with the patches of the input as a
+    normalisation    sum_t delta_nt x_nt            x: the normalised input
+    addition, bias   sum_t delta_nt
+    multiplication   sum_t delta_nt y_nt            y: the other factor
+    embedding        sum_t delta_nt, at row index_nt
+
+All deltas come as (classes, samples, ...): several at once. Only |gradient|^2 is wanted, for which the gradient need
+not always be formed: |sum_t delta_t a_t'|^2 = sum_st (delta_s . delta_t) (a_s . a_t).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flatmin.curvature.graph import Node, kind
+
+PATCHES = 2**22  # numbers that the patches of a convolution may have, at a time
+TRANSPOSED = {"T", "Transpose", "Permute"}  # operations that transpose a matrix
+Layout = str  # of the rows of a delta: "first", sample by sample, or "second", position by position
+
+
+class Use(ABC):
+    """One use of parameter `param` by the operation `node`."""
+
+    any_layout = True  # otherwise the samples are along the first dimension
+
+    def __init__(self, param: int, node: Node):
+        self.param, self.node = param, node
+        self.layout: Layout = "first"
+        self.samples = 0
+
+    def norms(self, delta: Tensor) -> Tensor:
+        """|gradient|^2 for each class and sample: (classes, samples)."""
+        return squared(self.gradients(delta).flatten(2))
+
+    @abstractmethod
+    def gradients(self, delta: Tensor) -> Tensor:
+        """The gradient for each class and sample: (classes, samples, *parameter)."""
+
+    def rows(self, tensor: Tensor, leading: int = 0) -> Tensor:
+        """`tensor` (..., features), after `leading` dimensions, as (samples, positions, features)."""
+        lead, features = tensor.shape[:leading], tensor.shape[-1]
+        if self.layout == "first":
+            return tensor.reshape(*lead, self.samples, -1, features)
+        return tensor.reshape(*lead, -1, self.samples, features).transpose(leading, leading + 1)
+
+
+class LinearUse(Use):
+    """The weight of x W' (rows x features), or of x W."""
+
+    def __init__(self, param: int, node: Node, inputs: Tensor, transposed: bool):
+        super().__init__(param, node)
+        self._inputs, self._transposed = inputs, transposed
+
+    def norms(self, delta: Tensor) -> Tensor:
+        """|gradient|^2 for each class and sample."""
+        return outer_norms(self.rows(delta, 1), self._rows)
+
+    def gradients(self, delta: Tensor) -> Tensor:
+        """The gradient for each class and sample."""
+        found = outer(self.rows(delta, 1), self._rows)
+        return found if self._transposed else found.transpose(2, 3)
+
+    @property
+    def _rows(self) -> Tensor:
+        return self.rows(self._inputs)
+
+
+class ConvolutionUse(Use):
+    """The weight of a convolution in one or two dimensions, with groups."""
+
+    any_layout = False
+
+    def __init__(self, param: int, node: Node):
+        super().__init__(param, node)
+        self._shape = tuple(node._saved_weight.shape)
+        self._inputs, self._groups = node._saved_input, node._saved_groups
+        self._options: dict[str, tuple[int, ...]] = {
+            name: tuple(getattr(node, f"_saved_{name}")) for name in ("dilation", "padding", "stride")
+        }
+
+    def norms(self, delta: Tensor) -> Tensor:
+        """|gradient|^2 for each class and sample."""
+        size = max(PATCHES // max(math.prod(self._shape[1:]) * delta[0, 0, 0].numel() * self._groups, 1), 1)
+        blocks = [slice(start, start + size) for start in range(0, self.samples, size)]
+        return torch.cat([self._block_norms(delta, block) for block in blocks], 1)
+
+    def gradients(self, delta: Tensor) -> Tensor:
+        """The gradient for each class and sample."""
+        found = torch.cat([outer(d, a) for d, a in self._by_group(delta, slice(None))], 2)
+        return found.reshape(*delta.shape[:2], *self._shape)
+
+    def _block_norms(self, delta: Tensor, block: slice) -> Tensor:
+        return torch.stack([outer_norms(d, a) for d, a in self._by_group(delta, block)]).sum(0)
+
+    def _by_group(self, delta: Tensor, block: slice) -> list[tuple[Tensor, Tensor]]:
+        """For each group, delta (classes, samples, positions, outputs) and patches (samples, positions, inputs)."""
+        patches = self._unfold(self._inputs[block]).chunk(self._groups, 1)
+        deltas = delta[:, block].flatten(3).chunk(self._groups, 2)
+        return [(d.transpose(2, 3), a.transpose(1, 2)) for d, a in zip(deltas, patches, strict=True)]
+
+    def _unfold(self, x: Tensor) -> Tensor:
+        kernel, options = tuple(self._shape[2:]), self._options
+        if len(kernel) == 1:
+            x, kernel = x.unsqueeze(2), (1, *kernel)
+            options = {name: (0 if name == "padding" else 1, *value) for name, value in options.items()}
+        return F.unfold(x, kernel, **options)
+
+
+class SumUse(Use):
+    """A parameter of shape `features` (one dimension) that multiplies `factor` (or 1) in every row, or is added."""
+
+    def __init__(self, param: int, node: Node, factor: Tensor | None):
+        super().__init__(param, node)
+        self._factor = factor
+
+    def gradients(self, delta: Tensor) -> Tensor:
+        """The gradient for each class and sample."""
+        return self.rows(delta if self._factor is None else delta * self._factor, 1).sum(2)
+
+
+class ChannelUse(Use):
+    """As `SumUse`, with the parameter along dimension 1 (channels) of (samples, channels, ...)."""
+
+    any_layout = False
+
+    def __init__(self, param: int, node: Node, factor: Tensor | None):
+        super().__init__(param, node)
+        self._factor = factor
+
+    def gradients(self, delta: Tensor) -> Tensor:
+        """The gradient for each class and sample."""
+        terms = delta if self._factor is None else delta * self._factor
+        return terms.flatten(3).sum(3) if terms.ndim > 3 else terms
+
+
+class BroadcastUse(Use):
+    """A parameter of any shape that is broadcast over samples, added to or multiplied with something."""
+
+    any_layout = False
+
+    def __init__(self, param: int, node: Node, shape: torch.Size, factor: Tensor | float):
+        super().__init__(param, node)
+        self._shape, self._factor = shape, factor
+
+    def gradients(self, delta: Tensor) -> Tensor:
+        """The gradient for each class and sample."""
+        terms = delta * self._factor
+        shape = (1,) * (terms.ndim - 1 - len(self._shape)) + tuple(self._shape)
+        if shape[0] != 1:
+            raise Uncovered("a parameter with a row for each sample")
+        summed = [i for i in range(2, terms.ndim) if shape[i - 1] == 1 and terms.shape[i] > 1]
+        terms = terms.sum(summed, keepdim=True) if summed else terms
+        return terms.reshape(*terms.shape[:2], *self._shape)
+
+
+class EmbeddingUse(Use):
+    """The table of an embedding."""
+
+    def __init__(self, param: int, node: Node, shape: torch.Size):
+        super().__init__(param, node)
+        self._shape = shape
+        self._indices, self._padding = node._saved_indices, node._saved_padding_idx
+
+    def norms(self, delta: Tensor) -> Tensor:
+        """|gradient|^2 for each class and sample: positions with the same index add up."""
+        index = self.rows(self._indices.unsqueeze(-1)).squeeze(2)
+        same = (index.unsqueeze(1) == index.unsqueeze(2)) & (index != self._padding).unsqueeze(1)
+        d = self.rows(delta, 1)
+        return ((d @ d.transpose(2, 3)) * same).sum((2, 3), dtype=torch.float64)
+
+    def gradients(self, delta: Tensor) -> Tensor:
+        """The gradient for each class and sample."""
+        index = self.rows(self._indices.unsqueeze(-1))
+        d = self.rows(delta, 1) * (index != self._padding)
+        found = d.new_zeros(*d.shape[:2], *self._shape)
+        return found.scatter_add_(2, index.expand_as(d[0]).expand_as(d), d)
+
+
+class Uncovered(ValueError):
+    """A parameter is used in a way whose per-sample gradient is not known here."""
+
+
+def uses_of(node: Node, params: Mapping[int, int], shapes: Mapping[int, torch.Size]) -> list[Use]:
+    """How `node` uses parameters: `params` maps the position of an argument to the index of a parameter.
+
+    Raises:
+        Uncovered: if it is not known how.
+    """
+    make = _KNOWN.get(kind(node))
+    if make is None:
+        raise Uncovered(f"a parameter enters by {kind(node)}")
+    return [make(node, position, param, shapes[param]) for position, param in params.items()]
+
+
+def _addmm(node: Node, position: int, param: int, shape: torch.Size) -> Use:
+    if position == 0:
+        if len(shape) != 1 or node._saved_beta != 1:
+            raise Uncovered("a parameter enters by addmm")
+        return SumUse(param, node, None)
+    return _product(node, position == 2, param, node._saved_mat1)
+
+
+def _mm(node: Node, position: int, param: int, shape: torch.Size) -> Use:
+    return _product(node, position == 1, param, node._saved_self)
+
+
+def _product(node: Node, right: bool, param: int, inputs: Tensor | None) -> Use:
+    if not right or inputs is None:
+        raise Uncovered("a parameter stands on the left of a matrix product")
+    return LinearUse(param, node, inputs, kind(node.next_functions[-1][0]) in TRANSPOSED)
+
+
+def _convolution(node: Node, position: int, param: int, shape: torch.Size) -> Use:
+    if position == 2:
+        return ChannelUse(param, node, None)
+    if position != 1 or node._saved_transposed or len(shape) > 4:
+        raise Uncovered("a parameter enters by a transposed or three-dimensional convolution")
+    return ConvolutionUse(param, node)
+
+
+def _batch_norm(node: Node, position: int, param: int, shape: torch.Size) -> Use:
+    if node._saved_training:
+        raise Uncovered("batch norm in training mode mixes samples")
+    if position == 2:
+        return ChannelUse(param, node, None)
+    x = node._saved_input
+    shape = torch.Size([-1, *([1] * (x.ndim - 2))])
+    eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
+    scale = (node._saved_running_var + eps).rsqrt()
+    return ChannelUse(param, node, (x - node._saved_running_mean.view(shape)) * scale.view(shape))
+
+
+def _layer_norm(node: Node, position: int, param: int, shape: torch.Size) -> Use:
+    if len(shape) != 1:
+        raise Uncovered("layer norm over several dimensions")
+    if position == 2:
+        return SumUse(param, node, None)
+    return SumUse(param, node, (node._saved_input - node._saved_result1) * node._saved_result2)
+
+
+def _group_norm(node: Node, position: int, param: int, shape: torch.Size) -> Use:
+    if position == 2:
+        return ChannelUse(param, node, None)
+    x = node._saved_input
+    groups = x.reshape(x.shape[0], node._saved_group, -1)
+    normal = (groups - node._saved_result1.unsqueeze(2)) * node._saved_result2.unsqueeze(2)
+    return ChannelUse(param, node, normal.view_as(x))
+
+
+def _add(node: Node, position: int, param: int, shape: torch.Size) -> Use:
+    factor = float(node._saved_alpha) if position == 1 else 1.0
+    if factor == 1.0 and len(shape) == 1 and shape[0] > 1:
+        return SumUse(param, node, None)
+    return BroadcastUse(param, node, shape, factor)
+
+
+def _multiply(node: Node, position: int, param: int, shape: torch.Size) -> Use:
+    return BroadcastUse(param, node, shape, node._saved_self if position == 1 else node._saved_other)
+
+
+_KNOWN: dict[str, Callable[[Node, int, int, torch.Size], Use]] = {
+    "Addmm": _addmm,
+    "Mm": _mm,
+    "Convolution": _convolution,
+    "NativeBatchNorm": _batch_norm,
+    "CudnnBatchNorm": _batch_norm,
+    "NativeLayerNorm": _layer_norm,
+    "NativeGroupNorm": _group_norm,
+    "Embedding": lambda node, position, param, shape: EmbeddingUse(param, node, shape),
+    "Add": _add,
+    "Mul": _multiply,
+    "Expand": lambda node, position, param, shape: BroadcastUse(param, node, shape, 1.0),
+}
+
+
+def outer(delta: Tensor, a: Tensor) -> Tensor:
+    """sum_t delta_cnt a_nt': (classes, samples, outputs, inputs)."""
+    classes, samples, positions, outputs = delta.shape
+    left = delta.permute(1, 0, 3, 2).reshape(samples, classes * outputs, positions)
+    return (left @ a).view(samples, classes, outputs, -1).transpose(0, 1)
+
+
+def outer_norms(delta: Tensor, a: Tensor) -> Tensor:
+    """|sum_t delta_cnt a_nt'|^2: (classes, samples), float64; the cheaper of two ways."""
+    classes, _, positions, outputs = delta.shape
+    inputs = a.shape[2]
+    if positions == 1:
+        return squared(delta.flatten(2)) * squared(a.flatten(1))
+    if positions * (classes * outputs + inputs) < classes * outputs * inputs:
+        products = (delta @ delta.transpose(2, 3)).mul_(a @ a.transpose(1, 2))
+        return products.sum((2, 3), dtype=torch.float64)
+    return squared(outer(delta, a).flatten(2))
+
+
+def squared(rows: Tensor) -> Tensor:
+    """The squared norm along the last dimension, float64 (a norm is one pass over the memory, a sum of squares two)."""
+    return torch.linalg.vector_norm(rows, dim=-1).double().square()

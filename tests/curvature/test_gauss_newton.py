@@ -1,0 +1,295 @@
+"""tr G by per-sample norms against dense matrices, for layers of many kinds; when it is all of the Hessian's trace."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import flatmin
+from flatmin.curvature import gauss_newton as module
+from flatmin.curvature.gauss_newton import ClassVectors, exact_trace, inspect
+from tests.curvature.nets import NETS, criterion, dense_gauss_newton, dense_hessian, make
+
+SAMPLES = 6
+
+
+class Tokens(nn.Module):
+    """Embedding with padding, class token, position embedding, scale, an encoder layer; samples second inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 4, padding_idx=0)
+        self.first = nn.Parameter(torch.randn(1, 1, 4))
+        self.position = nn.Parameter(torch.randn(1, 6, 4) / 3)
+        self.scale = nn.Parameter(torch.rand(4) + 0.5)
+        self.layer = nn.TransformerEncoderLayer(4, 2, 6, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = torch.cat([self.first.expand(len(tokens), -1, -1), self.embed(tokens)], 1) + self.position
+        return self.head(self.layer(x * self.scale)[:, 0])
+
+
+class Tied(nn.Module):
+    """A table used as embedding and as output, a layer used twice side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.twice = nn.Linear(4, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        return (self.twice(x[:, 0]) + self.twice(x[:, 1])) @ self.embed.weight.T
+
+
+class Product(nn.Module):
+    """x W with W not transposed, W used twice side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3))
+        self.bend = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.weight).tanh() @ self.bend + (x.flip(1) @ self.weight).tanh()
+
+
+class Residual(nn.Module):
+    """relu(x + f(x)), with batch norm and pooling."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 2, 3, padding=1, bias=False), nn.BatchNorm2d(2)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.adaptive_avg_pool2d(F.leaky_relu(x + self.norm(self.conv(x))), 2).flatten(1))
+
+
+def net(*layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*layers)
+
+
+IMAGES, LINES = torch.randn(SAMPLES, 2, 5, 5), torch.randn(SAMPLES, 2, 9)
+LAYERS = {
+    "grouped, strided, dilated convolution": (
+        lambda: net(nn.Conv2d(2, 4, 2, stride=2, padding=1, dilation=2, groups=2), nn.Flatten(), nn.Linear(36, 3)),
+        IMAGES,
+    ),
+    "one-dimensional convolution": (
+        lambda: net(nn.Conv1d(2, 3, 3, stride=2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(15, 3)),
+        LINES,
+    ),
+    "many positions": (
+        lambda: net(nn.Linear(9, 40), nn.Tanh(), nn.Linear(40, 2), nn.Flatten(), nn.Linear(4, 3)),
+        LINES,
+    ),
+    "batch norm": (Residual, IMAGES),
+    "group norm": (
+        lambda: net(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(), nn.Flatten(), nn.Linear(36, 3)),
+        IMAGES,
+    ),
+    "no bias, three dimensions": (
+        lambda: net(nn.Linear(9, 4, bias=False), nn.LayerNorm(4), nn.Flatten(), nn.Linear(8, 3)),
+        LINES,
+    ),
+    "tokens": (Tokens, torch.randint(0, 7, (SAMPLES, 5))),
+    "tied": (Tied, torch.randint(0, 5, (SAMPLES, 2))),
+    "plain product": (Product, torch.randn(SAMPLES, 4)),
+}
+
+
+def build(layers: str):
+    torch.manual_seed(0)
+    make_model, x = LAYERS[layers]
+    model = make_model().double().eval()
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)
+    x = x.double() if x.is_floating_point() else x
+    return model, x, torch.randint(3, (SAMPLES,))
+
+
+def traces_by_param(model: nn.Module, matrix: Tensor) -> Tensor:
+    found, start = [], 0
+    for p in model.parameters():
+        found.append(matrix.diagonal()[start : start + p.numel()].sum())
+        start += p.numel()
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("layers", list(LAYERS))
+def test_exact_for_every_parameter(layers):
+    model, x, y = build(layers)
+    objective = flatmin.Objective(model, criterion, [(x[:4], y[:4]), (x[4:], y[4:])])
+    truth = dense_gauss_newton(model, lambda: model(x), lambda z: criterion(z, y))
+    split = inspect(objective)
+    assert split.exact, split.reason
+    torch.testing.assert_close(exact_trace(objective, split), traces_by_param(model, truth), rtol=1e-10, atol=1e-12)
+
+
+LOSSES = {
+    "class weights, smoothing": nn.CrossEntropyLoss(torch.tensor([0.5, 1.0, 2.0]).double(), label_smoothing=0.1),
+    "ignored": nn.CrossEntropyLoss(ignore_index=1),
+    "sum": nn.CrossEntropyLoss(reduction="sum"),
+    "regression": lambda z, y: F.mse_loss(z, F.one_hot(y, 3).double()),
+    "multi-label": lambda z, y: F.binary_cross_entropy_with_logits(z, F.one_hot(y, 3).double()),
+    "of the norm": lambda z, y: (z.square().sum(1) + 1).log().mean() + z[:, 0].mean(),
+}
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_exact_for_losses_of_many_kinds(loss):
+    model, x, y = build("batch norm")
+    objective = flatmin.Objective(model, LOSSES[loss], [(x, y)])
+    scale = len(x) if loss == "sum" else 1
+    truth = dense_gauss_newton(model, lambda: model(x), lambda z: LOSSES[loss](z, y) / scale)
+    traces = exact_trace(objective, inspect(objective))
+    torch.testing.assert_close(traces, traces_by_param(model, truth), rtol=1e-10, atol=1e-12)
+
+
+def test_a_criterion_that_takes_probabilities_only():
+    model, x, y = build("batch norm")
+    model, loss = net(model, nn.Sigmoid()), lambda z, y: F.binary_cross_entropy(z, F.one_hot(y, 3).double())
+    objective = flatmin.Objective(model, loss, [(x, y)])
+    truth = dense_gauss_newton(model, lambda: model(x), lambda z: loss(z, y)).trace()
+    assert float(exact_trace(objective, inspect(objective)).sum()) == pytest.approx(float(truth), rel=1e-10)
+
+
+def test_a_confident_prediction_does_not_spoil_the_factors():
+    model, x, y = make("relu")
+    with torch.no_grad():
+        model.get_parameter("4.weight").mul_(30.0)  # probabilities of nearly 0 and 1
+    objective = flatmin.Objective(model, criterion, [(x, y)])
+    truth = dense_gauss_newton(model, lambda: model(x), lambda z: criterion(z, y)).trace()
+    assert float(exact_trace(objective, inspect(objective)).sum()) == pytest.approx(float(truth), rel=1e-8, abs=0)
+
+
+PIECEWISE = {
+    "relu": lambda: net(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.Hardtanh(), nn.Linear(8, 3)),
+    "smooth": lambda: net(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)),
+    "functional": lambda: Functional(F.relu),
+    "functional, smooth": lambda: Functional(F.softplus),
+    "twice in a row": lambda: Repeated(),
+    "side by side": lambda: Siamese(),
+    "divided": lambda: Divided(),
+    "multiplied": lambda: Multiplied(),
+}
+
+
+class Functional(nn.Module):
+    def __init__(self, activation):
+        super().__init__()
+        self.one, self.two, self.activation = nn.Linear(5, 5), nn.Linear(5, 3), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.activation(self.one(x)))
+
+
+class Repeated(Functional):
+    def __init__(self):
+        super().__init__(F.relu)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.activation(self.one(self.activation(self.one(x)))))
+
+
+class Siamese(Repeated):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.activation(self.one(x)) - self.activation(self.one(x.flip(1))))
+
+
+class Divided(Repeated):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.activation(self.one(x))) / (3 + self.one.bias.sum())
+
+
+class Multiplied(Repeated):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.activation(self.one(x)) * self.one.bias)
+
+
+@pytest.mark.parametrize("kind", list(PIECEWISE))
+def test_nets_whose_trace_is_that_of_gauss_newton_are_recognised(kind):
+    torch.manual_seed(0)
+    model, x, y = PIECEWISE[kind]().double(), torch.randn(8, 5).double(), torch.randint(3, (8,))
+    hessian = dense_hessian(model, lambda: criterion(model(x), y))
+    gauss_newton = dense_gauss_newton(model, lambda: model(x), lambda z: criterion(z, y))
+    equal = math.isclose(float(hessian.trace()), float(gauss_newton.trace()), rel_tol=1e-9)
+    assert inspect(flatmin.Objective(model, criterion, [(x, y)])).piecewise_linear == equal
+
+
+def test_what_the_recorded_operations_claim_is_verified(monkeypatch):
+    monkeypatch.setattr(module, "curved", lambda *_: set())
+    model, x, y = make("tanh")
+    split = inspect(flatmin.Objective(model, criterion, [(x, y)]))
+    assert not split.piecewise_linear
+    assert set(split.curved) <= {"0.weight", "0.bias", "2.weight", "2.bias"}
+
+
+def draws(objective, split, count=400) -> Tensor:
+    return ClassVectors(objective, split, 0).draw(0, count)
+
+
+@pytest.mark.parametrize("loss", [criterion, LOSSES["regression"], LOSSES["of the norm"]])
+@pytest.mark.parametrize("norms", [True, False])
+def test_random_class_vectors_are_unbiased_for_every_parameter(loss, norms):
+    model, x, y = build("batch norm")
+    objective = flatmin.Objective(model, loss, [(x[:4], y[:4]), (x[4:], y[4:])])
+    truth = traces_by_param(model, dense_gauss_newton(model, lambda: model(x), lambda z: loss(z, y)))
+    split = inspect(objective)
+    if not norms:
+        split = module.Split(num_vectors=0, kind=split.kind, layouts=None, reason="none", curved=(), checked=())
+    found = draws(objective, split)
+    assert ((found.mean(0) - truth).abs() <= 4 * found.std(0) / math.sqrt(len(found)) + 1e-12).all()
+
+
+def test_a_language_model_with_many_classes_at_many_positions():
+    torch.manual_seed(0)
+    model = net(nn.Embedding(40, 6), nn.Linear(6, 40)).double()
+    tokens = torch.randint(40, (8, 5))
+    loss = lambda z, y: F.cross_entropy(z[:, :-1].flatten(0, 1), y[:, 1:].flatten())  # noqa: E731
+    objective = flatmin.Objective(model, loss, [(tokens, tokens)])
+    truth = float(dense_hessian(model, lambda: loss(model(tokens), tokens)).trace())
+    result = flatmin.trace(objective, rtol=0.02)
+    assert "Gauss-Newton by random class vectors; equal to the Hessian's" in result.method
+    assert result.num_products == 0
+    assert abs(result.value - truth) < 4 * result.stderr
+    assert result.stderr <= 0.02 * result.value
+
+
+class Mixing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x - x.mean(0)) - self.layer(x).mean(0)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)), "a parameter enters by"),
+        (Mixing(), "the samples of a batch are mixed"),
+        (net(nn.Linear(5, 70)), "more than 64 outputs"),
+    ],
+)
+def test_what_cannot_be_exact_says_why(model, reason):
+    objective = flatmin.Objective(model, criterion, [(torch.randn(6, 5), torch.randint(3, (6,)))])
+    split = inspect(objective)
+    assert not split.exact
+    assert reason in split.reason
+
+
+@pytest.mark.parametrize("name", list(NETS))
+def test_single_precision(name):
+    model, x, y = make(name)
+    objective = flatmin.Objective(model, criterion, [(x, y)])
+    truth = float(exact_trace(objective, inspect(objective)).sum())
+    x = x.float() if x.is_floating_point() else x
+    single = flatmin.Objective(model.float(), criterion, [(x, y)])
+    assert float(exact_trace(single, inspect(single)).sum()) == pytest.approx(truth, rel=1e-5)

@@ -1,0 +1,70 @@
+"""Comparisons at equal loss: interpolation by hand, refusals, errors that make the verdict."""
+
+import dataclasses
+import math
+
+import pytest
+
+import flatmin
+from flatmin.curvature.results import Estimate
+from tests.curvature.nets import criterion, make
+
+NONE = Estimate(value=0.0, stderr=0.0)
+
+
+def point(loss, trace, stderr=0.0):
+    parts = {"lambda_max": NONE, "noise_stability": NONE, "seconds": 0.0, "overhead": 0.0}
+    return flatmin.TrackPoint(step=0, loss=loss, trace=Estimate(value=trace, stderr=stderr), **parts)
+
+
+def test_it_interpolates_at_the_lowest_common_loss():
+    # Both follow trace = c loss^a; the first went on to a lower loss, where its trace is lower.
+    first = [point(x, 100 * x**0.7) for x in (1.0, 0.3, 0.03, 0.001)]
+    second = [point(x, 50 * x**0.7) for x in (1.1, 0.2, 0.01)]
+    found = flatmin.compare_at_matched_loss(first, second)
+    assert found.loss == 0.01
+    assert found.first.value == pytest.approx(100 * 0.01**0.7)
+    assert found.ratio.value == pytest.approx(0.5)
+    assert first[-1].trace.value < second[-1].trace.value  # the wrong comparison says the opposite
+    assert found.flatter == "second"
+    at = flatmin.compare_at_matched_loss(first, second, loss=0.1)
+    assert at.first.value == pytest.approx(100 * 0.1**0.7)
+    assert "the second is flatter" in str(at)
+
+
+def test_the_errors_decide():
+    clear = flatmin.compare_at_matched_loss([point(0.1, 10, 0.5)], [point(0.1, 14, 0.5)])
+    assert clear.flatter == "first"
+    assert clear.ratio.value == pytest.approx(1.4)
+    assert clear.ratio.stderr == pytest.approx(1.4 * math.hypot(0.05, 0.5 / 14))
+    noisy = flatmin.compare_at_matched_loss([point(0.1, 10, 3)], [point(0.1, 14, 3)])
+    assert noisy.flatter is None
+    assert "no difference is seen" in str(noisy)
+    # Half way between two measurements their errors average out.
+    pair = [point(0.01, 10, 1.0), point(1.0, 10, 1.0)]
+    assert flatmin.compare_at_matched_loss(pair, pair, loss=0.1).first.stderr == pytest.approx(math.sqrt(0.5))
+
+
+def test_reports_of_measure():
+    model, x, y = make("tanh")
+    report = flatmin.measure(model, criterion, [(x, y)])
+    found = flatmin.compare_at_matched_loss(report, [report])
+    assert found.ratio.value == 1
+    assert found.p_value == 1
+    other = dataclasses.replace(report, loss=dataclasses.replace(report.loss, value=report.loss.value / 2))
+    with pytest.raises(ValueError, match=r"the losses do not match.*A trace falls because the loss does"):
+        flatmin.compare_at_matched_loss(report, other)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "options", "message"),
+    [
+        ([point(0.1, 1), point(0.2, 1)], [point(0.3, 1), point(0.4, 1)], {}, "do not match"),
+        ([point(0.1, 1), point(0.2, 1)], [point(0.1, 1), point(0.4, 1)], {"loss": 0.3}, "do not match: the first"),
+        ([], [point(0.1, 1)], {}, "no measurements"),
+        ([point(0.1, -1)], [point(0.1, 1)], {}, "positive loss and trace"),
+    ],
+)
+def test_refusals(first, second, options, message):
+    with pytest.raises(ValueError, match=message):
+        flatmin.compare_at_matched_loss(first, second, **options)

@@ -1,0 +1,137 @@
+"""Hessian, Gauss-Newton, residual and Fisher products against dense float64 matrices; kept graphs."""
+
+import pytest
+import torch
+from torch import nn
+
+import flatmin
+from flatmin.curvature.operators import FisherOperator, GaussNewtonOperator, HessianOperator, ResidualOperator
+from flatmin.vectors import Vector
+from tests.curvature.nets import NETS, criterion, dense_gauss_newton, dense_hessian, make
+
+
+def flat(v: Vector) -> torch.Tensor:
+    return torch.cat([t.flatten() for t in v.present])
+
+
+def ragged(x, y):
+    return [(x[:16], y[:16]), (x[16:], y[16:])]
+
+
+def random_like(objective):
+    return Vector(torch.randn_like(p) for p in objective.params)
+
+
+@pytest.mark.parametrize("name", list(NETS))
+def test_products_against_dense_matrices(name):
+    model, x, y = make(name)
+    objective = flatmin.Objective(model, criterion, ragged(x, y))
+    hessian = dense_hessian(model, lambda: criterion(model(x), y))
+    gauss_newton = dense_gauss_newton(model, lambda: model(x), lambda z: criterion(z, y))
+    v = random_like(objective)
+    for operator, matrix in [
+        (HessianOperator(objective), hessian),
+        (GaussNewtonOperator(objective), gauss_newton),
+        (ResidualOperator(objective), hessian - gauss_newton),
+    ]:
+        for _ in range(2):  # the second product uses the kept graphs
+            torch.testing.assert_close(flat(operator.product(v)), matrix @ flat(v), rtol=1e-9, atol=1e-11)
+        assert operator.num_params == len(matrix)
+        assert operator.cost == 2.0
+        assert operator.name in operator.method
+        assert "double backward" in operator.method
+
+
+LOSSES = {
+    "weights, smoothing, ignored": nn.CrossEntropyLoss(
+        weight=torch.tensor([0.5, 1.0, 2.0]).double(), label_smoothing=0.1, ignore_index=2
+    ),
+    "sum": nn.CrossEntropyLoss(reduction="sum"),
+    "regression": lambda z, y: nn.functional.mse_loss(z, y.double().unsqueeze(1).expand_as(z)),
+    "multi-label": lambda z, y: nn.functional.binary_cross_entropy_with_logits(
+        z, nn.functional.one_hot(y, z.shape[1]).double()
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_gauss_newton_for_losses_of_many_kinds(loss):
+    model, x, y = make("tanh")
+    objective = flatmin.Objective(model, LOSSES[loss], [(x, y)])
+    scale = len(x) if loss == "sum" else 1
+    gauss_newton = dense_gauss_newton(model, lambda: model(x), lambda z: LOSSES[loss](z, y) / scale)
+    v = random_like(objective)
+    torch.testing.assert_close(
+        flat(GaussNewtonOperator(objective).product(v)), gauss_newton @ flat(v), rtol=1e-9, atol=1e-11
+    )
+
+
+def test_the_empirical_fisher_is_the_mean_outer_product_of_the_samples_gradients():
+    model, x, y = make("attention")
+    objective = flatmin.Objective(model, criterion, ragged(x, y))
+    params = list(model.parameters())
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        rows = [torch.autograd.grad(criterion(model(a[None]), b[None]), params) for a, b in zip(x, y, strict=True)]
+    gradients = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    v = random_like(objective)
+    truth = gradients.T @ (gradients @ flat(v)) / len(x)
+    torch.testing.assert_close(flat(FisherOperator(objective, "empirical").product(v)), truth, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "regression"])
+def test_the_fisher_of_drawn_targets_is_fixed_and_averages_to_gauss_newton(loss):
+    model, x, y = make("relu")
+    objective = flatmin.Objective(model, LOSSES.get(loss, criterion), ragged(x, y))
+    v = random_like(objective)
+    operator = FisherOperator(objective, "mc", seed=4)
+    torch.testing.assert_close(flat(operator.product(v)), flat(FisherOperator(objective, "mc", seed=4).product(v)))
+    forms = torch.stack([flat(FisherOperator(objective, seed=s).product(v)) @ flat(v) for s in range(100)])
+    truth = flat(GaussNewtonOperator(objective).product(v)) @ flat(v)
+    assert abs(forms.mean() - truth) < 3 * forms.std() / 10
+
+
+def test_graphs_are_kept_within_their_bound_and_rebuilt_when_the_weights_change():
+    model, x, y = make("tanh")
+    evaluations = []
+    model.register_forward_hook(lambda *_: evaluations.append(1))
+    objective = flatmin.Objective(model, criterion, ragged(x, y))
+    objective.check()
+    v = random_like(objective)
+    for memory, first, second in [(2**30, 2, 0), (0, 2, 2)]:
+        operator = HessianOperator(objective, graph_memory=memory)
+        assert ("graphs kept" in operator.method) == (memory > 0)
+        assert operator.cost == (2.0 if memory else 3.0)
+        for expected in (first, second):
+            evaluations.clear()
+            operator.product(v)
+            assert len(evaluations) == expected
+    operator = HessianOperator(objective)
+    operator.product(v)
+    with torch.no_grad():
+        model.get_parameter("0.weight").mul_(1.5)
+    torch.testing.assert_close(flat(operator.product(v)), flat(HessianOperator(objective).product(v)))
+
+
+def test_missing_entries_are_zeros():
+    model, x, y = make("tanh")
+    objective = flatmin.Objective(model, criterion, [(x, y)])
+    v = random_like(objective)
+    some = Vector([v.tensors[0], *[None] * (len(v) - 1)])
+    zeros = Vector([v.tensors[0], *[torch.zeros_like(t) for t in v.present[1:]]])
+    operator = HessianOperator(objective)
+    torch.testing.assert_close(flat(operator.product(some)), flat(operator.product(zeros)))
+
+
+def test_what_is_not_possible_is_refused():
+    model, x, y = make("tanh")
+    own = flatmin.Objective(model, None, [(x, y)], forward=lambda m, b: (criterion(m(b[0]), b[1]), b[1]))
+    with pytest.raises(ValueError, match="need the outputs of the model and a criterion"):
+        GaussNewtonOperator(own).product(own.zeros())
+    pairs = flatmin.Objective(model, lambda z, y: criterion(z[0], y), [(x, y)], forward=lambda m, b: ((m(b[0]),), b[1]))
+    with pytest.raises(ValueError, match="outputs that are one tensor, got tuple"):
+        GaussNewtonOperator(pairs).product(own.zeros())
+    with pytest.raises(ValueError, match="kind must be 'mc' or 'empirical', got 'exact'"):
+        FisherOperator(own, "exact")  # type: ignore[arg-type]
+    contrastive = flatmin.Objective(model, lambda z, y: (z @ z.T).logsumexp(1).mean(), [(x, y)])
+    with pytest.raises(ValueError, match="targets cannot be drawn"):
+        FisherOperator(contrastive).product(own.zeros())
