@@ -1,5 +1,6 @@
 """Measuring over ranks: each has some of the batches, uneven numbers of them; equal to one process with all."""
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed, nn
@@ -41,6 +42,25 @@ def measure(measured):
     }, dict(seen.sizes["all_reduce"])
 
 
+RISES = {
+    "noise": lambda measured: flatmin.noise_stability(measured, 0.05, num_draws=6).value,
+    "average": lambda measured: flatmin.average_sharpness(measured, 0.05, num_draws=6).value,
+    "ascent": lambda measured: flatmin.ascent_sharpness(measured, 0.05).value,
+    "density": lambda measured: flatmin.spectral_density(measured, num_probes=2).value,
+    "slice": lambda measured: np.sum(flatmin.loss_slice(measured, flatmin.random_direction(measured)).losses),
+}
+
+
+def rise_on_a_rank(rank, name):
+    return float(RISES[name](objective(slice(rank, None, 2), distributed.group.WORLD)))
+
+
+@pytest.mark.parametrize("name", RISES)
+def test_whatever_is_measured(ranks, name):
+    expected = float(RISES[name](objective(slice(None))))
+    assert ranks(rise_on_a_rank, name) == [pytest.approx(expected, rel=1e-6)] * 2
+
+
 def flat(vector):
     return torch.cat([t.flatten() for t in vector.present])
 
@@ -72,6 +92,15 @@ def in_single_precision(rank):
 
 def test_large_counts_are_exact(ranks):
     assert ranks(in_single_precision) == [2**25 + 3] * 2
+
+
+def as_a_function(rank):
+    with pytest.raises(ValueError, match="one process"):
+        flatmin.model_function(objective(slice(rank, None, 2), distributed.group.WORLD))
+
+
+def test_a_function_of_the_weights_is_of_one_process(ranks):
+    ranks(as_a_function)
 
 
 def refused(rank):

@@ -137,11 +137,13 @@ def model_function(objective: Objective) -> tuple[Callable[[Tensor], Tensor], Te
         f and w, (num_params,), with f(w) the loss. Several times differentiable.
 
     Raises:
-        ValueError: if a parameter is not float64, or the model does not look its parameters up when it is called.
+        ValueError: if a parameter is not float64, the objective is over several processes, or the model does not look its parameters up when it is called.
 
     Example:
         flatmin.flat_minimum(*flatmin.model_function(objective)).is_flat(1e-3)
     """
+    if objective.group is not None:
+        raise ValueError("a function that can be differentiated again is of one process's data: leave group= out.")
     for name, p in zip(objective.names, objective.params, strict=True):
         if p.dtype != torch.float64:
             raise ValueError(f"{name!r} is {p.dtype}: call model.double() and give data in float64.")
