@@ -137,7 +137,8 @@ def model_function(objective: Objective) -> tuple[Callable[[Tensor], Tensor], Te
         f and w, (num_params,), with f(w) the loss. Several times differentiable.
 
     Raises:
-        ValueError: if a parameter is not float64, the objective is over several processes, or the model does not look its parameters up when it is called.
+        ValueError: if a parameter is not float64, the objective is over several processes, or the model does not look
+            its parameters up when it is called.
 
     Example:
         flatmin.flat_minimum(*flatmin.model_function(objective)).is_flat(1e-3)
