@@ -227,7 +227,7 @@ def test_random_class_vectors_are_unbiased_for_every_parameter(loss, norms):
     truth = traces_by_param(model, dense_gauss_newton(model, lambda: model(x), lambda z: loss(z, y)))
     split = inspect(objective)
     if not norms:
-        split = module.Split(num_vectors=0, layouts=None, reason="none", curved=(), checked=())
+        split = module.Split(num_vectors=0, kind=split.kind, layouts=None, reason="none", curved=(), checked=())
     found = draws(objective, split)
     assert ((found.mean(0) - truth).abs() <= 4 * found.std(0) / math.sqrt(len(found)) + 1e-12).all()
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from flatmin.curvature.differences import dots
 from flatmin.curvature.graph import curved
 from flatmin.curvature.objective import Objective
-from flatmin.curvature.outputs import MAX_OUTPUTS, OutputLoss
+from flatmin.curvature.outputs import MAX_OUTPUTS, Kind, OutputLoss
 from flatmin.curvature.persample import PerSample
 from flatmin.curvature.products import check_finite, differentiable_twice
 from flatmin.curvature.uses import Layout, Uncovered
@@ -40,6 +40,7 @@ class Split:
 
     Attributes:
         num_vectors: how many u_k there are; 0 if A cannot be written down.
+        kind: what A does.
         layouts: for the per-sample norms; `None` if there are none.
         reason: why tr G cannot be had exactly; empty if it can.
         curved: parameters in which the outputs are not (known to be) piecewise linear.
@@ -47,6 +48,7 @@ class Split:
     """
 
     num_vectors: int
+    kind: Kind
     layouts: Sequence[Layout] | None
     reason: str
     curved: tuple[str, ...]
@@ -97,7 +99,9 @@ def inspect(objective: Objective, *, seed: int = 0) -> Split:
     checked: list[str] = []
     if not bent:
         names, checked = _verify(objective, seed)
-    return Split(num_vectors=number, layouts=layouts, reason=reason, curved=tuple(names), checked=tuple(checked))
+    return Split(
+        num_vectors=number, kind=loss.kind, layouts=layouts, reason=reason, curved=tuple(names), checked=tuple(checked)
+    )
 
 
 def _verify(objective: Objective, seed: int) -> tuple[list[str], list[str]]:
@@ -131,7 +135,7 @@ def exact_trace(objective: Objective, split: Split) -> Tensor:
     total, count = torch.zeros(len(params), dtype=torch.float64, device=params[0].device), 0
     with objective.quiet(), torch.enable_grad():
         for batch in objective.batches():
-            loss = OutputLoss.of(objective, batch)
+            loss = OutputLoss.of(objective, batch, split.kind)
             factors = loss.factors()
             assert factors is not None
             total += batch.size * PerSample(loss.outputs, params, split.layouts).squared_norms(*factors).sum(0)
@@ -162,7 +166,7 @@ class ClassVectors:
         total, count = torch.zeros(size, len(objective.params), dtype=torch.float64, device=device), 0
         with objective.quiet(), torch.enable_grad():
             for index, batch in enumerate(objective.batches()):
-                loss = OutputLoss.of(objective, batch)
+                loss = OutputLoss.of(objective, batch, self._split.kind)
                 norms = self._norms(loss)
                 for row in range(size):
                     seed = mix_seeds(self._seed, first + row, index, 2)

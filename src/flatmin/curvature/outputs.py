@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,13 @@ from flatmin.curvature.objective import Batch, Objective
 from flatmin.noise import draw_like
 
 MAX_OUTPUTS = 64  # outputs per sample up to which A is written down
+
+
+class Kind(NamedTuple):
+    """What A does: "softmax" (classes along `dim`), "diagonal", "blocks" or "coupled"."""
+
+    name: str
+    dim: int = 1
 
 
 class Point:
@@ -65,16 +72,18 @@ class OutputLoss:
         outputs: of the model, with their graph.
         targets: of the batch.
         size: samples in the batch.
+        kind: what A does, if that is known from another batch.
     """
 
-    def __init__(self, objective: Objective, outputs: Tensor, targets: Any, size: int):
+    def __init__(self, objective: Objective, outputs: Tensor, targets: Any, size: int, kind: Kind | None = None):
         self.outputs, self.size = outputs, size
+        self._known = kind
         self._here = Point(objective, outputs.detach(), targets, size)
         self.slope, self.curvature = self._here.slope, self._here.curvature
         self._objective, self._targets = objective, targets
 
     @staticmethod
-    def of(objective: Objective, batch: Batch) -> OutputLoss:
+    def of(objective: Objective, batch: Batch, kind: Kind | None = None) -> OutputLoss:
         """Evaluates the batch."""
         if objective.criterion is None:
             raise ValueError(
@@ -82,7 +91,7 @@ class OutputLoss:
                 "criterion=None (the model returns its own loss). Pass criterion= and forward=."
             )
         evaluated = batch.evaluate()
-        return OutputLoss(objective, output_tensor(evaluated.outputs), evaluated.targets, batch.size)
+        return OutputLoss(objective, output_tensor(evaluated.outputs), evaluated.targets, batch.size, kind)
 
     @property
     def rows(self) -> bool:
@@ -90,25 +99,28 @@ class OutputLoss:
         return self._here.outputs.ndim > 0 and self._here.outputs.shape[0] == self.size
 
     @cached_property
-    def kind(self) -> str:
-        """What A does: "softmax", "diagonal", "blocks" or "coupled"."""
+    def kind(self) -> Kind:
+        """What A does."""
         if not self.rows:
-            return "coupled"
+            return Kind("coupled")
+        if self._known is not None:
+            return self._known
         if self._equals(lambda u: self._there.diagonal * u):
-            return "diagonal"
-        if self._softmax_dim is not None:
-            return "softmax"
-        if self._here.outputs[0].numel() <= MAX_OUTPUTS and self._equals(self._by_blocks):
-            return "blocks"
-        return "coupled"
+            return Kind("diagonal")
+        for dim in dict.fromkeys((1, self.outputs.ndim - 1)):
+            if 0 < dim < self.outputs.ndim and self._equals(lambda u, dim=dim: self._softmax_product(u, dim)):
+                return Kind("softmax", dim)
+        if self.outputs[0].numel() <= MAX_OUTPUTS and self._equals(self._by_blocks):
+            return Kind("blocks")
+        return Kind("coupled")
 
     def draw(self, generator: torch.Generator) -> Tensor | None:
         """A random a with E a a' = A, different predictions independent; `None` if that cannot be done."""
-        if self.kind == "softmax":
+        if self.kind.name == "softmax":
             p, scale, dim = self._softmax
             spread = p.sqrt() * draw_like(p, "rademacher", generator)
             return scale.sqrt() * (spread - p * spread.sum(dim, keepdim=True))
-        if self.kind == "diagonal" and bool((self._here.diagonal >= 0).all()):
+        if self.kind.name == "diagonal" and bool((self._here.diagonal >= 0).all()):
             return self._here.diagonal.sqrt() * draw_like(self._here.outputs, "rademacher", generator)
         return None
 
@@ -118,13 +130,13 @@ class OutputLoss:
         Raises:
             ValueError: if the loss is none of these.
         """
-        if self.kind == "softmax":
+        if self.kind.name == "softmax":
             p, scale, dim = self._softmax
             classes = p.movedim(dim, -1)
             drawn = torch.multinomial(classes.reshape(-1, classes.shape[-1]), 1, generator=generator)
             chosen = torch.zeros_like(classes).scatter_(-1, drawn.view(*classes.shape[:-1], 1), 1.0).movedim(-1, dim)
             return scale.sqrt() * (chosen - p)
-        if self.kind == "diagonal" and bool((self._here.diagonal >= 0).all()):
+        if self.kind.name == "diagonal" and bool((self._here.diagonal >= 0).all()):
             return self._here.diagonal.sqrt() * draw_like(self._here.outputs, "normal", generator)
         raise ValueError(
             "targets cannot be drawn for this criterion: its second derivative by the outputs is neither that of "
@@ -134,12 +146,12 @@ class OutputLoss:
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """Vectors u (k, *outputs) and signs s (k, samples) with A_i = sum_k s_ik u_ik u_ik'; `None` if not possible."""
         outputs = self._here.outputs[0].numel() if self.rows else 0
-        if not 0 < outputs <= MAX_OUTPUTS or self.kind == "coupled":
+        if not 0 < outputs <= MAX_OUTPUTS or self.kind.name == "coupled":
             return None
-        if self.kind == "diagonal":
+        if self.kind.name == "diagonal":
             vectors = torch.diag_embed(self._here.diagonal.reshape(self.size, -1).abs().sqrt()).transpose(0, 1)
             signs = self._here.diagonal.reshape(self.size, -1).T.sign()
-        elif self.kind == "softmax" and self._here.outputs.ndim == 2:
+        elif self.kind.name == "softmax" and self._here.outputs.ndim == 2:
             vectors, signs = self._softmax_factors()
         else:
             values, columns = torch.linalg.eigh(self._here.blocks.double())
@@ -188,19 +200,11 @@ class OutputLoss:
     def _by_blocks(self, u: Tensor) -> Tensor:
         return (self._there.blocks @ u.reshape(self.size, -1, 1)).view_as(u)
 
-    @cached_property
-    def _softmax_dim(self) -> int | None:
-        """The dimension of the classes, if A is that of softmax cross-entropy."""
-        for dim in dict.fromkeys((1, self.outputs.ndim - 1)):
-            if 0 < dim < self.outputs.ndim and self._equals(lambda u, dim=dim: self._softmax_product(u, dim)):
-                return dim
-        return None
-
     @property
     def _softmax(self) -> tuple[Tensor, Tensor, int]:
         """The probabilities, the factors s, and the dimension of the classes."""
-        assert self._softmax_dim is not None
-        return self.outputs.detach().softmax(self._softmax_dim), self._scale(self._softmax_dim), self._softmax_dim
+        dim = self.kind.dim
+        return self.outputs.detach().softmax(dim), self._scale(dim), dim
 
     def _scale(self, dim: int) -> Tensor:
         """The factors s, which do not depend on the outputs."""
