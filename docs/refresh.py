@@ -10,6 +10,8 @@ from torch.nn import Parameter
 from torch.optim import SGD
 
 import flatmin
+from benchmarks.spectrum import RESULTS as SPECTRUM
+from benchmarks.spectrum import markdown as spectrum_table
 from benchmarks.split_batch import markdown as split_table
 from benchmarks.step import markdown as cost_table
 from docs.flatness import RECORD
@@ -17,7 +19,7 @@ from docs.flatness_pictures import flatness_tables
 from flatmin.lab.display import markdown_table
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("results.md", "methods.md", "concepts/step.md", "concepts/flatness.md")
+PAGES = ("results.md", "methods.md", "concepts/step.md", "concepts/flatness.md", "concepts/measuring.md")
 
 
 def methods_table() -> str:
@@ -49,6 +51,7 @@ def main() -> None:
         "cost": cost_table(cost),
         "methods": methods_table(),
         "split": split_table(split),
+        "spectrum": spectrum_table(json.loads(SPECTRUM.read_text())),
         **flatness_tables(json.loads(RECORD.read_text())),
     }
     for path in (ROOT / "README.md", *(ROOT / "docs" / name for name in PAGES)):

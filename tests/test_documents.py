@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.spectrum import markdown as spectrum_table
 from benchmarks.split_batch import markdown as split_table
 from benchmarks.step import markdown as cost_table
 from docs.flatness import RECORD as FLATNESS
@@ -89,6 +90,11 @@ def test_the_table_of_methods_is_computed_from_the_registry():
 def test_the_table_of_half_batches_is_the_committed_result():
     results = json.loads((ROOT / "benchmarks" / "results" / "split_batch.json").read_text())
     assert split_table(results) in (ROOT / "docs" / "concepts" / "step.md").read_text()
+
+
+def test_the_table_of_eigenvalues_is_the_committed_result():
+    results = json.loads((ROOT / "benchmarks" / "results" / "spectrum.json").read_text())
+    assert spectrum_table(results) in (ROOT / "docs" / "concepts" / "measuring.md").read_text()
 
 
 def test_the_page_on_flatness_is_computed_from_its_record():
