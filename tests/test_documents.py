@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import collectives, scale
+from benchmarks.spectrum import markdown as spectrum_table
 from benchmarks.split_batch import markdown as split_table
 from benchmarks.step import markdown as cost_table
 from docs.flatness import RECORD as FLATNESS
@@ -111,6 +112,11 @@ def test_what_is_sent_is_the_committed_count_and_agrees_with_the_model_of_cost()
                 found["all_reduce"]["numbers"] -= found["all_reduce"]["single"]
                 sent = {kind: found[kind]["numbers"] / results["num_params"] for kind in found}
                 assert sent == collectives.expected(name, how), (how, name)
+
+
+def test_the_table_of_eigenvalues_is_the_committed_result():
+    results = json.loads((ROOT / "benchmarks" / "results" / "spectrum.json").read_text())
+    assert spectrum_table(results) in (ROOT / "docs" / "concepts" / "measuring.md").read_text()
 
 
 def test_the_page_on_flatness_is_computed_from_its_record():
