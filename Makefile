@@ -51,6 +51,7 @@ format: $(VENV)/dev.stamp
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.averaging
+	$(BIN)/python -m benchmarks.collectives
 
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -7,21 +7,17 @@ quartiles over rounds are reported. "plain again" is the noise of the measuremen
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import flatmin
 from benchmarks.models import WORKLOADS, Workload
+from benchmarks.timing import Spread, interleaved, options, spread, table, write
 
 RESULTS = Path(__file__).parent / "results" / "averaging.json"
 
@@ -64,52 +60,24 @@ def _step(workload: Workload, make_update: Callable[[nn.Module], Callable[[], No
     return step
 
 
-def measure(workload: Workload, rounds: int) -> dict[str, dict[str, float]]:
+def measure(workload: Workload, rounds: int) -> dict[str, Spread]:
     """Median and quartiles of time over that of the plain step, per variant."""
     steps = {name: _step(workload, make) for name, make in {"plain": lambda _: lambda: None, **VARIANTS}.items()}
-    for step in steps.values():
-        for _ in range(3):
-            step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            start = time.process_time()
-            for _ in range(workload.repeats):
-                step()
-            times[name].append(time.process_time() - start)
-    found = {}
-    for name in VARIANTS:
-        low, median, high = np.percentile(np.array(times[name]) / np.array(times["plain"]), [25, 50, 75])
-        found[name] = {"low": float(low), "median": float(median), "high": float(high)}
-    return found
+    times = interleaved(steps, rounds, 5 * workload.repeats)
+    return {name: spread(times[name] / times["plain"]) for name in VARIANTS}
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The results as a table: median [quartiles] of time over that of the plain step."""
-    workloads = results["workloads"]
-    lines = ["| step time over a plain step | " + " | ".join(workloads) + " |", "|---" * (len(workloads) + 1) + "|"]
-    for name in VARIANTS:
-        cells = [f"{w[name]['median']:.2f} [{w[name]['low']:.2f}, {w[name]['high']:.2f}]" for w in workloads.values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return table("step time over a plain step", VARIANTS, results["workloads"])
 
 
 def main() -> None:
     """Runs the benchmark and writes `results/averaging.json`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=41)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+    arguments = options(__doc__, RESULTS).parse_args()
     torch.set_num_threads(1)
-    results = {
-        "rounds": arguments.rounds,
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, CPU, 1 thread",
-        "workloads": {w.name: measure(w, arguments.rounds) for w in WORKLOADS},
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(results, indent=2) + "\n")
-    print(markdown(results))
+    workloads = {w.name: measure(w, arguments.rounds) for w in WORKLOADS}
+    print(markdown(write(arguments.out, arguments.rounds, workloads=workloads)))
 
 
 if __name__ == "__main__":

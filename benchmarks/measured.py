@@ -58,5 +58,5 @@ CASES = (
     Case("MLP, ReLU, 1,926 parameters, 4 x 256", lambda: tiny(nn.ReLU), (20,), 6, 256, 4, 400, 21),
     Case("MLP, tanh, 1,926 parameters, 4 x 256", lambda: tiny(nn.Tanh), (20,), 6, 256, 4, 400, 21),
     Case("ResNet-20, 16 x 16", resnet20, (3, 32, 32), 10, 16, 16, 40, 5),
-    Case("transformer 1.0 M, 16 x 16", Transformer, (3, 32, 32), 10, 16, 16, 60, 5),
+    Case("transformer 1.0 M, 8 x 16", Transformer, (3, 32, 32), 10, 16, 8, 60, 3),
 )

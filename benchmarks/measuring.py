@@ -107,7 +107,7 @@ def cost_of_products(case: Case, model: nn.Module, batches: Batches) -> dict[str
     work: dict[str, Callable[[], Tensor]] = {
         name: (lambda product=product: product(v)) for name, product in tools.items()
     }
-    if "curvlinops" in tools:
+    if "curvlinops" in tools and "MLP" in case.name:
         work[f"curvlinops, {BLOCK} columns"] = lambda: tools["curvlinops"](block)
     for call in (gradient, *work.values()):
         call()
@@ -157,7 +157,7 @@ def cost_of_trace(case: Case, model: nn.Module, batches: Batches, products: dict
     truth, how = reference(objective, small)
     operator = HessianOperator(objective)
     kept = lambda v: flat(operator.product(Vector(unflat(v, objective.params))).present)  # noqa: E731
-    spread = spread_of_one_probe(model, batches, kept, truth, 400 if small else 16)
+    spread = spread_of_one_probe(model, batches, kept, truth, 400 if small else 12)
     found: dict[str, Any] = {"truth": truth, "truth_from": how, "spread_of_one_probe": spread, "costs": {}}
     for goal, size in GOALS.items():
         needed = max((QUANTILE * spread / size) ** 2, 2)
@@ -182,7 +182,7 @@ def reference(objective: flatmin.Objective, small: bool) -> tuple[float, str]:
                 assert product is not None
                 total += float(product.flatten()[j])
         return total, "all unit vectors"
-    result = flatmin.trace(objective, max_products=48, method="gauss-newton", seed=99)
+    result = flatmin.trace(objective, max_products=32, method="gauss-newton", seed=99)
     return result.value, f"Gauss-Newton split, {result.num_products} probes, standard error {result.stderr:.3g}"
 
 
@@ -196,7 +196,7 @@ def our_cost(
         scale = 0.0 if pilot.stderr == 0 else (pilot.stderr / (rtol * abs(pilot.value))) ** 2
         count = pilot.num_gradients * max(scale, 1.0)
         return count, {"counted_from_error": pilot.stderr / abs(pilot.value), "method": pilot.method}
-    runs, ratios, errors, result = (11 if "MLP" in case.name else 3), [], [], None
+    runs, ratios, errors, result = (21 if "MLP" in case.name else 2), [], [], None
     for seed in range(runs):
         unit = statistics.mean(timed(gradient)[0] for _ in range(2))
         seconds, result = timed(lambda seed=seed: flatmin.trace(objective, rtol=rtol, max_products=20_000, seed=seed))
@@ -273,7 +273,12 @@ def main() -> None:
             products = cost_of_products(case, model, batches)
             said = attention_as_users_have_it(model, batches) if "transformer" in case.name else {}
             trace = cost_of_trace(case, model, batches, products)
-            results["cases"][case.name] = {"products": products, "trace": trace, "without_math_mode": said}
+            results["cases"][case.name] = {
+                "rounds": case.rounds,
+                "products": products,
+                "trace": trace,
+                "without_math_mode": said,
+            }
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(json.dumps(results, indent=2) + "\n")
     print(markdown(results))

@@ -72,14 +72,16 @@ def _sgd(model: nn.Module) -> Optimizer:
     return SGD(model.parameters(), lr=1e-4, momentum=0.9)
 
 
+def _adamw(model: nn.Module) -> Optimizer:
+    return AdamW(model.parameters(), lr=1e-5)
+
+
 WORKLOADS = (
-    Workload("MLP 64-128-128-10, batch 64, SGD", mlp, lambda: torch.randn(64, 64), _sgd, 60),
-    Workload("ResNet-20, batch 16, SGD", resnet20, lambda: torch.randn(16, 3, 32, 32), _sgd, 2),
-    Workload(
-        "transformer 1.0 M, batch 8, AdamW",
-        Transformer,
-        lambda: torch.randn(8, 3, 32, 32),
-        lambda model: AdamW(model.parameters(), lr=1e-5),
-        2,
-    ),
+    Workload("MLP 64-128-128-10, batch 64, SGD", mlp, lambda: torch.randn(64, 64), _sgd, 12),
+    Workload("ResNet-20, batch 16, SGD", resnet20, lambda: torch.randn(16, 3, 32, 32), _sgd, 1),
+    Workload("transformer 1.0 M, batch 8, AdamW", Transformer, lambda: torch.randn(8, 3, 32, 32), _adamw, 1),
+)
+LARGE_BATCHES = (
+    Workload("ResNet-20, batch 64", resnet20, lambda: torch.randn(64, 3, 32, 32), _sgd, 1),
+    Workload("transformer, batch 32", Transformer, lambda: torch.randn(32, 3, 32, 32), _adamw, 1),
 )

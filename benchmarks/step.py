@@ -3,115 +3,103 @@
     bound(n) = n (zero_grad + forward + backward) + one base step
 
 All variants take turns within each round, in CPU time of one thread; a ratio is formed within a round, and its median
-and quartiles over rounds are reported. Run with `make bench` (about two minutes), or `--rounds 5` for a quick look.
+and quartiles over rounds are reported. Run with `make bench` (a few minutes), or `--rounds 5` for a quick look.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 import flatmin
-from benchmarks.models import WORKLOADS, Workload
+from benchmarks.models import LARGE_BATCHES, WORKLOADS, Workload
+from benchmarks.timing import Piece, Spread, interleaved, options, spread, table, write
 
 RESULTS = Path(__file__).parent / "results" / "step.json"
+K = 5  # LookSAM takes its second gradient at every fifth step
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "SAM": ("sam", {}),
     "NSO (two-point)": ("nso", {}),
     "NSO, low_memory": ("nso", {"low_memory": True}),
     "NSO (one-point)": ("nso-one-point", {}),
+    "LookSAM, k = 5": ("looksam", {"k": K}),
 }
+SPLIT: dict[str, tuple[str, dict[str, Any]]] = {"NSO, split_batch": ("nso-split", {})}
+Variants = dict[str, tuple[str, dict[str, Any]]]
 
 
-def _pieces(workload: Workload) -> dict[str, Callable[[], Any]]:
-    """What is timed: the bare pieces of the bound, the base step, and each method's step."""
+def pieces(workload: Workload, variants: Variants) -> dict[str, Piece]:
+    """What is timed, K steps each: the bare gradient, the base step, and each method's step."""
     torch.manual_seed(0)
     inputs, criterion = workload.inputs(), nn.CrossEntropyLoss()
     targets = torch.randint(10, (len(inputs),))
 
-    def evaluation(model: nn.Module, zero_grad: Callable[[], None]) -> Callable[[], torch.Tensor]:
+    def bare(step: bool) -> Piece:
+        model = workload.build()
+        base = workload.base(model)
+
+        def piece() -> None:
+            base.zero_grad()
+            criterion(model(inputs), targets).backward()
+            if step:
+                base.step()
+
+        return piece
+
+    def stepping(method: str, given: dict[str, Any]) -> Piece:
+        model = workload.build()
+        optimizer: Any = flatmin.methods()[method].build(workload.base(model), **given)
+        take = optimizer.take if optimizer.needs_take else lambda *batch: batch
+
         def closure() -> torch.Tensor:
-            zero_grad()
-            loss = criterion(model(inputs), targets)
+            optimizer.zero_grad()
+            x, y = take(inputs, targets)
+            loss = criterion(model(x), y)
             loss.backward()
             return loss
 
-        return closure
+        return lambda: optimizer.step(closure)
 
-    model = workload.build()
-    base = workload.base(model)
-    gradient = evaluation(model, base.zero_grad)
-
-    def base_step() -> None:
-        gradient()
-        base.step()
-
-    pieces: dict[str, Callable[[], Any]] = {"gradient": gradient, "base": base_step}
-    for name, (method, options) in VARIANTS.items():
-        model = workload.build()
-        optimizer: Any = flatmin.methods()[method].build(workload.base(model), **options)
-        closure = evaluation(model, optimizer.zero_grad)
-        pieces[name] = lambda optimizer=optimizer, closure=closure: optimizer.step(closure)
-    return pieces
+    found = {"gradient": bare(False), "base": bare(True)}
+    found |= {name: stepping(method, given) for name, (method, given) in variants.items()}
+    return {name: _times(K, piece) for name, piece in found.items()}
 
 
-def measure(workload: Workload, rounds: int) -> dict[str, dict[str, float]]:
+def _times(number: int, piece: Piece) -> Piece:
+    def repeated() -> None:
+        for _ in range(number):
+            piece()
+
+    return repeated
+
+
+def measure(workload: Workload, variants: Variants, rounds: int) -> dict[str, Spread]:
     """Median and quartiles of time over bound, per variant."""
-    pieces = _pieces(workload)
-    for piece in pieces.values():
-        piece()
-    times: dict[str, list[float]] = {name: [] for name in pieces}
-    for _ in range(rounds):
-        for name, piece in pieces.items():
-            start = time.process_time()
-            for _ in range(workload.repeats):
-                piece()
-            times[name].append(time.process_time() - start)
-    gradient, base = np.array(times["gradient"]), np.array(times["base"])
-    found = {}
-    for name, (method, _) in VARIANTS.items():
-        bound = flatmin.methods()[method].gradients * gradient + (base - gradient)
-        low, median, high = np.percentile(np.array(times[name]) / bound, [25, 50, 75])
-        found[name] = {"low": float(low), "median": float(median), "high": float(high)}
-    return found
+    times = interleaved(pieces(workload, variants), rounds, workload.repeats)
+    gradient, step = times["gradient"], times["base"] - times["gradient"]
+    needed = {name: _gradients(method, given) for name, (method, given) in variants.items()}
+    return {name: spread(times[name] / (needed[name] * gradient + step)) for name in variants}
+
+
+def _gradients(method: str, given: dict[str, Any]) -> float:
+    return 1 + 1 / given["k"] if method == "looksam" else flatmin.methods()[method].gradients
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The results as a table: median [quartiles] of time over bound."""
-    workloads = results["workloads"]
-    lines = ["| step time over its bound | " + " | ".join(workloads) + " |", "|---" * (len(workloads) + 1) + "|"]
-    for name in VARIANTS:
-        cells = [f"{w[name]['median']:.2f} [{w[name]['low']:.2f}, {w[name]['high']:.2f}]" for w in workloads.values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return table("step time over its bound", [*VARIANTS, *SPLIT], results["workloads"])
 
 
 def main() -> None:
     """Runs the benchmark and writes `results/step.json`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=41)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+    arguments = options(__doc__, RESULTS).parse_args()
     torch.set_num_threads(1)
-    workloads = {w.name: measure(w, arguments.rounds) for w in WORKLOADS}
-    results = {
-        "rounds": arguments.rounds,
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, CPU, 1 thread",
-        "workloads": workloads,
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(results, indent=2) + "\n")
-    print(markdown(results))
+    workloads = {w.name: measure(w, VARIANTS, arguments.rounds) for w in WORKLOADS}
+    workloads |= {w.name: measure(w, SPLIT, arguments.rounds) for w in LARGE_BATCHES}
+    print(markdown(write(arguments.out, arguments.rounds, workloads=workloads)))
 
 
 if __name__ == "__main__":

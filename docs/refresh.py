@@ -10,6 +10,8 @@ from torch.nn import Parameter
 from torch.optim import SGD
 
 import flatmin
+from benchmarks.collectives import table as collectives_table
+from benchmarks.scale import table as scale_table
 from benchmarks.spectrum import RESULTS as SPECTRUM
 from benchmarks.spectrum import markdown as spectrum_table
 from benchmarks.split_batch import markdown as split_table
@@ -19,7 +21,11 @@ from docs.flatness_pictures import flatness_tables
 from flatmin.lab.display import markdown_table
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("results.md", "methods.md", "concepts/step.md", "concepts/flatness.md", "concepts/measuring.md")
+PAGES = (
+    "results.md",
+    "methods.md",
+    *(f"concepts/{name}.md" for name in ("step", "scale", "flatness", "measuring")),
+)
 
 
 def methods_table() -> str:
@@ -44,13 +50,18 @@ def methods_table() -> str:
 def main() -> None:
     """Replaces what stands between `<!-- name -->` and `<!-- /name -->`."""
     summary = json.loads((ROOT / "docs" / "records" / "digits" / "summary.json").read_text())
+    halves = json.loads((ROOT / "docs" / "records" / "halves" / "summary.json").read_text())
     cost = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())
     split = json.loads((ROOT / "benchmarks" / "results" / "split_batch.json").read_text())
+    sent = json.loads((ROOT / "benchmarks" / "results" / "collectives.json").read_text())
     tables = {
         "demo": markdown_table(summary),
+        "halves": markdown_table(halves),
         "cost": cost_table(cost),
         "methods": methods_table(),
         "split": split_table(split),
+        "collectives": collectives_table(sent),
+        "scale": scale_table(),
         "spectrum": spectrum_table(json.loads(SPECTRUM.read_text())),
         **flatness_tables(json.loads(RECORD.read_text())),
     }

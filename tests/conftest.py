@@ -1,5 +1,7 @@
 """One thread per test process: two processes on two cores, and the same sums every time."""
 
+import sys
+
 import pytest
 import torch
 
@@ -9,3 +11,13 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_accelerator_left_behind():
+    yield
+    if "accelerate.state" in sys.modules:  # it keeps its state in the process
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()

@@ -29,25 +29,27 @@ MAY_IMPORT = {
     "place": {"vectors", "shards"},
     "problems": set(),
     "optim": {"vectors", "noise", "quiet", "place", "shards", "distributed"},
-    "curvature": {"vectors", "noise", "quiet", "place", "extras"},
+    "curvature": {"vectors", "noise", "quiet", "place", "extras", "shards", "distributed"},
     "bounds": set(),
+    "integrations": {"quiet", "extras", "optim"},
     "lab": {"vectors", "noise", "quiet", "extras", "optim", "curvature", "problems"},
     "__init__": {"optim", "curvature", "problems", "bounds"},
     "__main__": {"lab"},
 }
 CORE = {"torch", "numpy", "scipy"}
-THIRD_PARTY = {"problems": {"torch"}, "lab": {*CORE, "rich", "tyro"}}
+FRAMEWORKS = {"accelerate", "lightning", "transformers"}
+THIRD_PARTY = {"problems": {"torch"}, "lab": {*CORE, "rich", "tyro"}, "integrations": {*CORE, *FRAMEWORKS}}
 
 PUBLIC = [
     "BSAM", "ESAM", "GSAM", "NSO", "RSP", "SAM", "SAP", "WSAM", "AscentResult", "Averager", "DensityResult",
-    "DistancePenalty", "DistanceProjection", "EigenResult", "EigenSAM", "FisherSAM", "FlatMinimum",
-    "FlatMinimumEstimate", "FlatOptimizer", "FlatnessReport", "FreeTrace", "FriendlySAM", "LookSAM", "LossSlice",
-    "MatchedComparison", "Measurement", "MomentumSAM", "MongeSAM", "Objective", "Probe", "RandomSAM", "RayleighSum",
-    "SharpnessResult", "TraceResult", "TrackPoint", "Tracker", "ascent_sharpness", "average_sharpness",
-    "block_eigenvalues", "bounds", "compare_at_matched_loss", "direction_to", "flat_minimum",
-    "flat_minimum_estimate", "layerwise_rayleigh_sum", "limit_map", "loss_slice", "measure", "methods", "mixup",
-    "model_function", "noise_stability", "norm_parameters", "problems", "random_direction", "spectral_density",
-    "top_eigenvalues", "trace",
+    "DistancePenalty", "DistanceProjection", "EigenResult", "EigenSAM", "FisherOperator", "FisherSAM", "FlatMinimum",
+    "FlatMinimumEstimate", "FlatOptimizer", "FlatnessReport", "FreeTrace", "FriendlySAM", "GaussNewtonOperator",
+    "HessianOperator", "LookSAM", "LossSlice", "MatchedComparison", "Measurement", "MomentumSAM", "MongeSAM",
+    "Objective", "Probe", "RandomSAM", "RayleighSum", "SharpnessResult", "TraceResult", "TrackPoint", "Tracker",
+    "ascent_sharpness", "average_sharpness", "block_eigenvalues", "bounds", "compare_at_matched_loss", "direction_to",
+    "flat_minimum", "flat_minimum_estimate", "layerwise_rayleigh_sum", "limit_map", "loss_slice", "measure",
+    "methods", "mixup", "model_function", "noise_stability", "norm_parameters", "problems", "random_direction",
+    "spectral_density", "top_eigenvalues", "trace",
 ]  # fmt: skip
 
 
@@ -101,7 +103,7 @@ def test_public_names_are_frozen():
 def test_the_core_imports_without_the_extras():
     code = "import sys, flatmin; print(sorted({m.split('.')[0] for m in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for extra in ("rich", "tyro", "matplotlib", "jinja2", "sklearn", "safetensors"):
+    for extra in ("rich", "tyro", "matplotlib", "jinja2", "sklearn", "safetensors", *FRAMEWORKS):
         assert f"'{extra}'" not in loaded
 
 

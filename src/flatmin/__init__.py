@@ -3,7 +3,8 @@
 Training    NSO, RSP, SAP, SAM, MongeSAM and SAM's relatives around any `torch.optim` optimizer; `methods()` lists them
 Averaging   `Averager(model)`, the mean of the path of any of them, or of the base optimizer alone
 Beside      `DistancePenalty`, `DistanceProjection`, `mixup`: what goes together with any of them
-Measuring   `measure(model, criterion, data)`, or `Objective` with `trace`, `top_eigenvalues`, `noise_stability`, ...
+Measuring   `measure(model, criterion, data)`, or `Objective` with `trace`, `top_eigenvalues`, `noise_stability`, ...;
+            matrices as products: `HessianOperator`, `GaussNewtonOperator`, `FisherOperator`
 Bounds      `bounds`: PAC-Bayes bounds as functions of the numbers measured
 Problems    functions with known gradients, Hessians and spectra
 """
@@ -13,10 +14,13 @@ from flatmin.curvature import (
     AscentResult,
     DensityResult,
     EigenResult,
+    FisherOperator,
     FlatMinimum,
     FlatMinimumEstimate,
     FlatnessReport,
     FreeTrace,
+    GaussNewtonOperator,
+    HessianOperator,
     LossSlice,
     MatchedComparison,
     Measurement,
@@ -88,6 +92,7 @@ __all__ = [
     "DistanceProjection",
     "EigenResult",
     "EigenSAM",
+    "FisherOperator",
     "FisherSAM",
     "FlatMinimum",
     "FlatMinimumEstimate",
@@ -95,6 +100,8 @@ __all__ = [
     "FlatnessReport",
     "FreeTrace",
     "FriendlySAM",
+    "GaussNewtonOperator",
+    "HessianOperator",
     "LookSAM",
     "LossSlice",
     "MatchedComparison",

@@ -11,7 +11,10 @@ parameters are sharded, or a `DistributedDataParallel` around some of them was n
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -19,6 +22,25 @@ from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from flatmin.shards import is_sharded
+
+_DIGIT = 2**12
+
+LOST = (
+    "flatmin: another process died, or did not come along within the time-out of the process group "
+    "(torch.distributed.init_process_group(timeout=...)). The weights of this one are where they were before the step. "
+    "Start all processes again from the last checkpoint; torchrun --max-restarts does so by itself."
+)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Adds what to do to the error of a collective that failed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if several() and (isinstance(error, distributed.DistError) or any(b in str(error) for b in ("gloo", "NCCL"))):
+            error.add_note(LOST)
+        raise
 
 
 def rank() -> int:
@@ -35,12 +57,29 @@ def _initialised() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
+def summed_over(group: Any, tensors: Sequence[Tensor], count: int) -> tuple[list[Tensor], int]:
+    """The sums of `tensors` and `count` over the processes of `group`, by one all-reduce of all numbers together.
+
+    Numbers are added up in the widest dtype among them, fp32 at least; tensors on one device.
+    """
+    dtype = reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+    # In two digits: fp32 cannot hold a large count.
+    digits = torch.tensor([count // _DIGIT, count % _DIGIT], dtype=dtype, device=tensors[0].device)
+    flat = torch.cat([*(t.detach().flatten().to(dtype) for t in tensors), digits])
+    with explained():
+        distributed.all_reduce(flat, group=group)
+    parts = flat.split([*(t.numel() for t in tensors), 2])
+    high, low = parts[-1].tolist()
+    sums = [part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=False)]
+    return sums, int(high) * _DIGIT + int(low)
+
+
 class Ranks:
     """The processes that share a set of parameters, as one optimizer sees them.
 
     Args:
         params: the parameters.
-        model: where to look for `DistributedDataParallel`; `None` to look in the forwards of the probes.
+        model: where to look for `DistributedDataParallel`, before the forwards of the probes.
 
     Attributes:
         num_params: the number of parameters.
@@ -50,13 +89,16 @@ class Ranks:
         self.num_params = len(params)
         self._params = {id(p) for p in params}
         self._device = params[0].device
-        meshes = {p.device_mesh for p in params if is_sharded(p)}  # type: ignore[attr-defined]
-        self._groups = {group for mesh in meshes for group in mesh.get_all_groups()}
+        # In an order that is the same on all processes: one that waits in another group would wait for ever.
+        meshes = dict.fromkeys(p.device_mesh for p in params if is_sharded(p))  # type: ignore[attr-defined]
+        self._groups: list[Any] = list(dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups()))
         self._replicas: list[weakref.ref[DistributedDataParallel]] = []
         self._exchange = True
         self._silenced: list[DistributedDataParallel] = []
-        self._search = model is None and not self._groups
-        for part in () if model is None else model.modules():
+        named = [] if model is None else list(model.modules())
+        # A compiled model would trace the hook that searches.
+        self._search = not self._groups and not any(hasattr(part, "_orig_mod") for part in named)
+        for part in named:
             self._meet(part)
 
     def probe(self, exchange: bool) -> None:
@@ -86,16 +128,25 @@ class Ranks:
         if not self._groups:
             return flag
         value = torch.tensor(float(flag), device=self._device)
-        for group in self._groups:
-            distributed.all_reduce(value, distributed.ReduceOp.MAX, group=group)
+        with explained():
+            for group in self._groups:
+                distributed.all_reduce(value, distributed.ReduceOp.MAX, group=group)
         return bool(value)
 
     def _meet(self, module: nn.Module, _args: object = ()) -> None:
         module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
-        if isinstance(module, DistributedDataParallel) and any(id(p) in self._params for p in module.parameters()):
+        if not isinstance(module, DistributedDataParallel):
+            return
+        if all(known() is not module for known in self._replicas):
+            if not any(id(p) in self._params for p in module.parameters()):
+                return
             self._replicas.append(weakref.ref(module))
-            self._groups.add(module.process_group)
-            self._silence(module)
+            self._groups = list(dict.fromkeys([*self._groups, module.process_group]))
+        if self._exchange or module.require_backward_grad_sync:
+            # Found; a compiled part of it must not see the hook. Inside a caller's `no_sync`, which will switch
+            # averaging on again, the next forward of this probe has to be met too.
+            _global_forward_pre_hooks.pop(id(self), None)
+        self._silence(module)
 
     def _silence(self, replica: DistributedDataParallel | None) -> None:
         """What `no_sync` does; DDP looks at this when its forward begins. A caller's own `no_sync` stays."""

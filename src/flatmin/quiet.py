@@ -93,12 +93,16 @@ class Quiet:
         self._before: RandomState | None = None
         self._after: RandomState | None = None
 
-    def begin(self, *, undoable: bool) -> None:
-        """A new step. If it is `undoable`, what the first probe does to buffers can be taken back."""
+    def begin(self, *, undoable: bool, goes_on: bool = False) -> None:
+        """A new step. If it is `undoable`, what the first probe does to buffers can be taken back.
+
+        If it `goes_on` it is the next micro-batch of the same step, and everything since its start can be.
+        """
         self.end()
         self._first, self._before, self._after = True, None, None
         self._copying = undoable
-        self._start = Buffers(self._owners if undoable else ())
+        if not goes_on:
+            self._start = Buffers(self._owners if undoable else ())
 
     def probe(self) -> None:
         """Before an evaluation. The first one passes through; later ones are undone by `settle`."""
@@ -170,9 +174,13 @@ class Buffers:
                     value = None if buffer is None else buffer.detach().clone()
                     self._kept.append((module, name, buffer, value, inside))
 
-    @torch.no_grad()
     def put_back(self) -> None:
         """Restores values, and which tensor is registered; may be called again."""
+        if self._kept:
+            self._put_back()
+
+    @torch.no_grad()
+    def _put_back(self) -> None:
         for module, name, buffer, value, inside in self._kept:
             if buffer is not None and value is not None and _can_be_written(buffer):
                 # Without a new version: a graph that saved the buffer finds the value that it saved.

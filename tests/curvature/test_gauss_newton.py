@@ -46,14 +46,15 @@ class Tied(nn.Module):
 
 
 class Product(nn.Module):
-    """x W with W not transposed."""
+    """x W with W not transposed, W used twice side by side."""
 
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(4, 3))
+        self.bend = nn.Parameter(torch.randn(3, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight
+        return (x @ self.weight).tanh() @ self.bend + (x.flip(1) @ self.weight).tanh()
 
 
 class Residual(nn.Module):
@@ -150,6 +151,14 @@ def test_exact_for_losses_of_many_kinds(loss):
     torch.testing.assert_close(traces, traces_by_param(model, truth), rtol=1e-10, atol=1e-12)
 
 
+def test_a_criterion_that_takes_probabilities_only():
+    model, x, y = build("batch norm")
+    model, loss = net(model, nn.Sigmoid()), lambda z, y: F.binary_cross_entropy(z, F.one_hot(y, 3).double())
+    objective = flatmin.Objective(model, loss, [(x, y)])
+    truth = dense_gauss_newton(model, lambda: model(x), lambda z: loss(z, y)).trace()
+    assert float(exact_trace(objective, inspect(objective)).sum()) == pytest.approx(float(truth), rel=1e-10)
+
+
 def test_a_confident_prediction_does_not_spoil_the_factors():
     model, x, y = make("relu")
     with torch.no_grad():
@@ -167,6 +176,7 @@ PIECEWISE = {
     "twice in a row": lambda: Repeated(),
     "side by side": lambda: Siamese(),
     "divided": lambda: Divided(),
+    "multiplied": lambda: Multiplied(),
 }
 
 
@@ -194,7 +204,12 @@ class Siamese(Repeated):
 
 class Divided(Repeated):
     def forward(self, x: Tensor) -> Tensor:
-        return self.two(self.activation(self.one(x))) / (1 + self.one.bias.square().sum())
+        return self.two(self.activation(self.one(x))) / (3 + self.one.bias.sum())
+
+
+class Multiplied(Repeated):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.activation(self.one(x)) * self.one.bias)
 
 
 @pytest.mark.parametrize("kind", list(PIECEWISE))

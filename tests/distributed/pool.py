@@ -22,8 +22,9 @@ TIMEOUT = 60.0  # seconds for one function
 class Pool:
     """`pool(function, *args)` runs `function(rank, *args)` on every rank and returns the results in order."""
 
-    def __init__(self, world_size: int = 2):
+    def __init__(self, world_size: int = 2, timeout: float = TIMEOUT / 2):
         self.world_size = world_size
+        self.timeout = timeout  # of a collective
         self._ends: list[Connection] = []
         self._processes: list[Any] = []
 
@@ -37,7 +38,10 @@ class Pool:
             if not end.poll(TIMEOUT):
                 self.stop()
                 raise AssertionError(f"rank {rank} hangs in {function.__name__}{args}")
-            answers.append(end.recv())
+            try:
+                answers.append(end.recv())
+            except EOFError:
+                answers.append((True, "dead"))
         failed = [(rank, text) for rank, (good, text) in enumerate(answers) if not good]
         if failed:
             if len(failed) < self.world_size:
@@ -56,13 +60,16 @@ class Pool:
         store = os.path.join(tempfile.mkdtemp(), "store")
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, self.world_size, store), daemon=True)
+            process = context.Process(
+                target=_serve, args=(theirs, rank, self.world_size, store, self.timeout), daemon=True
+            )
             process.start()
+            theirs.close()  # so that the end of a process is the end of its pipe
             self._ends.append(ours)
             self._processes.append(process)
 
 
-def _serve(end: Connection, rank: int, world_size: int, store: str) -> None:
+def _serve(end: Connection, rank: int, world_size: int, store: str, timeout: float) -> None:
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     torch.set_num_threads(1)
@@ -71,7 +78,7 @@ def _serve(end: Connection, rank: int, world_size: int, store: str) -> None:
         init_method=f"file://{store}",
         rank=rank,
         world_size=world_size,
-        timeout=datetime.timedelta(seconds=TIMEOUT / 2),
+        timeout=datetime.timedelta(seconds=timeout),
     )
     while True:
         function, args = end.recv()

@@ -8,6 +8,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+import flatmin
 from benchmarks.collectives import Collectives
 from flatmin.shards import local
 from flatmin.vectors import Radii, Vector
@@ -22,14 +23,24 @@ def train(rank, method, form, base, options):
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in BY_SAMPLE])
-@pytest.mark.parametrize("base", ["sgd", "adamw"])
-@pytest.mark.parametrize("form", ["loop", "closure"])
+@pytest.mark.parametrize(("base", "form"), [("sgd", "loop"), ("adamw", "closure")])
 def test_shards_equal_one_process(ranks, method, base, form):
     first, second = ranks(train, method, form, base, {})
     assert_near(first, second, atol=0)
     one = Run(method, base=base).run(STEPS, form)
     assert_near(first, one.weights())
     assert (first["3.weight"] - Run(method).weights()["3.weight"]).abs().max() > 1e-3
+
+
+def train_replicas(rank, method):
+    return Run(method, "hsdp", share(rank)).run(STEPS).weights()
+
+
+@pytest.mark.parametrize("method", ["sam", "nso", "gsam"])
+def test_replicas_of_shards_count_once(ranks, method):
+    first, second = ranks(train_replicas, method)
+    assert_near(first, second, atol=0)
+    assert_near(first, Run(method).run(STEPS).weights())
 
 
 ASCENDING = ("sam", "usam", "asam", "monge-sam", "fisher-sam", "random-sam")
@@ -67,6 +78,15 @@ def test_rules_that_need_a_place_for_each_rank_say_so(ranks):
     assert "Use DistributedDataParallel" in ranks(refused, "sap", {})[0]
 
 
+def averaged(rank):
+    with pytest.raises(ValueError, match="sharded model cannot be copied"):
+        flatmin.Averager(Run("sam", "fsdp", share(rank)).model, kind="mean")
+
+
+def test_an_average_of_shards_is_refused(ranks):
+    ranks(averaged)
+
+
 def count(rank, method, form, options):
     run = Run(method, "fsdp", share(rank), **options)
     run.run(2, form)
@@ -81,14 +101,20 @@ def count(rank, method, form, options):
 NUMBERS = {"sam": 1, "asam": 2, "nso": 0, "momentum-sam": 1, "gsam": 3}
 
 
+@pytest.fixture(scope="module")
+def plain(ranks):
+    """What one gradient costs."""
+    return ranks(count, "nso-one-point", "loop", {"guard": False, "sigma": 0.0})[0][0]
+
+
 @pytest.mark.parametrize("method", NUMBERS)
-def test_norms_are_sums_of_numbers_and_nothing_is_gathered_for_them(ranks, method):
-    plain, _ = ranks(count, "nso-one-point", "loop", {"guard": False, "sigma": 0.0})[0]
+def test_norms_are_sums_of_numbers_and_nothing_is_gathered_for_them(ranks, plain, method):
     for sizes, probes in ranks(count, method, "loop", {"guard": False}):
         assert sizes["all_reduce"] == [1] * NUMBERS[method]
         assert sizes["reduce_scatter"] == sorted(plain["reduce_scatter"] * probes)
         assert sizes["all_gather"] == sorted(plain["all_gather"] * probes)
-    for sizes, _ in ranks(count, method, "loop", {}):
+    if method == "sam":
+        sizes, _ = ranks(count, method, "loop", {})[0]
         assert sizes["all_reduce"] == [1] * (NUMBERS[method] + 2)  # the norm of the direction; whether all may step
 
 

@@ -43,9 +43,9 @@ def test_same_seed_same_numbers(tmp_path, method):
 def test_gradients_are_counted(tmp_path, method, gradients, monkeypatch):
     calls, inner = [], train_module._step
 
-    def counting(model, optimizer, criterion, batch):
+    def counting(model, optimizer, criterion, batch, processes):
         hook = model.register_forward_hook(lambda *_: calls.append(1))
-        loss = inner(model, optimizer, criterion, batch)
+        loss = inner(model, optimizer, criterion, batch, processes)
         hook.remove()
         return loss
 

@@ -10,7 +10,7 @@ from flatmin.optim.rule import Update, drive
 from flatmin.vectors import Radii, Vector
 
 
-def optimizer_of(make_rule, gradients, random=False):
+def optimizer_of(make_rule, gradients, random=False, remembers=()):
     class Made(FlatOptimizer):
         radius_name = "rho"
         is_random = random
@@ -25,6 +25,7 @@ def optimizer_of(make_rule, gradients, random=False):
         def gradients_per_step(self):
             return gradients
 
+    Made.remembers = remembers
     return Made
 
 
@@ -142,7 +143,10 @@ def test_memory_is_kept_after_the_step_and_saved():
         return rule()
 
     weight, unused = torch.nn.Parameter(torch.tensor([3.0, 4.0])), torch.nn.Parameter(torch.ones(1))
-    optimizer = optimizer_of(make, 1)(Adam([weight, unused], lr=0.0))
+    forgetful = optimizer_of(make, 1)(Adam([weight, unused], lr=0.0))
+    with pytest.raises(ValueError, match=r"the rule remembers 'mean': let its class say so, remembers = \('mean',\)"):
+        run(forgetful, weight, "closure")
+    optimizer = optimizer_of(make, 1, remembers=("mean",))(Adam([weight, unused], lr=0.0))
     for _ in range(2):
         run(optimizer, weight, "closure")
     state = optimizer.state_dict()["state"]

@@ -176,6 +176,8 @@ class Work:
 
     def _inspect(self) -> tuple[Split | None, str]:
         """What the split can do here, or `None` and why not."""
+        if self._objective.group is not None:
+            return None, "over several processes"
         try:
             return inspect(self._objective, seed=self._seed), ""
         except torch.OutOfMemoryError:

@@ -32,6 +32,7 @@ from flatmin.curvature.probes import stderr
 from flatmin.curvature.products import differentiable_twice
 from flatmin.curvature.results import Estimate
 from flatmin.noise import draw_like, mix_seeds
+from flatmin.vectors import Vector
 
 LEFT_OUT = (
     "it is about the weights as they are, not about the minimum that gradient flow would lead them to",
@@ -178,7 +179,7 @@ def _probe(objective: Objective, seed: int) -> tuple[float, Tensor]:
     options: dict[str, Any] = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
     with differentiable_twice(objective):
         for index, (loss, n) in enumerate(objective.batch_losses()):
-            generator.manual_seed(mix_seeds(seed, index))
+            generator.manual_seed(mix_seeds(seed, objective.number(index)))
             v = [draw_like(p, "rademacher", generator) for p in params]
             first = torch.autograd.grad(loss, params, **options)
             along = _inner(first, v)
@@ -189,7 +190,8 @@ def _probe(objective: Objective, seed: int) -> tuple[float, Tensor]:
             if value.requires_grad:
                 third = torch.autograd.grad(value, params, allow_unused=True, materialize_grads=True)
                 slope += n * torch.cat([t.flatten() for t in third]).double()
-    return form / count, slope / count
+    mean_form, mean_slope = objective.mean(Vector([torch.tensor(form, dtype=torch.float64), slope]), count).present
+    return float(mean_form), mean_slope
 
 
 def _inner(a: tuple[Tensor, ...], b: list[Tensor]) -> Tensor:

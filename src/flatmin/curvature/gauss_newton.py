@@ -95,12 +95,15 @@ def inspect(objective: Objective, *, seed: int = 0) -> Split:
             number = 0 if factors is None else len(factors[0])
             if factors is None:
                 reason = f"a sample has more than {MAX_OUTPUTS} outputs, or its loss depends on others"
+            del factors
+        kind = loss.kind
+        del loss  # before the batch is evaluated again: one graph at a time
     names = [objective.names[i] for i in sorted(bent)]
     checked: list[str] = []
     if not bent:
         names, checked = _verify(objective, seed)
     return Split(
-        num_vectors=number, kind=loss.kind, layouts=layouts, reason=reason, curved=tuple(names), checked=tuple(checked)
+        num_vectors=number, kind=kind, layouts=layouts, reason=reason, curved=tuple(names), checked=tuple(checked)
     )
 
 
@@ -142,7 +145,7 @@ def exact_trace(objective: Objective, split: Split) -> Tensor:
             count += batch.size
             del loss, factors
     check_finite(list(total.isfinite()), objective)
-    return total / count
+    return objective.mean(total, count)
 
 
 class ClassVectors:

@@ -6,16 +6,26 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from flatmin.curvature.batches import SampleCount, check_data, forward_pair, generators
+from flatmin.distributed import summed_over
 from flatmin.quiet import undisturbed
+from flatmin.shards import any_sharded
 from flatmin.vectors import Vector
 
+Sum = TypeVar("Sum", Vector, Tensor)
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
+
+
+SHARDED = (
+    "the parameters are sharded (FSDP2), and a sharded model cannot be differentiated twice. Gather it: make the model "
+    "anew without fully_shard and load get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of "
+    "torch.distributed.checkpoint.state_dict into it on every process; the data may stay in parts (group=...)."
+)
 
 
 @dataclass(frozen=True)
@@ -64,10 +74,14 @@ class Objective:
         params: what to differentiate by: `None` for all trainable parameters, names, or a predicate
             `(name, parameter) -> bool`.
         eval_mode: measure in evaluation mode (dropout off, batch norm with its running statistics).
+        group: a `torch.distributed` process group whose members have the same weights, and each a part of the data
+            (e.g. `torch.distributed.group.WORLD`). N is then the number of all samples, and every member gets the same
+            loss, gradient and product, for one all-reduce each. Parts may have different numbers of batches, but all
+            members must measure the same things in the same order.
 
     Raises:
         ValueError: no batches, a one-shot iterator, no parameters, a loss that is not a finite scalar, batches whose
-            number of samples cannot be told, or two passes over the data that disagree.
+            number of samples cannot be told, two passes over the data that disagree, or sharded parameters.
 
     Example:
         objective = Objective(model, nn.CrossEntropyLoss(), loader)
@@ -83,12 +97,14 @@ class Objective:
         forward: Forward | None = None,
         params: Iterable[str] | Callable[[str, Tensor], bool] | None = None,
         eval_mode: bool = True,
+        group: Any = None,
     ):
         _check_arguments(model, criterion)
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.criterion = criterion
         self.data = check_data(data)
         self.eval_mode = eval_mode
+        self.group = group
         self._forward = forward or forward_pair
         chosen = _choose(self.model, params)
         self.names: tuple[str, ...] = tuple(chosen)
@@ -171,7 +187,37 @@ class Objective:
             value = n * float(loss.double())
             total, size, count = total + value, size + abs(value), count + n
             self._rounding = max(self._rounding, _eps(loss))
-        return total / count, size / count
+        mean, mean_size = self.mean(torch.tensor([total, size], dtype=torch.float64), count).tolist()
+        return mean, mean_size
+
+    def mean(self, total: Sum, count: int) -> Sum:
+        """`total / count`, both added up over the processes of the group: one all-reduce, none without a group.
+
+        Args:
+            total: a sum over samples, a Vector or a tensor.
+            count: how many samples.
+        """
+        if self.group is not None:
+            entries = total.present if isinstance(total, Vector) else [total]
+            device = self.params[0].device  # that the group can send from
+            sums, count = summed_over(self.group, [t.to(device) for t in entries], count)
+            self._num_samples = count
+            total = total.with_present(sums) if isinstance(total, Vector) else sums[0]  # type: ignore[assignment]
+        return total / count
+
+    def number(self, batch: int) -> int:
+        """The number of this process's `batch` among those of all, if they were dealt out in turn."""
+        if self.group is None:
+            return batch
+        return batch * distributed.get_world_size(self.group) + distributed.get_rank(self.group)
+
+    def together(self, decision: int) -> int:
+        """A decision that clocks may have a part in, as the first process of the group takes it."""
+        if self.group is None:
+            return decision
+        box = torch.tensor(decision, device=self.params[0].device)
+        distributed.broadcast(box, group=self.group, group_src=0)
+        return int(box)
 
     def gradient(self) -> Vector:
         """The gradient of L. One forward and one backward pass."""
@@ -186,7 +232,8 @@ class Objective:
                 value += n * float(loss.detach().double())
                 total, count = total.add_(Vector(grads) * float(n)), count + n
                 del loss, grads
-        return value / count, total / count
+        sums = self.mean(Vector([*total.present, torch.tensor(value, dtype=torch.float64)]), count).present
+        return float(sums[-1]), Vector(sums[:-1])
 
     def zeros(self) -> Vector:
         """The zero vector of parameter space."""
@@ -265,6 +312,8 @@ def _choose(model: nn.Module, params: Any) -> Mapping[str, Tensor]:
     frozen = [name for name, p in chosen.items() if not p.requires_grad]
     if frozen:
         raise ValueError(f"{frozen[0]!r} is frozen: call requires_grad_() on it, or leave it out of params.")
+    if any_sharded(chosen.values()):
+        raise ValueError(SHARDED)
     if not chosen:
         raise ValueError("no parameters to differentiate by: all are frozen, or params selects none.")
     return chosen

@@ -95,8 +95,9 @@ class Operator(ABC):
             part = curvature.product(full)
             total, count = total.add_(Vector(part) * float(batch.size)), count + batch.size
             del curvature, part
-        check_finite([t.isfinite().all() for t in total.present], self.objective)
-        return total / count
+        product = self.objective.mean(total, count)
+        check_finite([t.isfinite().all() for t in product.present], self.objective)
+        return product
 
     def batches(self) -> Iterator[tuple[BatchOperator, Batch]]:
         """The operator of each batch, and the batch. Whoever iterates deletes it before asking for the next."""
@@ -108,7 +109,7 @@ class Operator(ABC):
         kept = []
         with self.way.context(self.objective):
             for index, batch in enumerate(self.objective.batches()):
-                item = [(self._open(batch, index), batch)]
+                item = [(self._open(batch, self.objective.number(index)), batch)]
                 if self._keeps:
                     kept += item
                 yield item.pop()

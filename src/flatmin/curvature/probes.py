@@ -9,6 +9,7 @@ For v with independent entries +-1, E v' A v = tr A. Two choices make a product 
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -50,17 +51,19 @@ class Probes:
         device = objective.params[0].device
         generator = torch.Generator(device)
         total, count = torch.zeros((), dtype=torch.float64, device=device), 0
-        for index, (curvature, batch) in enumerate(self._operator.batches()):
-            rows = []
+        numbers = itertools.count()
+        for curvature, batch in self._operator.batches():  # not enumerate(), which would keep the last graph
+            index, rows = next(numbers), []
             for row in range(size):
-                generator.manual_seed(mix_seeds(self._seed, first + row, index))
+                generator.manual_seed(mix_seeds(self._seed, first + row, objective.number(index)))
                 v = self._change([draw_like(p, "rademacher", generator) for p in objective.params])
                 rows.append(curvature.forms(v).to(device))
             total, count = total + batch.size * torch.stack(rows), count + batch.size
             del curvature, batch
-        if total.shape[1] == len(objective.params):
-            check_finite(list(total.isfinite().all(0)), objective)
-        return total / count
+        means = objective.mean(total, count)
+        if means.shape[1] == len(objective.params):
+            check_finite(list(means.isfinite().all(0)), objective)
+        return means
 
 
 class Budget:
@@ -70,14 +73,21 @@ class Budget:
         rtol: wanted relative standard error.
         max_products: probes, at most.
         max_seconds: time, at most.
+        together: makes one decision of those that several processes take by their own clocks.
     """
 
-    def __init__(self, rtol: float | None, max_products: int, max_seconds: float | None):
+    def __init__(
+        self,
+        rtol: float | None,
+        max_products: int,
+        max_seconds: float | None,
+        together: Callable[[int], int] = lambda decision: decision,
+    ):
         for name, value in [("rtol", rtol), ("max_products", max_products), ("max_seconds", max_seconds)]:
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}.")
         self.rtol, self.max_products, self.max_seconds = rtol, max_products, max_seconds
-        self._start = time.monotonic()
+        self._start, self._together = time.monotonic(), together
 
     def met(self, samples: np.ndarray, constant: float = 0.0) -> bool:
         """Whether the relative error asked for is reached (true if none was)."""
@@ -102,7 +112,7 @@ class Budget:
             now = time.monotonic()
             each = (now - (self._start if since is None else since)) / done
             left = min(left, int((self.max_seconds - (now - self._start)) / each))
-        return max(left, 0)
+        return max(self._together(left), 0)
 
     def spend(self, products: int) -> None:
         """Takes products out of the budget that were used otherwise; one round of probes is always left."""

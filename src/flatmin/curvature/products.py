@@ -223,8 +223,9 @@ def hessian_product(objective: Objective, v: Vector) -> Vector:
             part = BatchHessian(loss, objective.params).product(v.present)
             total, count = total.add_(Vector(part) * float(n)), count + n
             del loss, part
-    check_finite([t.isfinite().all() for t in total.present], objective)
-    return total / count
+    product = objective.mean(total, count)
+    check_finite([t.isfinite().all() for t in product.present], objective)
+    return product
 
 
 def check_finite(finite: Sequence[Tensor], objective: Objective) -> None:

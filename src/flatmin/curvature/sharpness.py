@@ -129,7 +129,7 @@ def noise_stability(
     sampler = _Sampler(objective, [drawer(name) for name in names], two_sided, seed)
     return sampler.run(
         names,
-        _budget(rtol, num_draws, max_seconds),
+        _budget(objective, rtol, num_draws, max_seconds),
         radius=sigma,
         curvature_per_rise=2 / sigma**2,
         method=f"{law} noise, {scale} scale, {'two-sided' if two_sided else 'one-sided'}, fresh for every batch",
@@ -179,7 +179,7 @@ def average_sharpness(
 
     return _Sampler(objective, [draw], True, seed).run(
         [None],
-        _budget(rtol, num_draws, max_seconds),
+        _budget(objective, rtol, num_draws, max_seconds),
         radius=rho,
         curvature_per_rise=2 * objective.num_params / rho**2,
         method=f"directions on the {metric} sphere, two-sided, fresh for every batch",
@@ -242,12 +242,14 @@ class _Sampler:
                 at_home, n = float(loss.double()), batch.size
                 for row, column in np.ndindex(totals.shape):
                     place.move(None)
-                    u = self._drawers[column](mix_seeds(self._seed, first + row, index))
+                    u = self._drawers[column](mix_seeds(self._seed, first + row, self._objective.number(index)))
                     totals[row, column] += n * (self._mean_loss(place, u, batch) - at_home)
                 place.move(None)
                 clean, count = clean + n * at_home, count + n
-        self._clean, self._rounds = clean / count, self._rounds + 1
-        return totals / count
+        sums = torch.tensor([clean, *totals.flat], dtype=torch.float64)
+        self._clean, *means = self._objective.mean(sums, count).tolist()
+        self._rounds += 1
+        return np.array(means).reshape(totals.shape)
 
     def _mean_loss(self, place: Place, u: Noise | Step, batch: Batch) -> float:
         losses = []
@@ -261,12 +263,12 @@ class _Sampler:
         return math.fsum(losses) / len(losses)
 
 
-def _budget(rtol: float | None, num_draws: int | None, max_seconds: float | None) -> Budget:
+def _budget(objective: Objective, rtol: float | None, num_draws: int | None, max_seconds: float | None) -> Budget:
     if num_draws is not None and num_draws < 1:
         raise ValueError(f"num_draws must be positive, got {num_draws}.")
     if rtol is None and num_draws is None and max_seconds is None:
         rtol = 0.05
-    return Budget(rtol, MAX_DRAWS if num_draws is None else num_draws, max_seconds)
+    return Budget(rtol, MAX_DRAWS if num_draws is None else num_draws, max_seconds, objective.together)
 
 
 def check_positive(name: str, value: float) -> None:

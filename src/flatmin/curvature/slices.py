@@ -161,7 +161,7 @@ def _losses(objective: Objective, directions: tuple[Vector, ...], axis: np.ndarr
                 totals[index] += _finite(batch) * batch.size
             place.move(None)
             count += batch.size
-    return totals / count
+    return objective.mean(torch.from_numpy(totals), count).numpy()
 
 
 def _finite(batch: Batch) -> float:

@@ -57,10 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     tyro = need("tyro", "lab")
     from flatmin.lab.compare import Compare, Report
+    from flatmin.lab.launch import Train
     from flatmin.lab.tune import Tune
 
     commands = (
         Annotated[Compare, tyro.conf.subcommand("compare")]
+        | Annotated[Train, tyro.conf.subcommand("train")]
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Tune, tyro.conf.subcommand("tune")]
         | Annotated[Tasks, tyro.conf.subcommand("tasks")]

@@ -84,6 +84,22 @@ class RunWriter:
             self._file.close()
 
 
+class Unwritten:
+    """The face of a RunWriter on a process that does not write."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> Unwritten:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 def read_run(path: Path) -> RunRecord:
     """Reads a finished run.
 

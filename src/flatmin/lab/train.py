@@ -18,12 +18,14 @@ from torch.optim import SGD, Optimizer
 from flatmin.curvature import measure
 from flatmin.extras import need
 from flatmin.lab.parts import Evaluation, Training, split_name
-from flatmin.lab.records import RunWriter, environment
+from flatmin.lab.processes import Alone
+from flatmin.lab.records import RunWriter, Unwritten, environment
 from flatmin.lab.tasks import Settings, Splits, get_task
 
 NUM_PROGRESS = 20  # progress records per run
 
 Progress = Callable[[str, int, int, float], None]  # run name, step, number of steps, training loss
+ALONE = Alone()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,30 +55,36 @@ class Diverged(Exception):
     """Training met a number that is not finite."""
 
 
-def train(spec: RunSpec, folder: Path, report: Progress = lambda *_: None) -> None:
+def train(spec: RunSpec, folder: Path, report: Progress = lambda *_: None, processes: Alone = ALONE) -> None:
     """Trains one run and writes `<name>.jsonl` and `<name>.safetensors` into `folder`.
 
     One thread and the spec's seed: the same spec gives the same numbers on the same machine. An interrupt leaves
     whole records and no finished file. A loss that is not finite, a step that the optimizer skipped for that reason,
-    and flatness that cannot be measured end the run with status "diverged" and a message.
+    and flatness that cannot be measured end the run with status "diverged" and a message. On several processes all
+    compute, and the first one writes.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     header = {"spec": spec.to_dict(), **environment()}
+    if processes.number > 1:
+        header["processes"] = processes.number
     try:
-        with RunWriter(folder / f"{spec.name}.jsonl", header) as writer:
-            writer.finish(_train(spec, writer, report, folder / f"{spec.name}.safetensors"))
+        with RunWriter(folder / f"{spec.name}.jsonl", header) if processes.is_first else Unwritten() as writer:
+            writer.finish(_train(spec, writer, report, folder / f"{spec.name}.safetensors", processes))
     finally:
         torch.set_num_threads(threads)
 
 
-def _train(spec: RunSpec, writer: RunWriter, report: Progress, weights: Path) -> dict[str, Any]:
+def _train(
+    spec: RunSpec, writer: RunWriter | Unwritten, report: Progress, weights: Path, processes: Alone
+) -> dict[str, Any]:
     task = get_task(spec.task)
     splits = task.load(spec.seed)
     torch.manual_seed(spec.seed)
     model = task.build_model()
     optimizer = build_optimizer(spec, model, len(splits.train[1]))
     gradients_per_step = getattr(optimizer, "gradients_per_step", 1)
+    replica, splits = processes.prepare(model, splits)
     training = _training(spec, model, splits)
     evaluate, scheduler = training.evaluation(optimizer), training.schedule(optimizer, spec.num_steps)
     every = max(1, spec.num_steps // NUM_PROGRESS)
@@ -85,7 +93,7 @@ def _train(spec: RunSpec, writer: RunWriter, report: Progress, weights: Path) ->
     try:
         for step in range(1, spec.num_steps + 1):
             started = time.perf_counter()
-            loss = _step(model, optimizer, evaluate, next(batches))
+            loss = _step(replica, optimizer, evaluate, next(batches), processes)
             scheduler.step()
             training.after_step()
             seconds += time.perf_counter() - started
@@ -105,6 +113,8 @@ def _train(spec: RunSpec, writer: RunWriter, report: Progress, weights: Path) ->
             }
     except Diverged as error:
         result = {"status": "diverged", "message": str(error)}
+    if not processes.is_first:
+        return {}
     with training.worn():
         tensors = {name: t.contiguous() for name, t in model.state_dict().items()}
         need("safetensors.torch", "lab").save_file(tensors, weights)
@@ -140,16 +150,20 @@ def build_optimizer(spec: RunSpec, model: nn.Module, num_data: int) -> Optimizer
     return method.build(base, **options)
 
 
-def _step(model: nn.Module, optimizer: Optimizer, evaluate: Evaluation, batch: tuple[Tensor, Tensor]) -> float:
+def _step(
+    model: nn.Module, optimizer: Optimizer, evaluate: Evaluation, batch: tuple[Tensor, Tensor], processes: Alone
+) -> float:
+    share, weight = processes.share(batch)
+
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = evaluate(model, batch)
+        loss = evaluate(model, share) * weight
         loss.backward()
         return loss
 
     with warnings.catch_warnings():  # a skipped step ends the run below, with a message of its own
         warnings.filterwarnings("ignore", message=".*skipped step", category=RuntimeWarning)
-        return float(optimizer.step(closure).detach())  # type: ignore[arg-type, union-attr]
+        return processes.mean(float(optimizer.step(closure).detach()))  # type: ignore[arg-type, union-attr]
 
 
 def _batches(data: tuple[Tensor, Tensor], size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

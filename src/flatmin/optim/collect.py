@@ -47,7 +47,10 @@ class Collector:
         self._weight = probe.weight
         if probe.weight is None:
             self.handed_out = True
-            return self._take().apply(_copied if self._ranks.reuse_gradients else _without_graph)
+            grads = self._take()
+            if self._ranks.reuse_gradients:
+                return grads.apply(_copied)
+            return grads.apply(_without_graph) if any(g.requires_grad for g in grads.present) else grads
         return NOTHING
 
     def install(self, direction: Vector | None) -> None:
@@ -60,6 +63,14 @@ class Collector:
             direction = self._sum
         assert direction is not None, "the rule returned None but weighted no probe"
         for p, d in zip(self._params, direction.tensors, strict=True):
+            p.grad = d
+
+    def combine(self, share: float, earlier: Vector | None) -> None:
+        """Adds `share` times what stands in `.grad` to what `earlier` micro-batches have given, and installs that."""
+        part = self._take()
+        # Not in place: a rule may have kept what it returned.
+        total = part * share if earlier is None else earlier.add_(part, share)
+        for p, d in zip(self._params, total.tensors, strict=True):
             p.grad = d
 
     def _set_aside(self) -> None:

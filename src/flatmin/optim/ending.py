@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flatmin.optim.memory import Memory
-from flatmin.optim.misuse import SCALER_STEP, UNSCALED_NEEDED, warn_skipped
+from flatmin.optim.misuse import (
+    ABANDONED,
+    DIRECTION_CLEARED,
+    NOTHING_TO_STEP,
+    SCALER_STEP,
+    STEP_IN_LOOP,
+    STILL_SCALED,
+    UNSCALED_NEEDED,
+    warn_skipped,
+)
+from flatmin.optim.rule import Probe
 from flatmin.optim.scaling import Scaling
 from flatmin.optim.tools import Tools
+from flatmin.place import Place
 from flatmin.quiet import Quiet
 from flatmin.vectors import Radii, Vector
 
@@ -29,10 +41,42 @@ class Ending(Tools):
     _memory: Memory | None
     _drift: Vector | None
     _rule_saw_gradients: bool
+    _session: weakref.ref[Generator[Probe, None, None]] | None
+    _place: Place | None
+
+    @property
+    def _under_way(self) -> bool:
+        session = self._session and self._session()
+        return session is not None and session.gi_suspended  # type: ignore[attr-defined]
+
+    def _initialises_state(self) -> bool:
+        """torch.distributed.checkpoint steps with learning rate 0 and zero gradients to set up the base's state."""
+        idle = self._stage == "idle" and not self._under_way
+        return idle and not self.state and all(group.get("lr") == 0 for group in self.param_groups)
+
+    def _check_ready(self) -> None:
+        if self._stage == "idle":
+            raise ValueError(NOTHING_TO_STEP)
+        if self._stage != "ready":
+            raise ValueError(STEP_IN_LOOP if self._under_way else ABANDONED)
+        if all(p.grad is None for p in self.params):
+            self._stage = "idle"
+            raise ValueError(DIRECTION_CLEARED)
+
+    def _heal(self) -> None:
+        if self._place is not None and not self._under_way:
+            self._place.home()  # two interrupts in one breath: finish the work that they cut off
+            self._place = None
+        if self._stage == "ready" and self._scaling.was_skipped():
+            self._stage = "idle"
+            self._skip(None)
+            self._count("num_steps")
 
     def _check_scaled_by(self, scale: Tensor | None) -> None:
-        """`scaler.step(opt)` after a loop: right for a rule that only adds gradients up, if they are unscaled now."""
-        if not hasattr(self, "found_inf"):
+        """Gradients are unscaled once; `scaler.step(opt)` after a loop is right for a rule that only adds them up."""
+        if not self._scaling.is_right_for(self):
+            raise ValueError(STILL_SCALED if self._scaling.rescale else SCALER_STEP)
+        if "found_inf" not in self.__dict__:
             return
         if self._scaling.active:
             raise ValueError(SCALER_STEP)
@@ -44,7 +88,7 @@ class Ending(Tools):
     def _finish(self, losses: list[Any]) -> None:
         self._stage = "idle"
         agree = self.ranks.agree
-        if self._scaling.overflowed(agree) or bool(getattr(self, "found_inf", False)):
+        if self._scaling.overflowed(agree) or bool(self.__dict__.get("found_inf", False)):
             self._skip(None)  # an ordinary event of fp16 training: no warning
         elif self._guard and (culprit := self._not_finite(losses, agree)):
             self._skip(culprit)
@@ -96,3 +140,10 @@ class Ending(Tools):
             p.grad = None
         if culprit:
             warn_skipped(type(self).__name__, self.num_steps, culprit, self.num_skipped, self.radius_name)
+
+
+def reported(losses: list[tuple[Any, bool]]) -> Any:
+    """The loss at the weights, if it was asked for, else the mean of the losses."""
+    at_weights = [value for value, here in losses if here]
+    values = at_weights[:1] or [value for value, _ in losses]
+    return values[0] if len(values) == 1 else sum(values) / len(values)

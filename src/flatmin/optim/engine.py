@@ -14,7 +14,6 @@ rule asks to remember (flatmin.optim.memory).
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Literal
@@ -23,21 +22,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flatmin.distributed import Ranks
+from flatmin.distributed import Ranks, explained
 from flatmin.optim.collect import Collector
-from flatmin.optim.ending import Ending
+from flatmin.optim.ending import Ending, reported
 from flatmin.optim.memory import Memory, make_room
 from flatmin.optim.misuse import (
-    ABANDONED,
     ALREADY_UNDER_WAY,
     CLEARED_IN_LOOP,
-    DIRECTION_CLEARED,
     DIRECTION_LOST,
     NO_LOSS,
-    NOTHING_TO_STEP,
     SCALER_STEP,
-    STEP_IN_LOOP,
     check_base,
+    check_closure,
     check_dense,
     check_options,
     check_window,
@@ -48,8 +44,9 @@ from flatmin.place import Place, Restore, check_restore
 from flatmin.quiet import Quiet
 from flatmin.vectors import Vector
 
-# What a step is doing: nothing, evaluating by a closure or in a loop, or waiting for `step()` after a loop ("ready").
-_Stage = Literal["idle", "closure", "loop", "ready"]
+# What a step is doing: nothing, evaluating by a closure, in a loop or in a framework's loop (flatmin.optim.window), or
+# waiting for `step()` after a loop ("ready").
+_Stage = Literal["idle", "closure", "loop", "window", "ready"]
 
 
 class FlatOptimizer(Ending):
@@ -110,6 +107,7 @@ class FlatOptimizer(Ending):
         self._drift: Vector | None = None
         self._probe: Probe | None = None
         self._rule_saw_gradients = False
+        self._micro_share: float | None = None
         self._num_draws = 0
 
     # -- what a method provides ----------------------------------------------------------------------------------
@@ -135,7 +133,7 @@ class FlatOptimizer(Ending):
 
     # -- the two ways to evaluate --------------------------------------------------------------------------------
 
-    def probes(self, scaler: Any = None) -> Iterator[Probe]:
+    def probes(self, scaler: Any = None, *, share: float | None = None, rescale: bool = False) -> Iterator[Probe]:
         """The loop form: the weights are displaced inside the body and restored after it.
 
         Example:
@@ -144,14 +142,21 @@ class FlatOptimizer(Ending):
                 loss_fn(model(x_), y_).backward()
             opt.step()
 
-        Gradients are cleared at the start; the body must not clear them. Gradient accumulation over micro-batches
-        goes inside the body. After the loop `.grad` holds the direction (clip it there).
+        Gradients are cleared at the start; the body must not clear them. After the loop `.grad` holds the direction
+        (clip it there). Gradient accumulation has two meanings:
+
+            inside the body    all micro-batches are evaluated at the same points: the step of the whole batch
+            several loops      before one `step()`, each with a `share`: every micro-batch is perturbed by itself, and
+                               the direction is the sum of the shares
 
         Args:
             scaler: a `torch.amp.GradScaler`, for fp16. The body calls `scaler.scale(loss).backward()`; gradients are
                 unscaled here, and `opt.step()` skips on an overflow in any probe and updates the scaler.
+            share: of this micro-batch in the direction, e.g. `1 / len(micro_batches)`; its loss is then not divided.
+            rescale: hands the direction back scaled, not finite after an overflow, for code that calls
+                `scaler.unscale_(opt)`, `scaler.step(opt)` and `scaler.update()` itself, as frameworks do.
         """
-        return self._open("loop", scaler)
+        return self._open("loop", Scaling(scaler, self.params, rescale=rescale), share)
 
     def step(self, closure: Callable[[], Any] | None = None, *, scaler: Any = None) -> Any:  # type: ignore[override]
         """One step: with a closure (which may be called several times), or after a `probes()` loop.
@@ -169,7 +174,7 @@ class FlatOptimizer(Ending):
             ValueError: if there is nothing to step with: no gradient, an unfinished loop, a closure that forgot
                 `backward()` or `return loss`; or a scaler that was not passed on.
         """
-        scaled_by = getattr(self, "grad_scale", None)  # set by GradScaler.step while it calls us
+        scaled_by = self.__dict__.get("grad_scale")  # set by GradScaler.step while it calls us
         if closure is None:
             if self._initialises_state():
                 self.base.step()
@@ -179,11 +184,14 @@ class FlatOptimizer(Ending):
             self._check_scaled_by(scaled_by)
             self._finish([])
             return None
-        if hasattr(self, "found_inf"):
+        if "found_inf" in self.__dict__:
             raise ValueError(SCALER_STEP)
+        if self._stage == "window" and self._under_way:
+            return self._step_along_window(closure)
+        check_closure(closure)
         losses: list[tuple[Any, bool]] = []
-        for probe in self._open("closure", scaler):
-            with torch.enable_grad():
+        for probe in self._open("closure", Scaling(scaler, self.params)):
+            with torch.enable_grad(), explained():
                 loss = closure()
             if loss is None:
                 raise ValueError(NO_LOSS)
@@ -192,12 +200,21 @@ class FlatOptimizer(Ending):
                 (loss.detach().clone() if isinstance(loss, Tensor) else loss, probe.at_weights and probe.part is None)
             )
         self._finish([value for value, _ in losses])
-        return _reported(losses)
+        return reported(losses)
 
     # Hooks and profiling belong to the base's step, which runs inside this one: once a step, not twice.
     step.hooked = True  # type: ignore[attr-defined]
-    # GradScaler.step then calls us without unscaling by itself, so that a wrong use can be told from a right one.
-    _step_supports_amp_scaling = True
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """True: GradScaler.step calls us without unscaling by itself, so that wrong use can be told from right."""
+        return not (self._stage == "ready" and self._scaling.by_framework)
+
+    def name_model(self, model: nn.Module) -> None:
+        """Names the model, as `model=` does at construction."""
+        if self._model is not model:
+            self._model = model
+            self._quiet = self._ranks = None
 
     def take(self, *batch: Any) -> Any:
         """The part of the batch that the present probe is evaluated on (`probe.take`, for closures)."""
@@ -207,36 +224,55 @@ class FlatOptimizer(Ending):
         """The mean of per-sample losses over the samples that the present probe is about (`probe.mean`)."""
         return (self._probe or Probe()).mean(losses)
 
+    def _step_along_window(self, closure: Callable[[], Any]) -> Any:
+        """A framework's step: its closure evaluates the last micro-batch, and with it all later probes."""
+        with torch.enable_grad():
+            loss = closure()
+        if loss is None and self._stage == "window":  # the framework's word for "skip this batch"
+            self._stage = "idle"
+            return None
+        self.step()
+        return loss
+
     # -- one step, inside ----------------------------------------------------------------------------------------
 
-    def _open(self, stage: Literal["closure", "loop"], scaler: Any) -> Generator[Probe, None, None]:
-        session = self._guarded_session(stage, scaler)
+    def _open(
+        self, stage: Literal["closure", "loop", "window"], scaling: Scaling, share: float | None = None
+    ) -> Generator[Probe, None, None]:
+        session = self._guarded_session(stage, scaling, share)
         if not self._under_way:
             self._session = weakref.ref(session)
         return session
 
-    def _guarded_session(self, stage: Literal["closure", "loop"], scaler: Any) -> Generator[Probe, None, None]:
-        quiet, params = self._begin(stage), self.params
+    def _guarded_session(
+        self, stage: Literal["closure", "loop", "window"], scaling: Scaling, share: float | None
+    ) -> Generator[Probe, None, None]:
+        earlier = self._begin(stage, scaling, share)
+        params, quiet = self.params, self._quiet
+        assert quiet is not None
         place = self._place = Place(params, self._restore)
-        scaling = self._scaling = Scaling(scaler, params)
-        collector = Collector(params, stage == "loop", self.ranks)
+        collector, active = Collector(params, stage != "closure", self.ranks), self._active()
         try:
-            yield from self._probe_by_probe(place, quiet, collector, scaling)
-            self._rule_saw_gradients = collector.handed_out and self._active()
-            self._stage = "ready" if stage == "loop" else "idle"
+            with explained():
+                yield from self._probe_by_probe(self.rule() if active else plain(), place, quiet, collector)
+            if share is not None:
+                collector.combine(share, earlier)
+            self._rule_saw_gradients |= collector.handed_out and active
+            self._stage = "idle" if stage == "closure" else "ready"
         finally:
             place.home()  # a second time: an interrupt may have cut the first one off
             self._place = self._probe = None
 
     def _probe_by_probe(
-        self, place: Place, quiet: Quiet, collector: Collector, scaling: Scaling
+        self, rule: Rule, place: Place, quiet: Quiet, collector: Collector
     ) -> Generator[Probe, None, None]:
-        ranks, requests = self.ranks, Requests(self.rule() if self._active() else plain())
+        ranks, requests = self.ranks, Requests(rule)
         try:
             probe = requests.next(None)
             while probe is not None:
                 self._probe = probe
-                place.move(probe.release())
+                # A window goes away and home again with each micro-batch, so it keeps the displacement.
+                place.move(probe.displacement if self._stage == "window" else probe.release())
                 collector.before(probe)
                 try:
                     ranks.probe(self._exchanges(probe) and not collector.is_part(probe, requests.ahead))
@@ -248,13 +284,13 @@ class FlatOptimizer(Ending):
                 quiet.leave()
                 probe.check_used()
                 if probe.weight is None:
-                    scaling.unscale()
+                    self._scaling.unscale()
                 if not self.takes_sparse:
                     check_dense([p.grad for p in self.params], type(self).__name__)
                 place.move(None)  # a rule may read the weights, or draw noise in their scale
                 probe = requests.next(collector.after(probe))
             place.home()
-            self._install(collector, scaling, requests.direction)
+            self._install(collector, requests.direction)
         finally:
             place.home()
             quiet.end()
@@ -262,57 +298,42 @@ class FlatOptimizer(Ending):
     def _exchanges(self, probe: Probe) -> bool:
         return self.sync_ascent or not probe.ascent
 
-    def _install(self, collector: Collector, scaling: Scaling, direction: Vector | Update | None) -> None:
+    def _install(self, collector: Collector, direction: Vector | Update | None) -> None:
         if isinstance(direction, Update):
-            direction, self._drift = direction.direction, direction.drift
+            drift = direction.drift if self._micro_share is None else direction.drift * self._micro_share
+            self._drift = drift if self._drift is None else self._drift + drift
+            direction = direction.direction
         collector.install(direction)
-        if direction is None:
-            scaling.unscale()
+        self._scaling.settle(self.ranks.agree, is_scaled=direction is None)
 
     def _active(self) -> bool:
         t = self.num_steps
         due = t >= self._start and (t - self._start) % self._every == 0
         return due and (self._stop is None or t < self._stop) and self.radii().any
 
-    @property
-    def _under_way(self) -> bool:
-        session = self._session and self._session()
-        return session is not None and inspect.getgeneratorstate(session) == inspect.GEN_SUSPENDED
-
-    def _begin(self, stage: _Stage) -> Quiet:
+    def _begin(self, stage: _Stage, scaling: Scaling, share: float | None) -> Vector | None:
+        """Makes ready for a loop. Returns what earlier loops of the same step have given."""
         if self._under_way:
             raise ValueError(ALREADY_UNDER_WAY)
-        if self._stage == "ready":
-            raise ValueError(DIRECTION_LOST)
         self._heal()
+        goes_on = self._stage == "ready" and share is not None and self._micro_share is not None
+        if self._stage == "ready" and not goes_on:
+            raise ValueError(DIRECTION_LOST)
         self._fill_groups()
-        self._stage, self._memory, self._drift, self._num_draws = stage, None, None, 0
+        self._stage, self._micro_share = stage, share
+        if not goes_on:
+            self._scaling, self._memory, self._drift, self._num_draws = scaling, None, None, 0
+            self._rule_saw_gradients = False
         if self._quiet is None:
             self._quiet = Quiet({p.device for p in self.params}, self._model)
-        self._quiet.begin(undoable=self._guard)
-        return self._quiet
-
-    def _initialises_state(self) -> bool:
-        """torch.distributed.checkpoint steps with learning rate 0 and zero gradients to set up the base's state."""
-        idle = self._stage == "idle" and not self._under_way
-        return idle and not self.state and all(group.get("lr") == 0 for group in self.param_groups)
-
-    def _check_ready(self) -> None:
-        if self._stage == "idle":
-            raise ValueError(NOTHING_TO_STEP)
-        if self._stage != "ready":
-            raise ValueError(STEP_IN_LOOP if self._under_way else ABANDONED)
-        if all(p.grad is None for p in self.params):
-            self._stage = "idle"
-            raise ValueError(DIRECTION_CLEARED)
-
-    def _heal(self) -> None:
-        if self._place is not None and not self._under_way:
-            self._place.home()  # two interrupts in one breath: finish the work that they cut off
-            self._place = None
+        self._quiet.begin(undoable=self._guard, goes_on=goes_on)
+        return Vector([p.grad for p in self.params]) if goes_on else None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, and drops the direction of a finished or abandoned loop."""
+        if self._stage == "window" and self._under_way:
+            return  # a framework's loop clears at the first micro-batch, whose gradients are being collected
+        self._heal()
         if not self._under_way:
             self._stage = "idle"
         elif self._stage == "loop":
@@ -327,9 +348,3 @@ class FlatOptimizer(Ending):
         """The base optimizer's `state_dict`, with radius, step count and seed in its groups. No weight copies."""
         self._heal()
         return super().state_dict()
-
-
-def _reported(losses: list[tuple[Any, bool]]) -> Any:
-    at_weights = [value for value, here in losses if here]
-    values = at_weights[:1] or [value for value, _ in losses]
-    return values[0] if len(values) == 1 else sum(values) / len(values)

@@ -12,11 +12,12 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from flatmin.optim.migration import Migration
 from flatmin.optim.misuse import check_names
 from flatmin.vectors import check_radius
 
 
-class Host(Optimizer):
+class Host(Migration, Optimizer):
     """Delegates torch's optimizer protocol to `base`; the base's own hooks stay with the base."""
 
     radius_name: str = "radius"
@@ -76,7 +77,7 @@ class Host(Optimizer):
         # `train` and `eval` exist exactly if the base has them: trainers ask (schedule-free bases have).
         if name in ("train", "eval"):
             return getattr(self.base, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return super().__getattr__(name)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the base optimizer; it may set its own radius."""

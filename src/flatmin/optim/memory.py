@@ -22,10 +22,11 @@ PREFIX = "flatmin_"
 
 
 class Memory:
-    """Named vectors in an optimizer's state."""
+    """Named vectors in an optimizer's state; `names` are those that the method says it remembers."""
 
-    def __init__(self, params: Sequence[Tensor], state: Any, *, empty: bool = False):
+    def __init__(self, params: Sequence[Tensor], state: Any, names: Sequence[str], *, empty: bool = False):
         self._params = params
+        self._names = names
         self._state = state
         self._empty = empty
         self._written: dict[str, Vector] = {}
@@ -41,6 +42,8 @@ class Memory:
         return vector if vector.support else None
 
     def __setitem__(self, name: str, vector: Vector) -> None:
+        if name not in self._names:
+            raise ValueError(f"the rule remembers {name!r}: let its class say so, remembers = ({name!r},).")
         self._written[name] = vector
 
     def commit(self) -> bool:

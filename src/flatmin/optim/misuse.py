@@ -63,7 +63,18 @@ UNSCALED_NEEDED = (
 SCALER_STEP = (
     "scaler.step(opt) after opt.probes(scaler), or with a closure: the gradients would be unscaled twice, or not at "
     "all. Call opt.step() (or opt.step(closure, scaler=scaler)) instead: it unscales, skips on overflow and updates "
-    "the scaler."
+    "the scaler. In Accelerate use flatmin.integrations.accelerate.probes."
+)
+
+NO_CALLBACK = (
+    "Lightning calls this optimizer without the callback that it needs: losses would be logged and gradients clipped "
+    "at each evaluation, and of an accumulation window only the last micro-batch would count. Give the Trainer "
+    "callbacks=[flatmin.integrations.lightning.FlatCallback()]."
+)
+
+STILL_SCALED = (
+    "the gradients are still scaled: after opt.probes(scaler, rescale=True) call scaler.step(opt) and scaler.update(). "
+    "Without rescale=True call opt.step(), which does both."
 )
 
 CLEARED_IN_LOOP = (
@@ -111,6 +122,12 @@ def check_names(base: Optimizer, name: str, ours: Iterable[str]) -> None:
             f"{name} cannot wrap {type(base).__name__}, which has a group option {taken[0]!r} of its own that means "
             "something else: one would be taken for the other. Use another base optimizer."
         )
+
+
+def check_closure(closure: object) -> None:
+    """Raises a `ValueError` for the closure of Lightning's automatic optimization, which knows one micro-batch only."""
+    if getattr(getattr(closure, "func", None), "__qualname__", "") == "Precision._wrap_closure":
+        raise ValueError(NO_CALLBACK)
 
 
 def check_dense(gradients: Iterable[Tensor | None], name: str) -> None:

@@ -3,14 +3,20 @@
 The rule must see unscaled gradients, an overflow in any probe must skip the step, and the scaler must hear of it
 once. The caller scales each loss; the rest is done here, through `scaler.unscale_`, which takes anything with
 `param_groups` and keeps one overflow flag for each until `scaler.update()` asks for them.
+
+A framework that owns the scaler unscales, clips, steps and updates by itself. For it the direction is scaled again, and
+made not finite if any probe overflowed, so that the scaler skips the step as it would skip any other.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+
+from flatmin.vectors import Vector
 
 
 class _Gradients:
@@ -21,11 +27,19 @@ class _Gradients:
 
 
 class Scaling:
-    """The scaler of one step (`None`: gradients are not scaled)."""
+    """The scaler of one step (`None`: gradients are not scaled).
 
-    def __init__(self, scaler: Any, params: list[Tensor]):
-        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+    Attributes:
+        by_framework: whether a framework takes over once the direction stands.
+        rescale: whether it gets the direction scaled, because there is a scaler.
+    """
+
+    def __init__(self, scaler: Any, params: list[Tensor], *, rescale: bool = False):
+        self._scaler: Any = scaler if scaler is not None and scaler.is_enabled() else None
+        self.by_framework = rescale
+        self.rescale = rescale and self._scaler is not None
         self._params = params
+        self._handed_to: Any = None  # the scaler's notes when the direction was handed back; it drops them on update
         self._done: list[_Gradients] = []  # kept alive until the update: the scaler knows them by their id
 
     @property
@@ -39,6 +53,26 @@ class Scaling:
             gradients = _Gradients(self._params)
             self._done.append(gradients)
             self._scaler.unscale_(gradients)
+
+    def settle(self, agree: Callable[[bool], bool], *, is_scaled: bool) -> None:
+        """Leaves the direction in `.grad` as the caller expects it: unscaled, or scaled for a framework."""
+        if self.rescale:
+            scale = 1.0 if is_scaled else self._scaler.get_scale()
+            Vector([p.grad for p in self._params]).scale_(math.inf if self.overflowed(agree) else scale)
+            self._handed_to = self._scaler._per_optimizer_states
+        elif is_scaled:
+            self.unscale()
+
+    def was_skipped(self) -> bool:
+        """Whether the scaler has been updated since the direction was handed back: then it did not step."""
+        return self.rescale and self._scaler._per_optimizer_states is not self._handed_to
+
+    def is_right_for(self, optimizer: Any) -> bool:
+        """Whether the gradients have been unscaled exactly once, now that `optimizer` is about to step."""
+        if self._scaler is None:
+            return True
+        by_caller = self._scaler._per_optimizer_states[id(optimizer)]["stage"].name == "UNSCALED"
+        return by_caller == self.rescale
 
     def overflowed(self, agree: Callable[[bool], bool]) -> bool:
         """Whether any unscaled gradient was not finite, on any process. One host synchronisation.
@@ -58,6 +92,6 @@ class Scaling:
 
     def update(self) -> None:
         """Lets the scaler adjust its scale, once a step."""
-        if self._scaler is not None and self._done:
+        if self._scaler is not None and self._done and not self.rescale:
             self._scaler.update()
         self._done = []

@@ -53,7 +53,7 @@ class Tools(Host):
         """What the rule remembers between steps."""
         if self._memory is None:
             empty = not self.param_groups[0].get("num_remembered")
-            self._memory = Memory(self.params, self.state, empty=empty)
+            self._memory = Memory(self.params, self.state, self.remembers, empty=empty)
         return self._memory
 
     @property

@@ -1,0 +1,60 @@
+"""`flatmin train`: one run, on one process or several."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from flatmin.lab.compare import Compare
+from flatmin.lab.processes import launched
+from flatmin.lab.records import read_run
+from flatmin.lab.train import RunSpec, train
+
+
+@dataclass(kw_only=True)
+class Train:
+    """Train one run: a method on a task, with the settings that the task names, and measure how flat it ended.
+
+    On several processes with `torchrun --nproc-per-node 2 -m flatmin train ...` or `accelerate launch -m flatmin train
+    ...`: each batch is shared by them, so that the run is the same up to rounding (and up to batch statistics, and for
+    methods that look for the ascent on each process by itself, such as SAM).
+    """
+
+    task: str = "digits"
+    """Data, model and loss, by name (see: flatmin tasks)."""
+    method: str = "nso"
+    """Method, by name (see: flatmin methods), alone or with parts: sam+swa."""
+    seed: int = 0
+    """Fixes the training samples, the initial weights and the batch order."""
+    num_gradients: int | None = None
+    """Mini-batch gradients to spend. Default: the task's."""
+    out: Path = Path("runs/train")
+    """Where the record and the weights are written: <method>-seed<seed>.jsonl and .safetensors."""
+
+    def spec(self) -> RunSpec:
+        """The run.
+
+        Raises:
+            ValueError: for an unknown task or method, or one without settings for this task.
+        """
+        (spec,) = Compare(task=self.task, methods=(self.method,), num_seeds=1, num_gradients=self.num_gradients).specs()
+        return replace(spec, seed=self.seed)
+
+    def run(self) -> None:
+        """Trains, prints progress, and in the end what came out."""
+        spec, processes = self.spec(), launched()
+        path = self.out / f"{spec.name}.jsonl"
+        if path.exists():  # on every process, so that none waits for another
+            raise ValueError(f"{path} is finished, and a finished run is never overwritten. Choose another --out.")
+        self.out.mkdir(parents=True, exist_ok=True)
+        train(spec, self.out, _report if processes.is_first else lambda *_: None, processes)
+        if processes.is_first:
+            result = read_run(path).result
+            shown = {k: v for k, v in result.items() if isinstance(v, (int, float, str)) and k != "type"}
+            print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()))
+            print(path)
+        processes.end()
+
+
+def _report(name: str, step: int, num_steps: int, loss: float) -> None:
+    print(f"{name}: step {step} of {num_steps}, loss {loss:.4f}")
