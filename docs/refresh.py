@@ -19,6 +19,7 @@ from benchmarks.step import markdown as cost_table
 from docs.flatness import RECORD
 from docs.flatness_pictures import flatness_tables
 from flatmin.lab.display import markdown_table
+from tests.contracts.combinations import table as combinations_table
 
 ROOT = Path(__file__).parent.parent
 PAGES = (
@@ -59,6 +60,7 @@ def main() -> None:
         "halves": markdown_table(halves),
         "cost": cost_table(cost),
         "methods": methods_table(),
+        "combinations": combinations_table(),
         "split": split_table(split),
         "collectives": collectives_table(sent),
         "scale": scale_table(),

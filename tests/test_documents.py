@@ -20,6 +20,7 @@ from flatmin.lab.compare import Compare
 from flatmin.lab.display import markdown_table
 from flatmin.lab.summary import summarize
 from flatmin.lab.tasks import get_task
+from tests.contracts import combinations
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "docs" / "records" / "digits"
@@ -94,6 +95,10 @@ def test_the_table_of_half_batches_at_equal_cost_is_computed_from_the_records():
 
 def test_the_table_of_methods_is_computed_from_the_registry():
     assert methods_table() in (ROOT / "docs" / "methods.md").read_text()
+
+
+def test_the_table_of_combinations_is_what_happens():
+    assert combinations.table() in (ROOT / "docs" / "methods.md").read_text()
 
 
 def test_the_table_of_half_batches_is_the_committed_result():
