@@ -48,7 +48,7 @@ def test_plain_data_is_plain(report):
 
 def test_what_is_not_finite_is_null_in_json():
     model, x, y = make("tanh")
-    result = flatmin.trace(flatmin.Objective(model, criterion, [(x, y)]), max_products=1)
+    result = flatmin.noise_stability(flatmin.Objective(model, criterion, [(x, y)]), 0.01, num_draws=1)
     assert result.stderr == float("inf")
     assert result.to_dict()["stderr"] is None
     assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["samples"] == [result.value]

@@ -274,6 +274,19 @@ def test_a_loss_that_is_not_finite_out_there_says_why():
     assert "smaller radius" in "".join(caught.value.__notes__)
 
 
+def test_rounding_is_part_of_the_error_in_single_precision():
+    model, x, y = make("tanh")
+    truth = float(dense_hessian(model, lambda: criterion(model(x), y)).trace())
+    objective = flatmin.Objective(model.float(), criterion, [(x.float(), y)])
+    z = []
+    for seed in range(10):
+        tiny = flatmin.noise_stability(objective, 3e-5, num_draws=2000 if seed == 0 else 100, seed=seed).implied_trace
+        z.append((tiny.value - truth) / tiny.stderr)
+        assert tiny.stderr > 0.5 * truth  # nothing is left of it at this sigma
+    assert np.abs(z).max() < 4
+    assert flatmin.noise_stability(objective, 0.01, num_draws=100).implied_trace.stderr < 0.1 * truth
+
+
 def test_displaced_brings_the_weights_back():
     objective, _ = setting("relu")
     before = [p.detach().clone() for p in objective.params]

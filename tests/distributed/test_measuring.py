@@ -82,6 +82,42 @@ def test_ranks_measure_what_one_process_measures(ranks, how):
         assert sizes == {one.num_params + 2: 1}  # one product: one all-reduce, of the product and a count
 
 
+def rises(measured):
+    """What displaces the weights, and what is built on products: by name."""
+    direction = flatmin.random_direction(measured)
+    noise = flatmin.noise_stability(measured, 0.05, num_draws=10, max_seconds=60, per_layer=True)
+    ascent = flatmin.ascent_sharpness(measured, 0.2, "monge", num_steps=4)
+    density = flatmin.spectral_density(measured, num_probes=2, num_steps=4)
+    flat_estimate = flatmin.flat_minimum_estimate(measured, num_probes=4, num_eigenvectors=1)
+    blocks = flatmin.block_eigenvalues(measured, tol=1e-6)
+    return {
+        "noise": torch.tensor(
+            [noise.value, noise.stderr, noise.clean_loss, *(p.value for p in noise.per_layer.values())]
+        ),
+        "average": torch.tensor(flatmin.average_sharpness(measured, 0.3, num_draws=4).samples),
+        "ascent": torch.tensor([ascent.value, ascent.one_step, *ascent.starts]),
+        "slice": torch.tensor(flatmin.loss_slice(measured, direction, num_points=3).losses),
+        "density": torch.tensor(density.quadrature()[0]),
+        "flat": torch.tensor([flat_estimate.trace_gradient.value, flat_estimate.tangential_gradient.value]),
+        "blocks": torch.tensor([result.value for result in blocks.values()]),
+        "published": torch.tensor(flatmin.layerwise_rayleigh_sum(measured).value),
+    }
+
+
+def rises_on_a_rank(rank):
+    return rises(objective(slice(rank, None, 2), distributed.group.WORLD))
+
+
+@pytest.mark.slow
+def test_ranks_find_the_rises_that_one_process_finds(ranks):
+    expected = rises(objective(slice(None)))
+    for found in ranks(rises_on_a_rank):
+        for name in expected:
+            torch.testing.assert_close(
+                found[name], expected[name], atol=1e-9, rtol=1e-7, msg=lambda m, n=name: f"{n} {m}"
+            )
+
+
 def in_single_precision(rank):
     model = nn.Linear(2, 1)
     data = [(torch.ones(3, 2), torch.ones(3, 1))] * (1 + rank)

@@ -47,7 +47,7 @@ class SharpnessResult(Measurement):
     Attributes:
         radius: sigma or rho.
         curvature_per_rise: what `value` is multiplied with to give a trace: 2 / sigma^2, or 2 dim / rho^2.
-        clean_loss: L(w), which was subtracted. In single precision a rise below 1e-6 of it is rounding.
+        clean_loss: L(w), which was subtracted. `stderr` includes what its rounding may do to the difference.
         per_layer: layer -> the rise when only that layer is moved. They add up to `value` to leading order only.
         samples: the rises of the single draws, whose mean is `value`.
         num_losses: evaluations of the loss over the whole data that it took.
@@ -206,7 +206,7 @@ class _Sampler:
     def __init__(self, objective: Objective, drawers: list[Draw], two_sided: bool, seed: int):
         self._objective, self._drawers, self._seed = objective, drawers, seed
         self._signs = (1.0, -1.0) if two_sided else (1.0,)
-        self._clean = 0.0
+        self._clean = self._eps = 0.0
         self._rounds = 0
 
     def run(self, names: list[str | None], budget: Budget, **entries: Any) -> SharpnessResult:
@@ -217,24 +217,29 @@ class _Sampler:
         total, columns = samples[:, 0], zip(names[1:], samples.T[1:], strict=True)
         return SharpnessResult(
             value=float(total.mean()),
-            stderr=stderr(total),
+            stderr=self._error(total),
             num_samples=self._objective.num_samples,
             seed=self._seed,
             clean_loss=self._clean,
-            per_layer={str(n): Estimate(value=float(c.mean()), stderr=stderr(c)) for n, c in columns},
+            per_layer={str(n): Estimate(value=float(c.mean()), stderr=self._error(c)) for n, c in columns},
             samples=tuple(float(t) for t in total),
             num_losses=self._rounds + samples.size * len(self._signs),
             converged=budget.met(total),
             **entries,
         )
 
+    def _error(self, samples: np.ndarray) -> float:
+        """The standard error of the draws, and the rounding of the losses whose difference each of them is."""
+        return math.hypot(stderr(samples), self._eps * self._clean)
+
     @torch.no_grad()
     def _round(self, first: int, size: int) -> np.ndarray:
         totals, clean, count = np.zeros((size, len(self._drawers))), 0.0, 0
         with displaced(self._objective) as place:
             for index, batch in enumerate(self._objective.batches()):
-                at_home = float(batch.evaluate().loss.double())
-                n = batch.size
+                loss = batch.evaluate().loss
+                self._eps = max(self._eps, torch.finfo(loss.dtype).eps)
+                at_home, n = float(loss.double()), batch.size
                 for row, column in np.ndindex(totals.shape):
                     place.move(None)
                     u = self._drawers[column](mix_seeds(self._seed, first + row, self._objective.number(index)))
