@@ -12,14 +12,21 @@ from torch.optim import SGD
 import flatmin
 from benchmarks.collectives import table as collectives_table
 from benchmarks.scale import table as scale_table
+from benchmarks.spectrum import RESULTS as SPECTRUM
+from benchmarks.spectrum import markdown as spectrum_table
 from benchmarks.split_batch import markdown as split_table
 from benchmarks.step import markdown as cost_table
 from docs.flatness import RECORD
 from docs.flatness_pictures import flatness_tables
 from flatmin.lab.display import markdown_table
+from tests.contracts.combinations import table as combinations_table
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("results.md", "methods.md", "concepts/step.md", "concepts/scale.md", "concepts/flatness.md")
+PAGES = (
+    "results.md",
+    "methods.md",
+    *(f"concepts/{name}.md" for name in ("step", "scale", "flatness", "measuring")),
+)
 
 
 def methods_table() -> str:
@@ -44,16 +51,20 @@ def methods_table() -> str:
 def main() -> None:
     """Replaces what stands between `<!-- name -->` and `<!-- /name -->`."""
     summary = json.loads((ROOT / "docs" / "records" / "digits" / "summary.json").read_text())
+    halves = json.loads((ROOT / "docs" / "records" / "halves" / "summary.json").read_text())
     cost = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())
     split = json.loads((ROOT / "benchmarks" / "results" / "split_batch.json").read_text())
     sent = json.loads((ROOT / "benchmarks" / "results" / "collectives.json").read_text())
     tables = {
         "demo": markdown_table(summary),
+        "halves": markdown_table(halves),
         "cost": cost_table(cost),
         "methods": methods_table(),
+        "combinations": combinations_table(),
         "split": split_table(split),
         "collectives": collectives_table(sent),
         "scale": scale_table(),
+        "spectrum": spectrum_table(json.loads(SPECTRUM.read_text())),
         **flatness_tables(json.loads(RECORD.read_text())),
     }
     for path in (ROOT / "README.md", *(ROOT / "docs" / name for name in PAGES)):

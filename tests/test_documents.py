@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import collectives, scale
+from benchmarks.spectrum import markdown as spectrum_table
 from benchmarks.split_batch import markdown as split_table
 from benchmarks.step import markdown as cost_table
 from docs.flatness import RECORD as FLATNESS
@@ -19,6 +20,7 @@ from flatmin.lab.compare import Compare
 from flatmin.lab.display import markdown_table
 from flatmin.lab.summary import summarize
 from flatmin.lab.tasks import get_task
+from tests.contracts import combinations
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "docs" / "records" / "digits"
@@ -56,13 +58,15 @@ def test_the_quickstart_is_short():
     assert len([line for line in ours.splitlines()[1:] if line.strip()]) <= 10
 
 
-def committed_summary():
-    return json.loads((RECORDS / "summary.json").read_text())
+def committed_summary(name="digits"):
+    return json.loads((RECORDS.parent / name / "summary.json").read_text())
 
 
-def test_the_committed_summary_is_computed_from_the_committed_records():
-    summary = committed_summary()
-    runs = Compare(num_seeds=summary["num_seeds"], name="digits", out=RECORDS.parent).runs()
+@pytest.mark.parametrize("name", ["digits", "halves"])
+def test_the_committed_summaries_are_computed_from_the_committed_records(name):
+    summary = committed_summary(name)
+    methods = tuple(summary["methods"])
+    runs = Compare(methods=methods, num_seeds=summary["num_seeds"], name=name, out=RECORDS.parent).runs()
     again = json.loads(json.dumps(summarize(runs)))
     assert again == {key: summary[key] for key in again}
 
@@ -85,8 +89,16 @@ def test_the_tables_are_computed_from_the_records(path):
     assert cost_table(json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())) in text
 
 
+def test_the_table_of_half_batches_at_equal_cost_is_computed_from_the_records():
+    assert markdown_table(committed_summary("halves")) in (ROOT / "docs" / "results.md").read_text()
+
+
 def test_the_table_of_methods_is_computed_from_the_registry():
     assert methods_table() in (ROOT / "docs" / "methods.md").read_text()
+
+
+def test_the_table_of_combinations_is_what_happens():
+    assert combinations.table() in (ROOT / "docs" / "methods.md").read_text()
 
 
 def test_the_table_of_half_batches_is_the_committed_result():
@@ -105,6 +117,11 @@ def test_what_is_sent_is_the_committed_count_and_agrees_with_the_model_of_cost()
                 found["all_reduce"]["numbers"] -= found["all_reduce"]["single"]
                 sent = {kind: found[kind]["numbers"] / results["num_params"] for kind in found}
                 assert sent == collectives.expected(name, how), (how, name)
+
+
+def test_the_table_of_eigenvalues_is_the_committed_result():
+    results = json.loads((ROOT / "benchmarks" / "results" / "spectrum.json").read_text())
+    assert spectrum_table(results) in (ROOT / "docs" / "concepts" / "measuring.md").read_text()
 
 
 def test_the_page_on_flatness_is_computed_from_its_record():

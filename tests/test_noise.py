@@ -72,3 +72,11 @@ def test_a_draw_has_the_dtype_of_the_parameter(dtype, law):
     z = draw_like(torch.zeros(1000, dtype=dtype), law, torch.Generator().manual_seed(0))
     assert z.dtype == dtype
     assert z.isfinite().all()
+
+
+def test_neighbours_that_are_drawn_together_have_a_sigma_of_their_own():
+    like = [torch.zeros(5), torch.zeros(2, 3), torch.zeros(4)]
+    same = Noise(like, Radii([1.0, 1.0, 1.0]), "normal", seed=3).vector().present
+    own = Noise(like, Radii([1.0, 0.5, 2.0]), "normal", seed=3).vector().present
+    for sigma, a, b in zip([1.0, 0.5, 2.0], same, own, strict=True):
+        torch.testing.assert_close(sigma * a, b)

@@ -79,7 +79,7 @@ class Ranks:
 
     Args:
         params: the parameters.
-        model: where to look for `DistributedDataParallel`; `None` to look in the forwards of the probes.
+        model: where to look for `DistributedDataParallel`, before the forwards of the probes.
 
     Attributes:
         num_params: the number of parameters.
@@ -89,13 +89,16 @@ class Ranks:
         self.num_params = len(params)
         self._params = {id(p) for p in params}
         self._device = params[0].device
-        meshes = {p.device_mesh for p in params if is_sharded(p)}  # type: ignore[attr-defined]
-        self._groups = {group for mesh in meshes for group in mesh.get_all_groups()}
+        # In an order that is the same on all processes: one that waits in another group would wait for ever.
+        meshes = dict.fromkeys(p.device_mesh for p in params if is_sharded(p))  # type: ignore[attr-defined]
+        self._groups: list[Any] = list(dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups()))
         self._replicas: list[weakref.ref[DistributedDataParallel]] = []
         self._exchange = True
         self._silenced: list[DistributedDataParallel] = []
-        self._search = model is None and not self._groups
-        for part in () if model is None else model.modules():
+        named = [] if model is None else list(model.modules())
+        # A compiled model would trace the hook that searches.
+        self._search = not self._groups and not any(hasattr(part, "_orig_mod") for part in named)
+        for part in named:
             self._meet(part)
 
     def probe(self, exchange: bool) -> None:
@@ -132,10 +135,18 @@ class Ranks:
 
     def _meet(self, module: nn.Module, _args: object = ()) -> None:
         module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
-        if isinstance(module, DistributedDataParallel) and any(id(p) in self._params for p in module.parameters()):
+        if not isinstance(module, DistributedDataParallel):
+            return
+        if all(known() is not module for known in self._replicas):
+            if not any(id(p) in self._params for p in module.parameters()):
+                return
             self._replicas.append(weakref.ref(module))
-            self._groups.add(module.process_group)
-            self._silence(module)
+            self._groups = list(dict.fromkeys([*self._groups, module.process_group]))
+        if self._exchange or module.require_backward_grad_sync:
+            # Found; a compiled part of it must not see the hook. Inside a caller's `no_sync`, which will switch
+            # averaging on again, the next forward of this probe has to be met too.
+            _global_forward_pre_hooks.pop(id(self), None)
+        self._silence(module)
 
     def _silence(self, replica: DistributedDataParallel | None) -> None:
         """What `no_sync` does; DDP looks at this when its forward begins. A caller's own `no_sync` stays."""

@@ -14,19 +14,20 @@ draws what it needs a part of, and keeps its part.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
-from flatmin.shards import is_sharded, local, made_of, place_of, summed_apart, whole_rows
+from flatmin.shards import any_sharded, is_sharded, local, made_of, place_of, summed_apart, whole_rows
 from flatmin.vectors import Radii, Vector
 
 BLOCK = 2**20  # elements of a large tensor with one seed: many, for its cost; few, for who needs a part of them only
 SMALL = 2**12  # elements of small tensors with one seed: many, for its cost; few, as they take memory together
-ALIGN = 16  # elements: where tensors that are drawn together begin, so that vector instructions can be used on them
 
 Law = Literal["normal", "uniform", "laplace", "rademacher", "binomial"]
 
@@ -180,34 +181,33 @@ def _units(like: Sequence[Tensor], support: list[int]) -> list[list[int]]:
     units: list[list[int]] = []
     kind, room = None, 0
     for i in support:
-        size = _aligned(like[i].numel())
-        if size > room or kind != (like[i].device, like[i].dtype):
+        size, own = like[i].numel(), (like[i].device, like[i].dtype)
+        if size > room or kind != own:
             units.append([])
-            kind, room = (like[i].device, like[i].dtype), SMALL
+            kind, room = own, SMALL
         units[-1].append(i)
         room -= size
     return units
 
 
-def _aligned(size: int) -> int:
-    return -(-size // ALIGN) * ALIGN
-
-
 def _draw_together(
     members: list[Tensor], law: str, seed: int, generator: torch.Generator, scales: list[float]
-) -> Iterator[Tensor]:
-    """This process's parts of one draw that has room for all `members`, one after the other."""
-    common = scales[0] if len(set(scales)) == 1 else 1.0
-    only = len(members) == 1
-    size = members[0].numel() if only else sum(_aligned(t.numel()) for t in members)
-    start, stop = _rows(members[0])[:2] if only else (0, size)
+) -> Sequence[Tensor]:
+    """This process's parts of one draw in which the `members` follow each other."""
+    alike = len(set(scales)) == 1
+    size = sum(t.numel() for t in members)
+    start, stop = _rows(members[0])[:2] if len(members) == 1 else (0, size)
     flat = local(members[0]).new_empty(stop - start, requires_grad=False)
-    _draw_range(flat, start, size, law, seed, generator, common)
-    offset = -start
-    for like, scale in zip(members, scales, strict=True):
-        z = _cut(flat, offset, like)
-        yield z if scale == common else z.mul_(scale)
-        offset += _aligned(like.numel())
+    _draw_range(flat, start, size, law, seed, generator, scales[0] if alike else 1.0)
+    if not any_sharded(members) and all(t.is_contiguous() for t in members):
+        draws: Sequence[Tensor] = _unflatten_dense_tensors(flat, members)
+    else:
+        offsets = itertools.accumulate((t.numel() for t in members), initial=-start)
+        draws = [_cut(flat, at, like) for at, like in zip(offsets, members, strict=False)]
+    if not alike:
+        for z, scale in zip(draws, scales, strict=True):
+            z.mul_(scale)
+    return draws
 
 
 def _rows(like: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
@@ -221,8 +221,6 @@ def _rows(like: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
 
 def _cut(flat: Tensor, at: int, like: Tensor) -> Tensor:
     """This process's part of `like`, from a draw in which all of `like` would begin at `at`."""
-    if not is_sharded(like) and like.is_contiguous():
-        return flat[at : at + like.numel()].view(like.shape)
     first, last, shape, offset = _rows(like)
     z = flat[at + first : at + last].view(shape[:1] + like.shape[1:])
     for dim in range(1, len(shape)):

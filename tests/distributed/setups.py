@@ -46,11 +46,13 @@ def share(rank: int, world_size: int = 2) -> slice:
 
 
 def wrap(model: nn.Module, how: str) -> nn.Module:
-    """The model as `how` trains it: "alone", "ddp" or "fsdp"."""
+    """The model as `how` trains it: "alone", "ddp", "fsdp", or "hsdp", replicas of shards."""
     if how == "ddp":
         return DistributedDataParallel(model)
-    if how == "fsdp":
-        mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    if how in ("fsdp", "hsdp"):
+        size = distributed.get_world_size()
+        shape, names = ((size,), ("shard",)) if how == "fsdp" else ((size, 1), ("replicate", "shard"))
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         for layer in model:  # type: ignore[union-attr]
             if list(layer.parameters()):
                 fully_shard(layer, mesh=mesh)

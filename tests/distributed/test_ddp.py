@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.modules.module import _global_forward_pre_hooks
+from torch.optim import SGD
 
 import flatmin
 from benchmarks.collectives import Collectives
@@ -284,6 +286,62 @@ def named(rank):
 
 def test_the_model_may_be_named(ranks):
     assert ranks(named) == [1, 1]
+
+
+def compiled(rank, outside):
+    """Compiled around DDP, or inside it."""
+    warnings.simplefilter("ignore")  # torch.compile's own
+    run = Run("sam", "ddp", share(rank))
+    model: Any = run.model
+    if outside:
+        model = torch.compile(model, backend="eager")
+    else:
+        model.module = torch.compile(model.module, backend="eager")
+    run.model = model
+    run.optimizer = flatmin.SAM(run.optimizer.base, model=model)
+    run.run(2)
+    with Collectives() as seen:
+        run.step()
+    return run.weights(), seen.count("all_reduce")
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_compiled_models(ranks, outside):
+    expected = ranks(train, "sam", "ddp", "loop", "sgd", {})[0]
+    for weights, gradient_reduces in ranks(compiled, outside):
+        assert_near(weights, expected)
+        assert gradient_reduces == 1
+
+
+def sometimes_used(rank, how):
+    """A parameter that takes part in the first of two points only."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"always": nn.Linear(2, 1), "first": nn.Linear(2, 1)})
+    optimizer = flatmin.NSO(SGD(model.parameters(), lr=0.1), 0.1)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts, self.calls = model, 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.parts["always"](x) + (self.parts["first"](x) if self.calls % 2 else 0.0)
+
+    net: Any = Net()
+    if how == "ddp":
+        net = torch.nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+    x = torch.arange(8.0).view(4, 2)
+    for _ in optimizer.probes():
+        net(x if how == "alone" else x[2 * rank : 2 * rank + 2]).square().mean().backward()
+    optimizer.step()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def test_a_parameter_that_only_the_first_point_uses_is_averaged(ranks):
+    first, second = ranks(sometimes_used, "ddp")
+    assert_near(first, second, atol=0)
+    assert_near(first, sometimes_used(0, "alone"), atol=1e-6)
 
 
 def bucket_views(rank, method):

@@ -8,6 +8,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+import flatmin
 from benchmarks.collectives import Collectives
 from flatmin.shards import local
 from flatmin.vectors import Radii, Vector
@@ -29,6 +30,17 @@ def test_shards_equal_one_process(ranks, method, base, form):
     one = Run(method, base=base).run(STEPS, form)
     assert_near(first, one.weights())
     assert (first["3.weight"] - Run(method).weights()["3.weight"]).abs().max() > 1e-3
+
+
+def train_replicas(rank, method):
+    return Run(method, "hsdp", share(rank)).run(STEPS).weights()
+
+
+@pytest.mark.parametrize("method", ["sam", "nso", "gsam"])
+def test_replicas_of_shards_count_once(ranks, method):
+    first, second = ranks(train_replicas, method)
+    assert_near(first, second, atol=0)
+    assert_near(first, Run(method).run(STEPS).weights())
 
 
 ASCENDING = ("sam", "usam", "asam", "monge-sam", "fisher-sam", "random-sam")
@@ -64,6 +76,15 @@ def refused(rank, method, options):
 
 def test_rules_that_need_a_place_for_each_rank_say_so(ranks):
     assert "Use DistributedDataParallel" in ranks(refused, "sap", {})[0]
+
+
+def averaged(rank):
+    with pytest.raises(ValueError, match="sharded model cannot be copied"):
+        flatmin.Averager(Run("sam", "fsdp", share(rank)).model, kind="mean")
+
+
+def test_an_average_of_shards_is_refused(ranks):
+    ranks(averaged)
 
 
 def count(rank, method, form, options):

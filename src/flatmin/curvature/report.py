@@ -60,7 +60,7 @@ class FlatnessReport:
         """Name, value with error, and a note, for each number."""
         found = [
             ("loss", str(self.loss), "exact"),
-            ("trace", str(self.trace), f"{self.trace.num_products} products"),
+            ("trace", str(self.trace), f"{self.trace.num_products} products" if self.trace.stderr else "exact"),
             *[(f"  {name}", str(part), "") for name, part in self.trace.per_layer.items()],
             ("trace / d", f"{self.trace.value / self.trace.num_params:.4g}", f"d = {self.trace.num_params} parameters"),
             ("lambda_max", str(self.top_eigenvalue), f"{self.top_eigenvalue.num_products} products"),

@@ -21,7 +21,12 @@ from flatmin.optim.names import Known, matched
 from flatmin.optim.norms import Forward, Norms
 from flatmin.place import Place
 from flatmin.quiet import Buffers, undisturbed
+from flatmin.shards import any_sharded
 
+SHARDED = (
+    "the parameters are sharded (FSDP2), and a sharded model cannot be copied. Average checkpoints of it, or make the "
+    "Averager for a whole model (DistributedDataParallel)."
+)
 INSIDE = "{what} inside `with averager.applied():`, where the model wears the average. Leave the body first."
 
 
@@ -67,7 +72,8 @@ class Averager:
 
     Raises:
         ValueError: for an unknown `kind`, a `start`, `num_steps` or `every` by which no step would be averaged, a
-            `decay` outside [0, 1), a model without weights. Later: if parameters were added, removed or replaced.
+            `decay` outside [0, 1), a model without weights or with sharded ones. Later: if parameters were added,
+            removed or replaced.
 
     Source: Nitanda, Kikuchi, Maeda, Wu, "Why is Parameter Averaging Beneficial in SGD? An Objective Smoothing
     Perspective", AISTATS 2024, arXiv:2302.09376. Izmailov, Podoprikhin, Garipov, Vetrov, Wilson, "Averaging Weights
@@ -90,6 +96,8 @@ class Averager:
         self._params = [p for p in self._known.parameters.values() if _can_be_averaged(p)]
         if not self._params:
             raise ValueError(f"{type(model).__name__} has no floating-point parameters to average.")
+        if any_sharded(self._params):
+            raise ValueError(SHARDED)
         copy = AveragedModel(model).requires_grad_(False).module
         self._averages = {name: _widened(p) for name, p in copy.named_parameters() if _can_be_averaged(p)}
         self._norms = Norms(model, copy)
