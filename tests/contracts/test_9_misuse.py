@@ -324,7 +324,7 @@ def test_unknown_options(options, message):
 
 def test_the_call_of_other_libraries_is_told_the_right_one():
     parameters = torch.nn.Linear(2, 2).parameters()
-    with pytest.raises(ValueError, match=r"needs a torch\.optim\.Optimizer instance as its first argument"):
+    with pytest.raises(ValueError, match=r"SAM\(torch\.optim\.SGD\(model\.parameters\(\), lr=0\.1, momentum=0\.9\)\)"):
         flatmin.SAM(parameters, torch.optim.SGD, lr=0.1, momentum=0.9)  # type: ignore[arg-type]
 
 

@@ -201,6 +201,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_model
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 import flatmin
 from flatmin.integrations.accelerate import probes, windows
 
@@ -213,12 +214,22 @@ x = torch.randn(128, 6, generator=torch.Generator().manual_seed(1))
 y = torch.randint(3, (128,), generator=torch.Generator().manual_seed(2))
 parts = list(zip(x.split(16), y.split(16), strict=True))
 model, opt = accelerator.prepare(model, opt)
+reductions = []
+
+
+def reduce(group, bucket):
+    reductions.append(bucket)
+    return allreduce_hook(group, bucket)
+
+
+model.register_comm_hook(None, reduce)
 for _ in range(2):
     for window in windows(accelerator, model, parts[accelerator.process_index :: 2]):
         for _probe in probes(accelerator, opt):
             for inputs, labels in window:
                 accelerator.backward(nn.functional.cross_entropy(model(inputs), labels))
         opt.step()
+assert len(reductions) == 2 * 2 * 2  # epochs, windows, probes: once for the two micro-batches of a probe
 if accelerator.is_main_process:
     save_model(accelerator.unwrap_model(model), "weights.safetensors")
 accelerator.end_training()

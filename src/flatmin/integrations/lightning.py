@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -82,7 +82,7 @@ class FlatCallback(Callback):
             self._again = True
             try:
                 with _not_counted(pl_module):
-                    self._window.finish(lambda number: _evaluate(trainer, self._batches[number]))
+                    self._window.finish(lambda number: self._evaluate(trainer, number))
             finally:
                 self._again = False
             self._window, self._batches = None, []
@@ -102,17 +102,20 @@ class FlatCallback(Callback):
         """The weights are brought back before anybody saves them."""
         self._close()
 
+    def _evaluate(self, trainer: Any, number: int) -> None:
+        """One micro-batch again; between processes gradients are reduced on the last one only."""
+        strategy, is_last = trainer.strategy, number == len(self._batches) - 1
+        waits = not is_last and hasattr(strategy, "block_backward_sync")
+        with strategy.block_backward_sync() if waits else nullcontext():
+            output = strategy.training_step(*self._batches[number])
+            loss = output["loss"] if isinstance(output, Mapping) else output
+            if loss is not None:
+                strategy.backward(loss / trainer.accumulate_grad_batches, trainer.optimizers[0])
+
     def _close(self) -> None:
         if self._window is not None:
             self._window.close()
         self._window, self._batches = None, []
-
-
-def _evaluate(trainer: Any, arguments: tuple[Any, ...]) -> None:
-    output = trainer.strategy.training_step(*arguments)
-    loss = output["loss"] if isinstance(output, Mapping) else output
-    if loss is not None:
-        trainer.strategy.backward(loss / trainer.accumulate_grad_batches, trainer.optimizers[0])
 
 
 @contextmanager

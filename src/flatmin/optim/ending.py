@@ -85,6 +85,16 @@ class Ending(Tools):
         if scale is not None:
             Vector(p.grad for p in self.params).scale_(1.0 / float(scale))
 
+    def _step_along_window(self, closure: Callable[[], Any]) -> Any:
+        """A framework's step: its closure evaluates the last micro-batch, and with it all later probes."""
+        with torch.enable_grad():
+            loss = closure()
+        if loss is None and self._stage == "window":  # the framework's word for "skip this batch"
+            self._stage = "idle"
+            return None
+        self.step()
+        return loss
+
     def _finish(self, losses: list[Any]) -> None:
         self._stage = "idle"
         agree = self.ranks.agree

@@ -224,16 +224,6 @@ class FlatOptimizer(Ending):
         """The mean of per-sample losses over the samples that the present probe is about (`probe.mean`)."""
         return (self._probe or Probe()).mean(losses)
 
-    def _step_along_window(self, closure: Callable[[], Any]) -> Any:
-        """A framework's step: its closure evaluates the last micro-batch, and with it all later probes."""
-        with torch.enable_grad():
-            loss = closure()
-        if loss is None and self._stage == "window":  # the framework's word for "skip this batch"
-            self._stage = "idle"
-            return None
-        self.step()
-        return loss
-
     # -- one step, inside ----------------------------------------------------------------------------------------
 
     def _open(
