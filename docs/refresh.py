@@ -10,6 +10,7 @@ from torch.nn import Parameter
 from torch.optim import SGD
 
 import flatmin
+from benchmarks.measuring import markdown as measuring_tables
 from benchmarks.split_batch import markdown as split_table
 from benchmarks.step import markdown as cost_table
 from flatmin.lab.display import markdown_table
@@ -41,11 +42,13 @@ def main() -> None:
     summary = json.loads((ROOT / "docs" / "records" / "digits" / "summary.json").read_text())
     cost = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())
     split = json.loads((ROOT / "benchmarks" / "results" / "split_batch.json").read_text())
+    measuring = json.loads((ROOT / "benchmarks" / "results" / "measuring.json").read_text())
     tables = {
         "demo": markdown_table(summary),
         "cost": cost_table(cost),
         "methods": methods_table(),
         "split": split_table(split),
+        "measuring": measuring_tables(measuring),
     }
     for path in (ROOT / "README.md", *(ROOT / "docs" / name for name in PAGES)):
         text = path.read_text()
