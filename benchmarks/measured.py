@@ -25,6 +25,7 @@ class Case:
     batch: int
     batches: int
     steps: int
+    lr: float
     rounds: int
 
     def make(self) -> tuple[nn.Module, Batches]:
@@ -32,7 +33,7 @@ class Case:
         torch.manual_seed(0)
         means = torch.randn(self.classes, *self.shape)
         model = self.build()
-        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        optimizer = torch.optim.Adam(model.parameters(), lr=self.lr)
 
         def draw(size: int) -> tuple[Tensor, Tensor]:
             labels = torch.randint(self.classes, (size,))
@@ -55,8 +56,8 @@ def tiny(activation: Callable[[], nn.Module]) -> nn.Module:
 
 
 CASES = (
-    Case("MLP, ReLU, 1,926 parameters, 4 x 256", lambda: tiny(nn.ReLU), (20,), 6, 256, 4, 400, 21),
-    Case("MLP, tanh, 1,926 parameters, 4 x 256", lambda: tiny(nn.Tanh), (20,), 6, 256, 4, 400, 21),
-    Case("ResNet-20, 16 x 16", resnet20, (3, 32, 32), 10, 16, 16, 40, 5),
-    Case("transformer 1.0 M, 8 x 16", Transformer, (3, 32, 32), 10, 16, 8, 60, 3),
+    Case("MLP, ReLU, 1,926 parameters, 4 x 256", lambda: tiny(nn.ReLU), (20,), 6, 256, 4, 400, 3e-3, 21),
+    Case("MLP, tanh, 1,926 parameters, 4 x 256", lambda: tiny(nn.Tanh), (20,), 6, 256, 4, 400, 3e-3, 21),
+    Case("ResNet-20, 8 x 16", resnet20, (3, 32, 32), 10, 16, 8, 80, 1e-3, 3),
+    Case("transformer 1.0 M, 8 x 16", Transformer, (3, 32, 32), 10, 16, 8, 60, 3e-3, 3),
 )

@@ -11,6 +11,7 @@ from torch.optim import SGD
 
 import flatmin
 from benchmarks.collectives import table as collectives_table
+from benchmarks.measuring import markdown as measuring_tables
 from benchmarks.scale import table as scale_table
 from benchmarks.spectrum import RESULTS as SPECTRUM
 from benchmarks.spectrum import markdown as spectrum_table
@@ -55,6 +56,7 @@ def main() -> None:
     cost = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())
     split = json.loads((ROOT / "benchmarks" / "results" / "split_batch.json").read_text())
     sent = json.loads((ROOT / "benchmarks" / "results" / "collectives.json").read_text())
+    measuring = json.loads((ROOT / "benchmarks" / "results" / "measuring.json").read_text())
     tables = {
         "demo": markdown_table(summary),
         "halves": markdown_table(halves),
@@ -66,6 +68,7 @@ def main() -> None:
         "scale": scale_table(),
         "spectrum": spectrum_table(json.loads(SPECTRUM.read_text())),
         **flatness_tables(json.loads(RECORD.read_text())),
+        "measuring": measuring_tables(measuring),
     }
     for path in (ROOT / "README.md", *(ROOT / "docs" / name for name in PAGES)):
         text = path.read_text()

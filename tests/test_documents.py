@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import collectives, scale
+from benchmarks.measuring import markdown as measuring_tables
 from benchmarks.spectrum import markdown as spectrum_table
 from benchmarks.split_batch import markdown as split_table
 from benchmarks.step import markdown as cost_table
@@ -80,6 +81,11 @@ def test_the_settings_are_the_winners_of_the_committed_tuning():
             best["weight_decay"],
             best["radius"],
         )
+
+
+def test_the_tables_of_measuring_are_computed_from_the_record():
+    record = json.loads((ROOT / "benchmarks" / "results" / "measuring.json").read_text())
+    assert measuring_tables(record) in (ROOT / "docs" / "results.md").read_text()
 
 
 @pytest.mark.parametrize("path", ["README.md", "docs/results.md"])

@@ -196,3 +196,36 @@ def test_a_compiled_model_is_measured_on_what_it_wraps():
     hessian = dense_hessian(model, lambda: F.cross_entropy(model(x), y))
     v = random_signs(objective)
     assert relative_error(HessianOperator(objective).product(v), hessian @ flat(v)) < 1e-12
+
+
+class _Once(torch.autograd.Function):
+    """x^2 whose backward pass cannot be differentiated, and does not say so when it is the last operation."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+
+def test_a_last_operation_without_a_second_derivative_is_seen():
+    model = torch.nn.Linear(3, 1, bias=False).double()
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.randn(8, 1, dtype=torch.float64)
+
+    def objective(square):
+        return flatmin.Objective(model, lambda out, y: square((out - y).square().mean().sqrt()), [(x, y)])
+
+    way = choose_way(objective(_Once.apply))
+    assert way.name == "difference"
+    assert "an operation is once_differentiable" in way.text
+    exact = flatmin.trace(objective(torch.square), max_products=8, method="hutchinson")
+    for method in ("hutchinson", "auto"):
+        found = flatmin.trace(objective(_Once.apply), max_products=8, method=method)
+        assert found.value == pytest.approx(exact.value, rel=1e-6)
+    with pytest.raises(RuntimeError, match="an operation is once_differentiable"):
+        flatmin.trace(objective(_Once.apply), method="gauss-newton")

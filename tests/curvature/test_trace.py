@@ -100,7 +100,7 @@ def test_budgets():
     unmet = flatmin.trace(objective, rtol=1e-6, max_products=20)
     assert unmet.num_products <= 20
     assert not unmet.converged
-    assert flatmin.trace(objective, max_seconds=0.2).num_products > 8
+    assert flatmin.trace(objective, max_seconds=1.0, method="hutchinson").num_products > 8
     short = flatmin.trace(objective, rtol=1e-9, max_seconds=0.01)
     assert not short.converged
     assert flatmin.trace(objective, max_products=1).stderr == math.inf
@@ -108,6 +108,8 @@ def test_budgets():
         flatmin.trace(objective, rtol=0.0)
     with pytest.raises(ValueError, match="max_products must be positive, got -1"):
         flatmin.trace(objective, max_products=-1)
+    with pytest.raises(ValueError, match=r"xtrace needs max_products of at least 12, got 5"):
+        flatmin.trace(objective, method="xtrace", max_products=5)
     with pytest.raises(ValueError, match=r"unknown trace method 'power'\. Known: auto, hutchinson"):
         flatmin.trace(objective, method="power")
 

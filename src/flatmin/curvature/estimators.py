@@ -17,6 +17,7 @@ from flatmin.curvature.products import NOT_DIFFERENTIABLE, Way, choose_way
 
 HUTCHINSON = "Hutchinson, a fresh Rademacher probe for every batch"
 FEW = 16  # class vectors that are all used at once; of more, a random sample is taken first
+FEWEST = 12  # products for a subspace and probes of the rest
 MANY = 100  # probes left to draw, from which on a subspace is tried
 
 
@@ -73,6 +74,8 @@ class Work:
 
     def low_rank(self, method: str) -> Found:
         """Hutch++ or XTrace."""
+        if self._budget.max_products < FEWEST:
+            raise ValueError(f"{method} needs max_products of at least {FEWEST}, got {self._budget.max_products}.")
         operator = self._operator(HessianOperator)
         found = (hutch_plus_plus if method == "hutch++" else xtrace)(operator, self._budget, self._seed)
         return Found(

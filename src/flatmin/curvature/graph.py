@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Node = Any  # torch.autograd.graph.Node
 
@@ -42,13 +43,20 @@ def nodes(results: Iterable[Tensor]) -> Iterator[Node]:
 
 
 def check_differentiable(results: Iterable[Tensor]) -> None:
-    """Raises where a gradient passed through a function marked `once_differentiable`.
+    """Raises where a loss or its gradient passed through a function marked `once_differentiable`.
 
     Its error node would raise when it is run. But it is no ancestor of the parameters, so `torch.autograd.grad` leaves
-    it out, and with it a part of the derivative: the result is wrong, and nothing is said.
+    it out, and with it a part of the derivative: the result is wrong, and nothing is said. As the last operation of a
+    loss it leaves no error node in the gradient at all, and is seen in the loss only.
     """
-    if any(node.name().endswith("::Error") for node in nodes(results)):
+    if any(node.name().endswith("::Error") or _is_once_differentiable(node) for node in nodes(results)):
         raise RuntimeError("an operation is once_differentiable")
+
+
+def _is_once_differentiable(node: Node) -> bool:
+    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    marked = getattr(backward, "__wrapped__", None) is not None
+    return marked and backward.__code__.co_filename == once_differentiable.__code__.co_filename  # type: ignore[union-attr]
 
 
 def curved(result: Tensor, params: Sequence[Tensor]) -> set[int]:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flatmin.curvature.graph import check_differentiable
 from flatmin.curvature.objective import Batch, Objective
 from flatmin.noise import draw_like
 
@@ -38,6 +39,7 @@ class Point:
         with torch.enable_grad():
             self.outputs = outputs.requires_grad_()
             loss = objective.batch_loss(self.outputs, targets, size)
+            check_differentiable([loss])
             self.slope: Tensor = torch.autograd.grad(loss, self.outputs, create_graph=True)[0]
 
     def curvature(self, u: Tensor) -> Tensor:

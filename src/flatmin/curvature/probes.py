@@ -115,8 +115,8 @@ class Budget:
         return max(self._together(left), 0)
 
     def spend(self, products: int) -> None:
-        """Takes products out of the budget that were used otherwise; one round of probes is always left."""
-        self.max_products = max(self.max_products - products, 2)
+        """Takes products out of the budget that were used otherwise."""
+        self.max_products = max(self.max_products - products, 1)
 
 
 def run(draw: Draw, budget: Budget, samples: np.ndarray | None = None, constant: float = 0.0) -> np.ndarray:

@@ -155,7 +155,10 @@ def _try(objective: Objective, name: str, reason: str, seed: int) -> Way:
         v = _random(params, seed)
         if name == "autograd":
             with _GraphSize(params) as graph:
-                hessian = BatchHessian(batch.evaluate().loss, params)
+                loss = batch.evaluate().loss
+                check_differentiable([loss])
+                hessian = BatchHessian(loss, params)
+                del loss
             hessian.check()
             product = Vector(hessian.product(v))
             del hessian
