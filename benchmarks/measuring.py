@@ -242,7 +242,10 @@ def markdown(results: dict[str, Any]) -> str:
     for name in names:
         cells = []
         for case in cases.values():
-            row = case["products"][name]
+            row = case["products"].get(name)
+            if row is None:
+                cells.append("")
+                continue
             error = f", error {row['error']:.0e}" if "error" in row else ""
             cells.append(f"{row['median']:.2f} [{row['low']:.2f}, {row['high']:.2f}]{error}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -250,7 +253,8 @@ def markdown(results: dict[str, Any]) -> str:
         lines += ["", f"| gradients for the trace to {goal} | " + " | ".join(cases) + " |"]
         lines.append("|---" * (len(cases) + 1) + "|")
         for name in dict.fromkeys(name for case in cases.values() for name in case["trace"]["costs"][goal]):
-            cells = [f"{case['trace']['costs'][goal][name]:.3g}" for case in cases.values()]
+            costs = [case["trace"]["costs"][goal].get(name) for case in cases.values()]
+            cells = ["" if cost is None else f"{cost:.3g}" for cost in costs]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
