@@ -70,6 +70,11 @@ def format_cell(column: Column, cell: dict[str, Any]) -> str:
     return f"{text} ±{cell['half_width']:.{column.digits}f}"
 
 
+def trace_error(error: float) -> str:
+    """The error of one run's trace, in a table."""
+    return f"±{error:.2f}" if error else "exact"
+
+
 def print_table(summary: dict[str, Any], console: Console | None = None) -> None:
     """The comparison as a table: mean and 95% interval over seeds; bold where significantly best."""
     console = console or Console()
@@ -89,7 +94,7 @@ def print_table(summary: dict[str, Any], console: Console | None = None) -> None
         table.add_row(column.title, *row)
         if column.key == "trace":
             errors = [summary["methods"][name]["trace_stderr"] for name in names]
-            table.add_row("  error of a trace", *["-" if e is None else f"±{e:.2f}" for e in errors])
+            table.add_row("  error of a trace", *["-" if e is None else trace_error(e) for e in errors])
     console.print(table)
     if summary["num_seeds"] >= 3 and len(names) > 1:
         console.print("* better than every other method: paired t-test over seeds, Holm, p < 0.05.")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flatmin.extras import need
-from flatmin.lab.display import budget_line, format_cell
+from flatmin.lab.display import budget_line, format_cell, trace_error
 from flatmin.lab.records import RunRecord, write_text
 from flatmin.lab.report import charts
 from flatmin.lab.summary import COLUMNS, LEVEL
@@ -59,7 +59,7 @@ def _rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _trace_note(entry: dict[str, Any]) -> str:
-    return "" if entry["trace_stderr"] is None else f"each trace ±{entry['trace_stderr']:.2f}"
+    return "" if entry["trace_stderr"] is None else f"each trace {trace_error(entry['trace_stderr'])}"
 
 
 def _mark(versus: dict[str, Any] | None, better: int) -> str:
