@@ -94,5 +94,7 @@ def dense_jacobian(model: nn.Module, outputs: Callable[[], Tensor]) -> Tensor:
 def dense_gauss_newton(model: nn.Module, outputs: Callable[[], Tensor], loss: Callable[[Tensor], Tensor]) -> Tensor:
     """J' (d2 loss / d outputs2) J."""
     jacobian, z = dense_jacobian(model, outputs), outputs().detach()
-    curvature = torch.autograd.functional.hessian(loss, z).reshape(z.numel(), z.numel())
+    curvature = torch.autograd.functional.hessian(loss, z)
+    assert isinstance(curvature, Tensor)
+    curvature = curvature.reshape(z.numel(), z.numel())
     return jacobian.T @ curvature @ jacobian

@@ -202,13 +202,13 @@ class _Once(torch.autograd.Function):
     """x^2 whose backward pass cannot be differentiated, and does not say so when it is the last operation."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x):  # type: ignore[override]
         ctx.save_for_backward(x)
         return x * x
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # type: ignore[override]
         (x,) = ctx.saved_tensors
         return 2 * x * grad
 
