@@ -29,7 +29,7 @@ def is_sharded(tensor: object) -> bool:
 def any_sharded(tensors: Iterable[object]) -> bool:
     """Whether one of them is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and any(isinstance(t, module.DTensor) for t in tensors)
+    return module is not None and any(issubclass(kind, module.DTensor) for kind in set(map(type, tensors)))
 
 
 def local(tensor: Any) -> Tensor:

@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from scipy.optimize import brentq
-
 from flatmin.bounds.result import Bound, check_at_least_zero, check_common
 
 NOISY = "these weights with noise of standard deviation {sigma:.4g}"
@@ -213,6 +211,8 @@ def inverse_kl(q: float, budget: float) -> float:
         return q
     if q == 0:
         return -math.expm1(-budget)
+
+    from scipy.optimize import brentq  # here, since few need it and it is slow to import
 
     def excess(log_rest: float) -> float:  # in log(1 - p), so that p may come near 1
         p = -math.expm1(log_rest)

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 
 from flatmin.curvature.eigen import as_operator
 from flatmin.curvature.lanczos import Lanczos, Rows
@@ -84,10 +83,7 @@ class DensityResult(Measurement):
     def density(self, grid: np.ndarray, width: float) -> tuple[np.ndarray, np.ndarray]:
         """The density on a grid, smoothed by a Gaussian of this standard deviation, and its standard error."""
         curves = np.stack(
-            [
-                stats.norm.pdf(grid[:, None], x, width) @ np.array(w)
-                for x, w in zip(self.nodes, self.weights, strict=True)
-            ]
+            [_bump(grid[:, None] - x, width) @ np.array(w) for x, w in zip(self.nodes, self.weights, strict=True)]
         )
         error = curves.std(0, ddof=1) / math.sqrt(len(curves)) if len(curves) > 1 else np.full(len(grid), np.inf)
         return curves.mean(0), error
@@ -213,6 +209,11 @@ class _Quadrature:
         good = np.flatnonzero(residuals <= max(CONVERGED * (self._high - self._low), self.zero))
         far = np.argsort(-np.abs(theta[good] - np.median(theta)))
         return good[far][: self._num_steps - len(self.found)]
+
+
+def _bump(distance: np.ndarray, width: float | np.ndarray) -> np.ndarray:
+    """The density of a normal variable of standard deviation `width` at these distances from its mean."""
+    return np.exp(-0.5 * (distance / width) ** 2) / (width * math.sqrt(2 * math.pi))
 
 
 def _blur(nodes: np.ndarray, weights: np.ndarray, bound: float) -> float:

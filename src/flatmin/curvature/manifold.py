@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.integrate import solve_ivp
 from torch import Tensor
 
 Function = Callable[[Tensor], Tensor]
@@ -73,6 +72,8 @@ def limit_map(f: Function, x: Tensor, *, tol: float = 1e-8, max_time: float = 1e
 
     def slope(_: float, values: np.ndarray) -> np.ndarray:
         return -gradient(f, at(values)).numpy()
+
+    from scipy.integrate import solve_ivp  # here, since few need it and it is slow to import
 
     def rest(_: float, values: np.ndarray) -> float:
         return float(gradient(f, at(values)).norm()) - tol

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scipy import stats
+from scipy.special import ndtr
 
 from flatmin.curvature.report import FlatnessReport
 from flatmin.curvature.results import Estimate, Measurement
@@ -91,7 +91,7 @@ def compare_at_matched_loss(
         first=Estimate(value=math.exp(a), stderr=math.exp(a) * a_error),
         second=Estimate(value=math.exp(b), stderr=math.exp(b) * b_error),
         ratio=Estimate(value=math.exp(b - a), stderr=math.exp(b - a) * error),
-        p_value=float(2 * stats.norm.sf(z)),
+        p_value=float(2 * ndtr(-z)),
     )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
 from flatmin.curvature.operators import Operator
@@ -146,4 +146,4 @@ def cautious(samples: np.ndarray) -> float:
     """
     if len(samples) < 2:
         return math.inf
-    return stderr(samples) * float(stats.t.ppf(0.95, len(samples) - 1) / stats.norm.ppf(0.95))
+    return stderr(samples) * float(stdtrit(len(samples) - 1, 0.95) / ndtri(0.95))

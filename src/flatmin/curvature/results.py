@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from scipy import stats
+from scipy.special import stdtrit
 
 from flatmin.extras import need
 from flatmin.vectors import Vector
@@ -134,7 +134,7 @@ def student_interval(value: float, stderr: float, n: int, level: float) -> tuple
     """The confidence interval of a mean of `n` samples with this standard error."""
     if n < 2:
         return (-math.inf, math.inf)
-    half = float(stats.t.ppf(0.5 + level / 2, n - 1)) * stderr
+    half = float(stdtrit(n - 1, 0.5 + level / 2)) * stderr
     return (value - half, value + half)
 
 
