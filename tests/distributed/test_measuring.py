@@ -118,6 +118,30 @@ def test_ranks_find_the_rises_that_one_process_finds(ranks):
             )
 
 
+def report_of(batches, group=None):
+    measured = objective(batches, group)
+    options = {"method": "hutchinson", "rtol": 0.3, "sigma": 0.01, "group": group}
+    return flatmin.measure(measured.model, measured.criterion, measured.data, **options)
+
+
+def report_on_a_rank(rank):
+    report = report_of(slice(rank, None, 2), distributed.group.WORLD)
+    return numbers(report)
+
+
+def numbers(report):
+    found = (report.loss, report.trace, report.top_eigenvalue, report.noise_stability)
+    return [number.value for number in found]
+
+
+def test_a_report_over_ranks_is_that_of_one_process(ranks):
+    report = report_of(slice(None))
+    assert report.trace.method.startswith("Hutchinson")
+    one = numbers(report)
+    for found in ranks(report_on_a_rank):
+        assert found == pytest.approx(one, rel=1e-6)
+
+
 def in_single_precision(rank):
     model = nn.Linear(2, 1)
     data = [(torch.ones(3, 2), torch.ones(3, 1))] * (1 + rank)

@@ -102,7 +102,9 @@ def measure(
     forward: Forward | None = None,
     params: Any = None,
     eval_mode: bool = True,
+    group: Any = None,
     rtol: float = 0.05,
+    method: str = "auto",
     num_eigenvalues: int = 1,
     tol: float = 1e-3,
     sigma: float | None = None,
@@ -120,7 +122,9 @@ def measure(
         forward: `forward(model, batch) -> (outputs, targets)`, for batches that are not a pair.
         params: which parameters, by name or predicate; `None` for all trainable ones.
         eval_mode: measure in evaluation mode.
+        group: processes that have a part of the data each (see `Objective`); all of them get the same report.
         rtol: relative standard error of the trace, and of the rise under noise.
+        method: how the trace is estimated (see `trace`).
         num_eigenvalues: how many of the largest eigenvalues.
         tol: relative residual of the eigenvalues.
         sigma: standard deviation of the noise, for the mean rise of the loss under it; `None` leaves it out.
@@ -145,7 +149,7 @@ def measure(
     """
     if num_eigenvalues < 1:
         raise ValueError(f"num_eigenvalues must be at least 1, got {num_eigenvalues}.")
-    objective = Objective(model, criterion, data, forward=forward, params=params, eval_mode=eval_mode)
+    objective = Objective(model, criterion, data, forward=forward, params=params, eval_mode=eval_mode, group=group)
     loss = objective.loss()
     kept = Store(store, objective, loss)
 
@@ -154,7 +158,7 @@ def measure(
 
     return FlatnessReport(
         loss=Measurement(value=loss, stderr=0.0, method="exact", num_samples=objective.num_samples),
-        trace=get("trace", TraceResult, trace, rtol=rtol, seed=seed),
+        trace=get("trace", TraceResult, trace, rtol=rtol, method=method, seed=seed),
         top_eigenvalue=get("top_eigenvalue", EigenResult, top_eigenvalues, k=num_eigenvalues, tol=tol, seed=seed),
         noise_stability=None
         if sigma is None
