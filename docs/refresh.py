@@ -17,6 +17,7 @@ from benchmarks.spectrum import RESULTS as SPECTRUM
 from benchmarks.spectrum import markdown as spectrum_table
 from benchmarks.split_batch import markdown as split_table
 from benchmarks.step import markdown as cost_table
+from benchmarks.step_peers import markdown as peers_table
 from docs.flatness import RECORD
 from docs.flatness_pictures import flatness_tables
 from flatmin.lab.display import markdown_table
@@ -53,6 +54,7 @@ def main() -> None:
     """Replaces what stands between `<!-- name -->` and `<!-- /name -->`."""
     summary = json.loads((ROOT / "docs" / "records" / "digits" / "summary.json").read_text())
     halves = json.loads((ROOT / "docs" / "records" / "halves" / "summary.json").read_text())
+    peers = json.loads((ROOT / "benchmarks" / "results" / "step_peers.json").read_text())
     cost = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())
     split = json.loads((ROOT / "benchmarks" / "results" / "split_batch.json").read_text())
     sent = json.loads((ROOT / "benchmarks" / "results" / "collectives.json").read_text())
@@ -61,6 +63,7 @@ def main() -> None:
         "demo": markdown_table(summary),
         "halves": markdown_table(halves),
         "cost": cost_table(cost),
+        "peers": peers_table(peers),
         "methods": methods_table(),
         "combinations": combinations_table(),
         "split": split_table(split),

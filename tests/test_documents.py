@@ -14,6 +14,7 @@ from benchmarks.measuring import markdown as measuring_tables
 from benchmarks.spectrum import markdown as spectrum_table
 from benchmarks.split_batch import markdown as split_table
 from benchmarks.step import markdown as cost_table
+from benchmarks.step_peers import markdown as peers_table
 from docs.flatness import RECORD as FLATNESS
 from docs.flatness_pictures import PICTURES, draw, flatness_tables
 from docs.refresh import methods_table
@@ -93,6 +94,11 @@ def test_the_tables_are_computed_from_the_records(path):
     text = (ROOT / path).read_text()
     assert markdown_table(committed_summary()) in text
     assert cost_table(json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())) in text
+
+
+def test_the_table_of_peers_is_the_committed_result():
+    results = json.loads((ROOT / "benchmarks" / "results" / "step_peers.json").read_text())
+    assert peers_table(results) in (ROOT / "docs" / "results.md").read_text()
 
 
 def test_the_table_of_half_batches_at_equal_cost_is_computed_from_the_records():
