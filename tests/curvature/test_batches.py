@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import flatmin
-from flatmin.curvature import hessian_product
+from flatmin.curvature import HessianOperator
 from tests.curvature.nets import criterion, make
 
 
@@ -85,10 +85,10 @@ def test_a_dataset_in_place_of_a_loader_is_refused(wrap):
     [
         lambda o: o.loss(),
         lambda o: o.gradient(),
-        lambda o: hessian_product(o, o.zeros()),
+        lambda o: HessianOperator(o, graph_memory=0).product(o.zeros()),
         lambda o: flatmin.trace(o, max_products=2, graph_memory=0),
     ],
-    ids=["loss", "gradient", "hessian_product", "trace"],
+    ids=["loss", "gradient", "product", "trace"],
 )
 def test_a_batch_is_gone_before_the_next_is_evaluated(work):
     model, x, y = make("relu")

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import flatmin
-from flatmin.curvature import hessian_product
+from flatmin.curvature import HessianOperator
 from flatmin.vectors import Vector
 from tests.curvature.nets import NETS, criterion, dense_hessian, make
 
@@ -26,7 +26,7 @@ def test_loss_gradient_and_product_against_the_dense_hessian(name):
     torch.testing.assert_close(flat(objective.gradient()), torch.cat([g.flatten() for g in grads]))
     hessian = dense_hessian(model, lambda: criterion(model(x), y))
     v = Vector(torch.randn_like(p) for p in objective.params)
-    torch.testing.assert_close(flat(hessian_product(objective, v)), hessian @ flat(v), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(flat(HessianOperator(objective).product(v)), hessian @ flat(v), rtol=1e-9, atol=1e-11)
 
 
 class Tagging(nn.Module):

@@ -8,7 +8,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 import flatmin
 from benchmarks.collectives import Collectives
-from flatmin.curvature.products import hessian_product
 from flatmin.noise import Noise
 from flatmin.vectors import Radii
 from tests.distributed.setups import make_batch, make_model, wrap
@@ -28,8 +27,9 @@ def objective(batches, group=None, how="alone"):
 
 def measure(measured):
     v = Noise(measured.params, Radii([1.0] * len(measured.params)), "normal", 3).vector()
+    operator = flatmin.HessianOperator(measured)
     with Collectives() as seen:
-        product = hessian_product(measured, v)
+        product = operator.product(v)
     largest = flatmin.top_eigenvalues(measured, tol=1e-8)
     trace = flatmin.trace(measured, max_products=8, max_seconds=60)
     return {

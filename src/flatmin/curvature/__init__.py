@@ -9,7 +9,6 @@ from flatmin.curvature.manifold import FlatMinimum, flat_minimum, limit_map
 from flatmin.curvature.matched import MatchedComparison, compare_at_matched_loss
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import FisherOperator, GaussNewtonOperator, HessianOperator, Operator, ResidualOperator
-from flatmin.curvature.products import hessian_product
 from flatmin.curvature.report import FlatnessReport, measure
 from flatmin.curvature.results import EigenResult, Estimate, Measurement, TraceResult
 from flatmin.curvature.sharpness import SharpnessResult, average_sharpness, noise_stability
@@ -47,7 +46,6 @@ __all__ = [
     "direction_to",
     "flat_minimum",
     "flat_minimum_estimate",
-    "hessian_product",
     "layerwise_rayleigh_sum",
     "limit_map",
     "loss_slice",

@@ -29,7 +29,7 @@ from flatmin.curvature.lanczos import flatten
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import HessianOperator
 from flatmin.curvature.probes import stderr
-from flatmin.curvature.products import differentiable_twice
+from flatmin.curvature.products import NOT_DIFFERENTIABLE, differentiable_twice
 from flatmin.curvature.results import Estimate
 from flatmin.noise import draw_like, mix_seeds
 from flatmin.vectors import Vector
@@ -106,7 +106,7 @@ def flat_minimum_estimate(
         traces, slopes = zip(*[_probe(objective, mix_seeds(seed, i)) for i in range(num_probes)], strict=True)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, NotImplementedError) as error:
+    except NOT_DIFFERENTIABLE as error:
         raise ValueError(f"the model cannot be differentiated three times: {str(error).splitlines()[0]}") from error
     rows = torch.stack(slopes) / d
     whole = _norm(rows)

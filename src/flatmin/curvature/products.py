@@ -33,8 +33,7 @@ from flatmin.curvature.objective import Objective
 from flatmin.noise import draw_like, mix_seeds
 from flatmin.vectors import Vector
 
-METHOD = "double backward"
-NAMES = {"autograd": METHOD, "difference": "differences of gradients", "loss": "differences of losses"}
+NAMES = {"autograd": "double backward", "difference": "differences of gradients", "loss": "differences of losses"}
 NOT_DIFFERENTIABLE = (RuntimeError, NotImplementedError)
 
 
@@ -210,25 +209,6 @@ class _GraphSize:
 
     def __exit__(self, *exc: object) -> None:
         self._hooks.__exit__(*exc)
-
-
-def hessian_product(objective: Objective, v: Vector) -> Vector:
-    """H v over the whole data, sample-weighted.
-
-    Cost: about three gradients of the data. Memory: the graph of one batch.
-
-    Raises:
-        ValueError: if the product is not finite; it names the first parameter where.
-    """
-    total, count = objective.zeros(), 0
-    with differentiable_twice(objective):
-        for loss, n in objective.batch_losses():
-            part = BatchHessian(loss, objective.params).product(v.present)
-            total, count = total.add_(Vector(part) * float(n)), count + n
-            del loss, part
-    product = objective.mean(total, count)
-    check_finite([t.isfinite().all() for t in product.present], objective)
-    return product
 
 
 def check_finite(finite: Sequence[Tensor], objective: Objective) -> None:
