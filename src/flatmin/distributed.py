@@ -28,7 +28,7 @@ _DIGIT = 2**12
 LOST = (
     "flatmin: another process died, or did not come along within the time-out of the process group "
     "(torch.distributed.init_process_group(timeout=...)). The weights of this one are where they were before the step. "
-    "Start all processes again from the last checkpoint; torchrun --max-restarts does so by itself."
+    "Start all processes again from the last checkpoint."
 )
 
 
