@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from flatmin.curvature.operators import Operator
-from flatmin.curvature.probes import Budget, Probes, run
+from flatmin.curvature.probes import Budget, VectorProbes, run
 from flatmin.noise import draw_like, mix_seeds
 from flatmin.vectors import Vector
 
@@ -131,7 +131,7 @@ def hutch_plus_plus(
         size = basis.w.shape[1]
         constant = basis.by_param(basis.q, basis.z).sum(0)
         budget.max_products = max(total - basis.num_products, 2)
-        draw = Probes(operator, mix_seeds(seed, size), basis.project).draw
+        draw = VectorProbes(operator, mix_seeds(seed, size), basis.project).draw
         samples = draw(0, min(START, budget.max_products)).cpu().numpy()
         left = budget.left(samples.sum(1), known + constant.sum())
         if size <= START and not basis.full and samples.sum(1).var(ddof=1) > variance / 2:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, Protocol
+from typing import Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,8 +43,11 @@ class BatchOperator(Protocol):
         ...
 
 
-class Operator(ABC):
-    """A symmetric matrix over the parameters of an objective, as a map v -> A v.
+Curvature = TypeVar("Curvature")
+
+
+class PerBatch(ABC, Generic[Curvature]):
+    """Something of the curvature of each batch, kept between calls if it fits.
 
     Args:
         objective: what to measure.
@@ -67,7 +70,7 @@ class Operator(ABC):
         self.seed = seed
         self._graph_bytes = int(self.way.graph_bytes * objective.num_samples)
         self._keeps = self.way.name == "autograd" and self._graph_bytes <= graph_memory
-        self._kept: list[tuple[BatchOperator, Batch]] = []
+        self._kept: list[tuple[Curvature, Batch]] = []
         self._versions: list[tuple[int, int]] = []
 
     @property
@@ -86,21 +89,8 @@ class Operator(ABC):
         graphs = f", graphs kept ({self._graph_bytes / 2**20:.3g} MiB)" if self._keeps else ""
         return f"{self.name}; {self.way.text}{graphs}"
 
-    def product(self, v: Vector) -> Vector:
-        """A v. A missing entry of `v` is zero."""
-        params = self.objective.params
-        full = [torch.zeros_like(p) if t is None else t for t, p in zip(v.tensors, params, strict=True)]
-        total, count = self.objective.zeros(), 0
-        for curvature, batch in self.batches():
-            part = curvature.product(full)
-            total, count = total.add_(Vector(part) * float(batch.size)), count + batch.size
-            del curvature, part
-        product = self.objective.mean(total, count)
-        check_finite([t.isfinite().all() for t in product.present], self.objective)
-        return product
-
-    def batches(self) -> Iterator[tuple[BatchOperator, Batch]]:
-        """The operator of each batch, and the batch. Whoever iterates deletes it before asking for the next."""
+    def batches(self) -> Iterator[tuple[Curvature, Batch]]:
+        """The curvature of each batch, and the batch. Whoever iterates deletes it before asking for the next."""
         versions = [(p.data_ptr(), p._version) for p in self.objective.params]
         if self._kept and versions == self._versions:
             yield from self._kept
@@ -116,7 +106,24 @@ class Operator(ABC):
         self._kept, self._versions = kept, versions
 
     @abstractmethod
-    def _open(self, batch: Batch, index: int) -> BatchOperator: ...
+    def _open(self, batch: Batch, index: int) -> Curvature: ...
+
+
+class Operator(PerBatch[BatchOperator]):
+    """A symmetric matrix over the parameters of an objective, as a map v -> A v. Arguments are those of `PerBatch`."""
+
+    def product(self, v: Vector) -> Vector:
+        """A v. A missing entry of `v` is zero."""
+        params = self.objective.params
+        full = [torch.zeros_like(p) if t is None else t for t, p in zip(v.tensors, params, strict=True)]
+        total, count = self.objective.zeros(), 0
+        for curvature, batch in self.batches():
+            part = curvature.product(full)
+            total, count = total.add_(Vector(part) * float(batch.size)), count + batch.size
+            del curvature, part
+        product = self.objective.mean(total, count)
+        check_finite([t.isfinite().all() for t in product.present], self.objective)
+        return product
 
 
 class HessianOperator(Operator):

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from flatmin.curvature.graph import Node, kind, nodes
-from flatmin.curvature.uses import TRANSPOSED, Layout, Uncovered, Use, squared, uses_of
+from flatmin.curvature.recorded import TRANSPOSED, uses_of
+from flatmin.curvature.uses import Layout, Uncovered, Use, squared
 from flatmin.noise import draw_like
 
 CHUNK = 2**28  # bytes of gradients that wait to be processed together
@@ -32,6 +33,12 @@ class PerSample:
         params: the parameters.
         layouts: of another batch of the same model, to save the pass that finds them.
 
+    Attributes:
+        uses: of all parameters.
+        edges: of the operations, where gradients by their outputs arrive.
+        at: for each use the number of its edge.
+        layouts: for each use.
+
     Raises:
         Uncovered: if a parameter is used in a way that is not known, or samples are mixed.
     """
@@ -40,14 +47,14 @@ class PerSample:
     def __init__(self, outputs: Tensor, params: Sequence[Tensor], layouts: Sequence[Layout] | None = None):
         self._outputs, self._params = outputs, params
         self._samples = len(outputs)
-        self._uses = _find_uses(outputs, params)
+        self.uses = _find_uses(outputs, params)
         by_node: dict[object, int] = {}
-        self._at = [by_node.setdefault(use.node, len(by_node)) for use in self._uses]  # use -> its delta
-        self._edges = [GradientEdge(node, 0) for node in by_node]  # type: ignore[arg-type]
-        if layouts is None or len(layouts) != len(self._uses):
+        self.at = [by_node.setdefault(use.node, len(by_node)) for use in self.uses]  # use -> its delta
+        self.edges = [GradientEdge(node, 0) for node in by_node]  # type: ignore[arg-type]
+        if layouts is None or len(layouts) != len(self.uses):
             layouts = self._find_layouts()
         self.layouts = layouts
-        for use, layout in zip(self._uses, layouts, strict=True):
+        for use, layout in zip(self.uses, layouts, strict=True):
             use.layout, use.samples = layout, self._samples
 
     @torch.no_grad()
@@ -72,16 +79,16 @@ class PerSample:
 
     def _deltas(self, vector: Tensor) -> list[Tensor]:
         """The gradient of <vector, outputs> by the output of each operation that takes a parameter."""
-        if not self._edges:
+        if not self.edges:
             return []
         return list(
-            torch.autograd.grad(self._outputs, self._edges, grad_outputs=vector, retain_graph=True, allow_unused=False)
+            torch.autograd.grad(self._outputs, self.edges, grad_outputs=vector, retain_graph=True, allow_unused=False)
         )
 
     def _add(self, totals: Tensor, waiting: list[list[Tensor]], signs: Tensor) -> None:
-        count = Counter(use.param for use in self._uses)
+        count = Counter(use.param for use in self.uses)
         stacked: dict[int, Tensor] = {}  # the latest: uses by one operation follow each other
-        for use, at in zip(self._uses, self._at, strict=True):
+        for use, at in zip(self.uses, self.at, strict=True):
             if count[use.param] == 1:
                 if at not in stacked:
                     stacked = {at: torch.stack([deltas[at] for deltas in waiting])}
@@ -94,14 +101,14 @@ class PerSample:
         """For a parameter with several uses the gradients themselves are needed: one class at a time."""
         parts = [
             use.gradients(deltas[at].unsqueeze(0))
-            for use, at in zip(self._uses, self._at, strict=True)
+            for use, at in zip(self.uses, self.at, strict=True)
             if use.param == param
         ]
         return squared(sum(parts[1:], parts[0]).flatten(2))
 
     def _find_layouts(self) -> list[Layout]:
         if self._samples == 1:
-            return ["first"] * len(self._uses)
+            return ["first"] * len(self.uses)
         generator = torch.Generator(self._outputs.device).manual_seed(0)
         order = torch.randperm(self._samples, generator=generator, device=self._outputs.device)
         vector = draw_like(self._outputs, "normal", generator)
@@ -111,7 +118,7 @@ class PerSample:
             seen.append((absent, self._deltas(part)))
         return [
             _layout([(absent, deltas[at]) for absent, deltas in seen], self._samples, use.any_layout)
-            for use, at in zip(self._uses, self._at, strict=True)
+            for use, at in zip(self.uses, self.at, strict=True)
         ]
 
 

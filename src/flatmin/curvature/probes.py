@@ -12,14 +12,16 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Generic
 
 import numpy as np
 import torch
 from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
-from flatmin.curvature.operators import Operator
+from flatmin.curvature.operators import BatchOperator, Curvature, Operator, PerBatch
 from flatmin.curvature.products import check_finite
 from flatmin.noise import draw_like, mix_seeds
 
@@ -28,8 +30,45 @@ PILOT = 8  # probes before the first decision: fewer, and the standard error its
 Draw = Callable[[int, int], Tensor]  # (number of the first, how many) -> (how many, parameters), float64
 
 
-class Probes:
-    """v_p' (A v)_p for each parameter p, whose mean is the trace of its block.
+class Probes(ABC, Generic[Curvature]):
+    """Random estimates, for each parameter p, whose mean is the trace of its block: those of the batches, averaged.
+
+    Args:
+        operator: gives the curvature of each batch.
+        seed: of the probes.
+    """
+
+    text = ""  # what is drawn, for `method` of a result
+
+    def __init__(self, operator: PerBatch[Curvature], seed: int):
+        self.operator, self._seed = operator, seed
+
+    def draw(self, first: int, size: int) -> Tensor:
+        """The probes with the numbers `first` ... `first + size - 1`: (size, parameters), float64."""
+        objective = self.operator.objective
+        device = objective.params[0].device
+        generator = torch.Generator(device)
+        total, count = torch.zeros((), dtype=torch.float64, device=device), 0
+        numbers = itertools.count()
+        for curvature, batch in self.operator.batches():  # not enumerate(), which would keep the last graph
+            index, rows = next(numbers), []
+            for row in range(size):
+                generator.manual_seed(mix_seeds(self._seed, first + row, objective.number(index)))
+                rows.append(self._forms(curvature, generator).to(device))
+            total, count = total + batch.size * torch.stack(rows), count + batch.size
+            del curvature, batch
+        means = objective.mean(total, count)
+        if means.shape[1] == len(objective.params):
+            check_finite(list(means.isfinite().all(0)), objective)
+        return means
+
+    @abstractmethod
+    def _forms(self, curvature: Curvature, generator: torch.Generator) -> Tensor:
+        """The estimate of one batch for each parameter."""
+
+
+class VectorProbes(Probes[BatchOperator]):
+    """v_p' (A v)_p for each parameter p, with a fresh v of random signs for every batch.
 
     Args:
         operator: A.
@@ -39,31 +78,15 @@ class Probes:
     Cost: about two gradients of the data for each, and one for each call unless graphs are kept.
     """
 
-    cost = 2.0
+    text = "Hutchinson, a fresh Rademacher probe for every batch"
 
     def __init__(self, operator: Operator, seed: int, change: Callable[[list[Tensor]], list[Tensor]] | None = None):
-        self._operator, self._seed = operator, seed
+        super().__init__(operator, seed)
         self._change = change or (lambda v: v)
 
-    def draw(self, first: int, size: int) -> Tensor:
-        """The probes with the numbers `first` ... `first + size - 1`: (size, parameters), float64."""
-        objective = self._operator.objective
-        device = objective.params[0].device
-        generator = torch.Generator(device)
-        total, count = torch.zeros((), dtype=torch.float64, device=device), 0
-        numbers = itertools.count()
-        for curvature, batch in self._operator.batches():  # not enumerate(), which would keep the last graph
-            index, rows = next(numbers), []
-            for row in range(size):
-                generator.manual_seed(mix_seeds(self._seed, first + row, objective.number(index)))
-                v = self._change([draw_like(p, "rademacher", generator) for p in objective.params])
-                rows.append(curvature.forms(v).to(device))
-            total, count = total + batch.size * torch.stack(rows), count + batch.size
-            del curvature, batch
-        means = objective.mean(total, count)
-        if means.shape[1] == len(objective.params):
-            check_finite(list(means.isfinite().all(0)), objective)
-        return means
+    def _forms(self, curvature: BatchOperator, generator: torch.Generator) -> Tensor:
+        params = self.operator.objective.params
+        return curvature.forms(self._change([draw_like(p, "rademacher", generator) for p in params]))
 
 
 class Budget:

@@ -21,7 +21,7 @@ from torch import Tensor
 from flatmin.curvature.lanczos import Lanczos, dot
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import HessianOperator
-from flatmin.curvature.probes import Probes, stderr
+from flatmin.curvature.probes import VectorProbes, stderr
 from flatmin.curvature.results import Estimate, Measurement, plain
 from flatmin.curvature.sharpness import check_positive, noise_stability
 from flatmin.extras import need
@@ -171,7 +171,7 @@ class Tracker:
         return {"loss": self._objective.loss(), "trace": trace, "lambda_max": top, "noise_stability": noise}
 
     def _trace(self, seed: int) -> Estimate:
-        samples = Probes(self._operator, seed).draw(0, self._num_probes).sum(1).cpu().numpy()
+        samples = VectorProbes(self._operator, seed).draw(0, self._num_probes).sum(1).cpu().numpy()
         return Estimate(value=float(samples.mean()), stderr=stderr(samples))
 
     def _top(self, seed: int) -> Estimate:

@@ -11,22 +11,25 @@ For an operation with output z and delta = d(something) / dz, given for each sam
 
 All deltas come as (classes, samples, ...): several at once. Only |gradient|^2 is wanted, for which the gradient need
 not always be formed: |sum_t delta_t a_t'|^2 = sum_st (delta_s . delta_t) (a_s . a_t).
+
+The other way, a change V_n of the parameter changes z by e_n, linearly: e_nt = V_n a_nt for a linear layer, and the
+adjoint of the gradient above for any. A `perturbation` is such an e for random V_n, different ones for each sample.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flatmin.curvature.graph import Node, kind
+from flatmin.curvature.graph import Node
+from flatmin.noise import draw_like
 
 PATCHES = 2**22  # numbers that the patches of a convolution may have, at a time
-TRANSPOSED = {"T", "Transpose", "Permute"}  # operations that transpose a matrix
 Layout = str  # of the rows of a delta: "first", sample by sample, or "second", position by position
 
 
@@ -39,6 +42,7 @@ class Use(ABC):
         self.param, self.node = param, node
         self.layout: Layout = "first"
         self.samples = 0
+        self.shape: tuple[int, ...] = ()  # of the parameter
 
     def norms(self, delta: Tensor) -> Tensor:
         """|gradient|^2 for each class and sample: (classes, samples)."""
@@ -48,12 +52,30 @@ class Use(ABC):
     def gradients(self, delta: Tensor) -> Tensor:
         """The gradient for each class and sample: (classes, samples, *parameter)."""
 
+    def changes(self, v: Tensor, like: Tensor) -> Tensor:
+        """How the operation's output changes with the parameter, by `v` (samples, *parameter): of the shape of `like`.
+
+        The adjoint of `gradients`.
+        """
+        with torch.enable_grad():
+            delta = torch.zeros_like(like, requires_grad=True)
+            return torch.autograd.grad(self.gradients(delta.unsqueeze(0))[0], delta, v)[0]
+
+    def perturbation(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        """The change with random signs v, fresh for every sample, or another random vector of the same covariance."""
+        signs = draw_like(like.new_empty(self.samples, *self.shape), "rademacher", generator)
+        return self.changes(signs, like)
+
     def rows(self, tensor: Tensor, leading: int = 0) -> Tensor:
         """`tensor` (..., features), after `leading` dimensions, as (samples, positions, features)."""
         lead, features = tensor.shape[:leading], tensor.shape[-1]
         if self.layout == "first":
             return tensor.reshape(*lead, self.samples, -1, features)
         return tensor.reshape(*lead, -1, self.samples, features).transpose(leading, leading + 1)
+
+    def placed(self, rows: Tensor, like: Tensor) -> Tensor:
+        """(samples, positions, features) where `like` has them: the inverse of `rows`."""
+        return (rows if self.layout == "first" else rows.transpose(0, 1)).reshape(like.shape)
 
 
 class LinearUse(Use):
@@ -72,9 +94,24 @@ class LinearUse(Use):
         found = outer(self.rows(delta, 1), self._rows)
         return found if self._transposed else found.transpose(2, 3)
 
+    def perturbation(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        """The change with random signs in place of the inputs' directions."""
+        root = self._root
+        signs = draw_like(root.new_empty(self.samples, root.shape[2], like.shape[-1]), "rademacher", generator)
+        return self.placed(root @ signs, like)
+
     @property
     def _rows(self) -> Tensor:
         return self.rows(self._inputs)
+
+    @cached_property
+    def _root(self) -> Tensor:
+        """S (positions, fewest) with S S' = a a' for each sample, the covariance of a change between positions."""
+        a = self._rows.detach()
+        if a.shape[1] >= a.shape[2]:
+            return a
+        wide = a.to(torch.promote_types(a.dtype, torch.float32)).transpose(1, 2)
+        return torch.linalg.qr(wide, mode="r")[1].transpose(1, 2).to(a.dtype)
 
 
 class ConvolutionUse(Use):
@@ -129,6 +166,11 @@ class SumUse(Use):
         """The gradient for each class and sample."""
         return self.rows(delta if self._factor is None else delta * self._factor, 1).sum(2)
 
+    def changes(self, v: Tensor, like: Tensor) -> Tensor:
+        """How the operation's output changes."""
+        change = self.placed(v.unsqueeze(1).expand_as(self.rows(like)), like)
+        return change if self._factor is None else change * self._factor
+
 
 class ChannelUse(Use):
     """As `SumUse`, with the parameter along dimension 1 (channels) of (samples, channels, ...)."""
@@ -180,6 +222,14 @@ class EmbeddingUse(Use):
         d = self.rows(delta, 1)
         return ((d @ d.transpose(2, 3)) * same).sum((2, 3), dtype=torch.float64)
 
+    def perturbation(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        """Random signs, the same ones at positions with the same index."""
+        index = self.rows(self._indices.unsqueeze(-1)).squeeze(2)
+        first = (index.unsqueeze(2) == index.unsqueeze(1)).to(torch.uint8).argmax(2)  # where an index is met first
+        signs = draw_like(self.rows(like), "rademacher", generator)
+        signs = signs.gather(1, first.unsqueeze(2).expand_as(signs))
+        return self.placed(signs * (index != self._padding).unsqueeze(2), like)
+
     def gradients(self, delta: Tensor) -> Tensor:
         """The gradient for each class and sample."""
         index = self.rows(self._indices.unsqueeze(-1))
@@ -190,99 +240,6 @@ class EmbeddingUse(Use):
 
 class Uncovered(ValueError):
     """A parameter is used in a way whose per-sample gradient is not known here."""
-
-
-def uses_of(node: Node, params: Mapping[int, int], shapes: Mapping[int, torch.Size]) -> list[Use]:
-    """How `node` uses parameters: `params` maps the position of an argument to the index of a parameter.
-
-    Raises:
-        Uncovered: if it is not known how.
-    """
-    make = _KNOWN.get(kind(node))
-    if make is None:
-        raise Uncovered(f"a parameter enters by {kind(node)}")
-    return [make(node, position, param, shapes[param]) for position, param in params.items()]
-
-
-def _addmm(node: Node, position: int, param: int, shape: torch.Size) -> Use:
-    if position == 0:
-        if len(shape) != 1 or node._saved_beta != 1:
-            raise Uncovered("a parameter enters by addmm")
-        return SumUse(param, node, None)
-    return _product(node, position == 2, param, node._saved_mat1)
-
-
-def _mm(node: Node, position: int, param: int, shape: torch.Size) -> Use:
-    return _product(node, position == 1, param, node._saved_self)
-
-
-def _product(node: Node, right: bool, param: int, inputs: Tensor | None) -> Use:
-    if not right or inputs is None:
-        raise Uncovered("a parameter stands on the left of a matrix product")
-    return LinearUse(param, node, inputs, kind(node.next_functions[-1][0]) in TRANSPOSED)
-
-
-def _convolution(node: Node, position: int, param: int, shape: torch.Size) -> Use:
-    if position == 2:
-        return ChannelUse(param, node, None)
-    if position != 1 or node._saved_transposed or len(shape) > 4:
-        raise Uncovered("a parameter enters by a transposed or three-dimensional convolution")
-    return ConvolutionUse(param, node)
-
-
-def _batch_norm(node: Node, position: int, param: int, shape: torch.Size) -> Use:
-    if node._saved_training:
-        raise Uncovered("batch norm in training mode mixes samples")
-    if position == 2:
-        return ChannelUse(param, node, None)
-    x = node._saved_input
-    shape = torch.Size([-1, *([1] * (x.ndim - 2))])
-    eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
-    scale = (node._saved_running_var + eps).rsqrt()
-    return ChannelUse(param, node, (x - node._saved_running_mean.view(shape)) * scale.view(shape))
-
-
-def _layer_norm(node: Node, position: int, param: int, shape: torch.Size) -> Use:
-    if len(shape) != 1:
-        raise Uncovered("layer norm over several dimensions")
-    if position == 2:
-        return SumUse(param, node, None)
-    return SumUse(param, node, (node._saved_input - node._saved_result1) * node._saved_result2)
-
-
-def _group_norm(node: Node, position: int, param: int, shape: torch.Size) -> Use:
-    if position == 2:
-        return ChannelUse(param, node, None)
-    x = node._saved_input
-    groups = x.reshape(x.shape[0], node._saved_group, -1)
-    normal = (groups - node._saved_result1.unsqueeze(2)) * node._saved_result2.unsqueeze(2)
-    return ChannelUse(param, node, normal.view_as(x))
-
-
-def _add(node: Node, position: int, param: int, shape: torch.Size) -> Use:
-    factor = float(node._saved_alpha) if position == 1 else 1.0
-    if factor == 1.0 and len(shape) == 1 and shape[0] > 1:
-        return SumUse(param, node, None)
-    return BroadcastUse(param, node, shape, factor)
-
-
-def _multiply(node: Node, position: int, param: int, shape: torch.Size) -> Use:
-    return BroadcastUse(param, node, shape, node._saved_self if position == 1 else node._saved_other)
-
-
-_KNOWN: dict[str, Callable[[Node, int, int, torch.Size], Use]] = {
-    "Addmm": _addmm,
-    "Mm": _mm,
-    "Convolution": _convolution,
-    "NativeBatchNorm": _batch_norm,
-    "CudnnBatchNorm": _batch_norm,
-    "NativeLayerNorm": _layer_norm,
-    "NativeGroupNorm": _group_norm,
-    "Embedding": lambda node, position, param, shape: EmbeddingUse(param, node, shape),
-    "Add": _add,
-    "Mul": _multiply,
-    "Expand": lambda node, position, param, shape: BroadcastUse(param, node, shape, 1.0),
-}
 
 
 def outer(delta: Tensor, a: Tensor) -> Tensor:

@@ -1,0 +1,118 @@
+"""Which use of a parameter a recorded operation is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from flatmin.curvature.graph import Node, kind
+from flatmin.curvature.uses import (
+    BroadcastUse,
+    ChannelUse,
+    ConvolutionUse,
+    EmbeddingUse,
+    LinearUse,
+    SumUse,
+    Uncovered,
+    Use,
+)
+
+TRANSPOSED = {"T", "Transpose", "Permute"}  # operations that transpose a matrix
+
+
+def uses_of(node: Node, params: Mapping[int, int], shapes: Mapping[int, torch.Size]) -> list[Use]:
+    """How `node` uses parameters: `params` maps the position of an argument to the index of a parameter.
+
+    Raises:
+        Uncovered: if it is not known how.
+    """
+    make = _KNOWN.get(kind(node))
+    if make is None:
+        raise Uncovered(f"a parameter enters by {kind(node)}")
+    uses = [make(node, position, param, shapes[param]) for position, param in params.items()]
+    for use in uses:
+        use.shape = tuple(shapes[use.param])
+    return uses
+
+
+def _addmm(node: Node, position: int, param: int, shape: torch.Size) -> Use:
+    if position == 0:
+        if len(shape) != 1 or node._saved_beta != 1:
+            raise Uncovered("a parameter enters by addmm")
+        return SumUse(param, node, None)
+    return _product(node, position == 2, param, node._saved_mat1)
+
+
+def _mm(node: Node, position: int, param: int, shape: torch.Size) -> Use:
+    return _product(node, position == 1, param, node._saved_self)
+
+
+def _product(node: Node, right: bool, param: int, inputs: Tensor | None) -> Use:
+    if not right or inputs is None:
+        raise Uncovered("a parameter stands on the left of a matrix product")
+    return LinearUse(param, node, inputs, kind(node.next_functions[-1][0]) in TRANSPOSED)
+
+
+def _convolution(node: Node, position: int, param: int, shape: torch.Size) -> Use:
+    if position == 2:
+        return ChannelUse(param, node, None)
+    if position != 1 or node._saved_transposed or len(shape) > 4:
+        raise Uncovered("a parameter enters by a transposed or three-dimensional convolution")
+    return ConvolutionUse(param, node)
+
+
+def _batch_norm(node: Node, position: int, param: int, shape: torch.Size) -> Use:
+    if node._saved_training:
+        raise Uncovered("batch norm in training mode mixes samples")
+    if position == 2:
+        return ChannelUse(param, node, None)
+    x = node._saved_input
+    shape = torch.Size([-1, *([1] * (x.ndim - 2))])
+    eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
+    scale = (node._saved_running_var + eps).rsqrt()
+    return ChannelUse(param, node, (x - node._saved_running_mean.view(shape)) * scale.view(shape))
+
+
+def _layer_norm(node: Node, position: int, param: int, shape: torch.Size) -> Use:
+    if len(shape) != 1:
+        raise Uncovered("layer norm over several dimensions")
+    if position == 2:
+        return SumUse(param, node, None)
+    return SumUse(param, node, (node._saved_input - node._saved_result1) * node._saved_result2)
+
+
+def _group_norm(node: Node, position: int, param: int, shape: torch.Size) -> Use:
+    if position == 2:
+        return ChannelUse(param, node, None)
+    x = node._saved_input
+    groups = x.reshape(x.shape[0], node._saved_group, -1)
+    normal = (groups - node._saved_result1.unsqueeze(2)) * node._saved_result2.unsqueeze(2)
+    return ChannelUse(param, node, normal.view_as(x))
+
+
+def _add(node: Node, position: int, param: int, shape: torch.Size) -> Use:
+    factor = float(node._saved_alpha) if position == 1 else 1.0
+    if factor == 1.0 and len(shape) == 1 and shape[0] > 1:
+        return SumUse(param, node, None)
+    return BroadcastUse(param, node, shape, factor)
+
+
+def _multiply(node: Node, position: int, param: int, shape: torch.Size) -> Use:
+    return BroadcastUse(param, node, shape, node._saved_self if position == 1 else node._saved_other)
+
+
+_KNOWN: dict[str, Callable[[Node, int, int, torch.Size], Use]] = {
+    "Addmm": _addmm,
+    "Mm": _mm,
+    "Convolution": _convolution,
+    "NativeBatchNorm": _batch_norm,
+    "CudnnBatchNorm": _batch_norm,
+    "NativeLayerNorm": _layer_norm,
+    "NativeGroupNorm": _group_norm,
+    "Embedding": lambda node, position, param, shape: EmbeddingUse(param, node, shape),
+    "Add": _add,
+    "Mul": _multiply,
+    "Expand": lambda node, position, param, shape: BroadcastUse(param, node, shape, 1.0),
+}
