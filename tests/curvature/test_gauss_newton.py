@@ -131,6 +131,14 @@ def test_exact_for_every_parameter(layers):
     torch.testing.assert_close(exact_trace(objective, split), traces_by_param(model, truth), rtol=1e-10, atol=1e-12)
 
 
+def test_a_first_batch_of_one_sample_does_not_say_where_the_samples_are():
+    model, x, y = build("tokens")  # inside the encoder layer they come second
+    objective = flatmin.Objective(model, criterion, [(x[:1], y[:1]), (x[1:], y[1:])])
+    truth = dense_gauss_newton(model, lambda: model(x), lambda z: criterion(z, y))
+    traces = exact_trace(objective, inspect(objective))
+    torch.testing.assert_close(traces, traces_by_param(model, truth), rtol=1e-10, atol=1e-12)
+
+
 LOSSES = {
     "class weights, smoothing": nn.CrossEntropyLoss(torch.tensor([0.5, 1.0, 2.0]).double(), label_smoothing=0.1),
     "ignored": nn.CrossEntropyLoss(ignore_index=1),

@@ -159,7 +159,6 @@ class Work:
     def _pilot_of_rest(self, split: Split) -> Pilot:
         """The first draws of H - G: of local probes where they can be had."""
         if not why_not(self._objective, self._way, split.layouts, self._seed):
-            assert split.layouts is not None
             rest = LocalResidual(self._objective, self._way, split.layouts, graph_memory=self._graph_memory)
             try:
                 return self._pilot(LocalProbes(rest, self._seed))

@@ -1,4 +1,4 @@
-"""Probes of the outputs of operations in place of the parameters: fresh for every sample, at about a gradient each.
+"""Probes of the outputs of operations in place of the parameters: fresh for every sample, each at the cost of a product.
 
 Let phi be a sum over samples and z = B p + (what does not depend on p) the output of the one operation that takes the
 parameter p, with B = dz / dp. Then the block of p in the Hessian of phi is B' Phi B with Phi = d2 phi / dz2, and
@@ -8,7 +8,8 @@ parameter p, with B = dz / dp. Then the block of p in the Hessian of phi is B' P
 Of the e that have this covariance those are drawn that vary little and cost little (`uses`): independent for every
 sample, since Phi has no entries between samples, with random signs within a sample. The errors of v' H v come from the
 samples of a batch too, which share v, and from pairs of parameters of different operations; here the first average out
-and the second are smaller. Phi e is a second backward pass that computes no weight gradients.
+and the second are smaller. Phi e is a second backward pass. It computes no weight gradients,
+but the e have to be drawn: together that is what a product costs.
 
 Source: the covariance argument is the local reparametrisation of Kingma, Salimans and Welling 2015; the probes here are
 this library's.
@@ -39,7 +40,7 @@ CHECKS = 2  # parameter tensors for which the forms are compared with products, 
 class BatchLocal:
     """e' Phi e of one batch, for phi = <c, outputs> with c the slope of the loss in the outputs, held constant.
 
-    Cost: about one gradient to build, and one for each draw.
+    Cost: about one gradient to build, and two for each draw.
 
     Raises:
         Uncovered: if the operations are not known, samples are mixed, or a parameter enters several operations (one of
@@ -106,20 +107,17 @@ class LocalResidual(PerBatch[BatchLocal]):
     Args:
         objective: what to measure; needs a criterion and outputs with a row for each sample.
         way: by double backward.
-        layouts: of the operations' outputs, from another batch.
+        layouts: of the operations' outputs, from another batch, if they are known.
         graph_memory: bytes that kept graphs may take.
     """
 
     name = "Hessian - Gauss-Newton by outputs of operations"
 
-    def __init__(self, objective: Objective, way: Way, layouts: Sequence[Layout], *, graph_memory: int = GRAPH_MEMORY):
+    def __init__(
+        self, objective: Objective, way: Way, layouts: Sequence[Layout] | None, *, graph_memory: int = GRAPH_MEMORY
+    ):
         super().__init__(objective, way, graph_memory=graph_memory)
         self._layouts = layouts
-
-    @property
-    def cost(self) -> float:
-        """Gradients of the data per probe, about (after the first, where graphs are kept)."""
-        return 1.0 if self._keeps else 2.0
 
     def _open(self, batch: Batch, index: int) -> BatchLocal:
         return BatchLocal(OutputLoss.of(self.objective, batch), self.objective.params, self._layouts)

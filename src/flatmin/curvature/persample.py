@@ -31,13 +31,13 @@ class PerSample:
     Args:
         outputs: (samples, ...), with their graph.
         params: the parameters.
-        layouts: of another batch of the same model, to save the pass that finds them.
+        layouts: of another batch of the same model, to save the pass that finds them; not used if there are none.
 
     Attributes:
         uses: of all parameters.
         edges: of the operations, where gradients by their outputs arrive.
         at: for each use the number of its edge.
-        layouts: for each use.
+        layouts: for each use; none if a single sample cannot tell.
 
     Raises:
         Uncovered: if a parameter is used in a way that is not known, or samples are mixed.
@@ -53,7 +53,7 @@ class PerSample:
         self.edges = [GradientEdge(node, 0) for node in by_node]  # type: ignore[arg-type]
         if layouts is None or len(layouts) != len(self.uses):
             layouts = self._find_layouts()
-        self.layouts = layouts
+        self.layouts = layouts if self._samples > 1 else []  # a single sample is at either place
         for use, layout in zip(self.uses, layouts, strict=True):
             use.layout, use.samples = layout, self._samples
 
