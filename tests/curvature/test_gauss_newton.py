@@ -83,6 +83,10 @@ LAYERS = {
         lambda: net(nn.Conv1d(2, 3, 3, stride=2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(15, 3)),
         LINES,
     ),
+    "few positions": (
+        lambda: net(nn.Conv2d(2, 4, 4, groups=2), nn.Tanh(), nn.Conv2d(4, 3, 2), nn.Flatten()),
+        torch.randn(SAMPLES, 2, 5, 5),
+    ),
     "many positions": (
         lambda: net(nn.Linear(9, 40), nn.Tanh(), nn.Linear(40, 2), nn.Flatten(), nn.Linear(4, 3)),
         LINES,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import flatmin
+from flatmin.curvature import uses
 from flatmin.curvature.gauss_newton import inspect
 from flatmin.curvature.local import LocalProbes, LocalResidual, why_not
 from flatmin.curvature.operators import ResidualOperator
@@ -52,6 +53,22 @@ def test_the_covariance_of_a_perturbation_is_that_of_random_signs(layers):
         assert bool(((squares.mean(0) - expected).abs() <= 4.5 * squares.std(0) / math.sqrt(DRAWS) + 1e-9).all())
         together = draws.sum(1).square()  # samples are independent of each other
         assert abs(together.mean() - expected.sum()) <= 4.5 * together.std() / math.sqrt(DRAWS) + 1e-9
+
+
+@pytest.mark.parametrize("layers", ["few positions", "grouped, strided, dilated convolution"])
+def test_block_by_block_of_samples_is_the_same(layers, monkeypatch):
+    model, x, y = build(layers)
+    objective = flatmin.Objective(model, criterion, [(x, y)])
+    for use, like in uses_of(objective, x):
+        v = torch.randn(len(x), *use.shape, dtype=x.dtype)
+        whole = use.changes(v, like)
+        monkeypatch.setattr(uses, "PATCHES", 1)
+        torch.testing.assert_close(use.changes(v, like), whole)
+        monkeypatch.undo()
+    monkeypatch.setattr(uses, "PATCHES", 1)
+    truth = float(residual(model, x, y).trace())
+    samples = local(objective).draw(0, DRAWS).sum(1)
+    assert abs(float(samples.mean()) - truth) <= 4 * float(samples.std()) / math.sqrt(DRAWS)
 
 
 SINGLE = [name for name in LAYERS if name not in ("tied", "plain product")]

@@ -100,7 +100,7 @@ class Work:
         if split.piecewise_linear:
             return self._exact(split) if split.exact and split.num_vectors <= FEW else self._class_vectors(split)
         if split.exact:
-            return self._finish(self._with_constant(self._pilot_of_rest(split), split))
+            return self._finish(self._with_constant(self._pilot_of_rest(split), split, spend=False))
         pilot, vectors = self._pilot_of_rest(split), ClassVectors(self._objective, split, self._seed)
         rest = pilot.probes
         pilot.samples = pilot.samples + vectors.draw(0, len(pilot.samples)).cpu().numpy()
@@ -166,9 +166,11 @@ class Work:
                 pass
         return self._pilot(self._vectors(ResidualOperator))
 
-    def _with_constant(self, pilot: Pilot, split: Split) -> Pilot:
+    def _with_constant(self, pilot: Pilot, split: Split, spend: bool = True) -> Pilot:
+        """With tr G, whose cost is taken out of the budget if there was a choice."""
         pilot.constant, pilot.entry = exact_trace(self._objective, split).cpu().numpy(), split.cost
-        self._budget.spend(math.ceil(split.cost / pilot.cost))
+        if spend:
+            self._budget.spend(math.ceil(split.cost / pilot.cost))
         pilot.left = self._budget.left(pilot.samples.sum(1), pilot.known)
         return pilot
 

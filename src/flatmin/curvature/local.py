@@ -1,4 +1,4 @@
-"""Probes of the outputs of operations in place of the parameters: fresh for every sample, each at the cost of a product.
+"""Probes of the outputs of operations in place of the parameters: fresh for every sample, at the cost of a product.
 
 Let phi be a sum over samples and z = B p + (what does not depend on p) the output of the one operation that takes the
 parameter p, with B = dz / dp. Then the block of p in the Hessian of phi is B' Phi B with Phi = d2 phi / dz2, and
@@ -8,8 +8,8 @@ parameter p, with B = dz / dp. Then the block of p in the Hessian of phi is B' P
 Of the e that have this covariance those are drawn that vary little and cost little (`uses`): independent for every
 sample, since Phi has no entries between samples, with random signs within a sample. The errors of v' H v come from the
 samples of a batch too, which share v, and from pairs of parameters of different operations; here the first average out
-and the second are smaller. Phi e is a second backward pass. It computes no weight gradients,
-but the e have to be drawn: together that is what a product costs.
+and the second are smaller. Phi e is a second backward pass; it computes no weight gradients, but the e have to be
+drawn.
 
 Source: the covariance argument is the local reparametrisation of Kingma, Salimans and Welling 2015; the probes here are
 this library's.

@@ -1,10 +1,12 @@
 """The trace of the Hessian, in all and per layer, with its error: exactly where possible, else from random probes.
 
     "hutchinson"     the mean of v' H v over random signs v
-    "gauss-newton"   tr H = tr G + tr (H - G): the first exactly or by random class vectors, the second by probes
+    "gauss-newton"   tr H = tr G + tr (H - G): the first exactly or by random class vectors, the second by probes; by
+                     local probes, fresh for every sample, where every parameter enters one operation
     "hutch++"        exactly on a subspace found by products, probes on the rest
     "xtrace"         the same, with every vector used for both in turn
-    "auto"           tr G alone where H - G has no trace; else Hutchinson or the split, by the variance of pilot probes
+    "auto"           tr G alone where H - G has no trace; else the split if there are local probes and tr G is cheap;
+                     else Hutchinson or the split, by the variance of pilot probes
 
 Per layer: v' H v = sum over layers of v_l' (H v)_l, and the mean of each term is the trace of that layer's block.
 """
@@ -45,7 +47,7 @@ def trace(
         objective: what to measure.
         rtol: wanted relative standard error (widened for few probes, see `probes.cautious`). For an error of at most 5%
             nine times of ten, ask for 0.03.
-        max_products: Hessian-vector products over the whole data, at most (1000 if not given).
+        max_products: Hessian-vector products (or local probes) over the whole data, at most (1000 if not given).
         max_seconds: time, at most (checked between rounds of probes).
         method: "auto", "hutchinson", "gauss-newton", "hutch++" or "xtrace". "auto" says in the result why it chose.
         products: how second derivatives are computed: "auto", "autograd", "difference" or "loss".
@@ -56,14 +58,16 @@ def trace(
         TraceResult with `value`, `stderr`, `per_layer`, `samples`, `num_products`, `num_gradients`, `method`.
 
     Cost: Hutchinson: 1 + 2 m gradients of the data for a round of m probes (2 m where graphs are kept). Exact
-    Gauss-Newton: (1 + 2 (classes - 1)) / 3 gradients. Memory: the graph of one batch, and the graphs kept.
+    Gauss-Newton: (1 + 2 (classes - 1)) / 3 gradients. Local probes: as Hutchinson's, but fewer are needed; and about
+    five gradients of the first batch to try them. Memory: the graph of one batch, and the graphs kept.
 
     Raises:
         ValueError: unknown method, a budget that is not positive, data that gives another loss on a second pass, a
             Hessian that is not finite, or a method that needs outputs where the model returns its own loss.
 
     Source: Hutchinson 1990; Avron and Toledo 2011 for the variance 2 (|H|_F^2 - sum_i H_ii^2); Schraudolph 2002 for G;
-    Meyer et al. 2021 (Hutch++); Epperly, Tropp and Webber 2024 (XTrace).
+    Meyer et al. 2021 (Hutch++); Epperly, Tropp and Webber 2024 (XTrace); local probes: `flatmin.curvature.local`, with
+    the covariance argument of Kingma, Salimans and Welling 2015.
     """
     if method not in METHODS:
         raise ValueError(f"unknown trace method {method!r}. Known: {', '.join(METHODS)}.")

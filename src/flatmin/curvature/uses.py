@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -96,9 +97,11 @@ class LinearUse(Use):
 
     def perturbation(self, like: Tensor, generator: torch.Generator) -> Tensor:
         """The change with random signs in place of the inputs' directions."""
-        root = self._root
-        signs = draw_like(root.new_empty(self.samples, root.shape[2], like.shape[-1]), "rademacher", generator)
-        return self.placed(root @ signs, like)
+        return self.placed(self._root @ _signs(self._root, like.shape[-1], generator), like)
+
+    def changes(self, v: Tensor, like: Tensor) -> Tensor:
+        """How the operation's output changes."""
+        return self.placed(self._rows @ (v.transpose(1, 2) if self._transposed else v), like)
 
     @property
     def _rows(self) -> Tensor:
@@ -106,12 +109,7 @@ class LinearUse(Use):
 
     @cached_property
     def _root(self) -> Tensor:
-        """S (positions, fewest) with S S' = a a' for each sample, the covariance of a change between positions."""
-        a = self._rows.detach()
-        if a.shape[1] >= a.shape[2]:
-            return a
-        wide = a.to(torch.promote_types(a.dtype, torch.float32)).transpose(1, 2)
-        return torch.linalg.qr(wide, mode="r")[1].transpose(1, 2).to(a.dtype)
+        return root(self._rows.detach())
 
 
 class ConvolutionUse(Use):
@@ -129,14 +127,40 @@ class ConvolutionUse(Use):
 
     def norms(self, delta: Tensor) -> Tensor:
         """|gradient|^2 for each class and sample."""
-        size = max(PATCHES // max(math.prod(self._shape[1:]) * delta[0, 0, 0].numel() * self._groups, 1), 1)
-        blocks = [slice(start, start + size) for start in range(0, self.samples, size)]
-        return torch.cat([self._block_norms(delta, block) for block in blocks], 1)
+        return torch.cat([self._block_norms(delta, block) for block in self._blocks(delta[0])], 1)
 
     def gradients(self, delta: Tensor) -> Tensor:
         """The gradient for each class and sample."""
         found = torch.cat([outer(d, a) for d, a in self._by_group(delta, slice(None))], 2)
         return found.reshape(*delta.shape[:2], *self._shape)
+
+    def perturbation(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        """The change with random signs; in place of the patches' directions where these are many."""
+
+        def change(a: Tensor, block: slice, group: int) -> Tensor:
+            a = root(a) if 4 * a.shape[1] < a.shape[2] else a
+            return a @ _signs(a, self._shape[0] // self._groups, generator)
+
+        return self._by_block(like, change)
+
+    def changes(self, v: Tensor, like: Tensor) -> Tensor:
+        """How the operation's output changes."""
+        weights = [part.flatten(2).transpose(1, 2) for part in v.chunk(self._groups, 1)]
+        return self._by_block(like, lambda a, block, group: a @ weights[group][block])
+
+    def _by_block(self, like: Tensor, change: Callable[[Tensor, slice, int], Tensor]) -> Tensor:
+        """The `change` (samples, positions, outputs) from the patches of each block of samples and each group."""
+        parts = []
+        for block in self._blocks(like):
+            groups = enumerate(self._by_group(like.unsqueeze(0), block))
+            parts.append(torch.cat([change(a, block, group).transpose(1, 2) for group, (_, a) in groups], 1))
+        return torch.cat(parts).reshape(like.shape)
+
+    def _blocks(self, like: Tensor) -> list[slice]:
+        """Blocks of samples whose patches, and weights of their own, are not too many."""
+        most = max(like[0, 0].numel() * self._groups, self._shape[0])
+        size = max(PATCHES // max(math.prod(self._shape[1:]) * most, 1), 1)
+        return [slice(start, start + size) for start in range(0, self.samples, size)]
 
     def _block_norms(self, delta: Tensor, block: slice) -> Tensor:
         return torch.stack([outer_norms(d, a) for d, a in self._by_group(delta, block)]).sum(0)
@@ -230,6 +254,11 @@ class EmbeddingUse(Use):
         signs = signs.gather(1, first.unsqueeze(2).expand_as(signs))
         return self.placed(signs * (index != self._padding).unsqueeze(2), like)
 
+    def changes(self, v: Tensor, like: Tensor) -> Tensor:
+        """How the operation's output changes."""
+        index = self.rows(self._indices.unsqueeze(-1))
+        return self.placed(v.gather(1, index.expand(-1, -1, v.shape[2])) * (index != self._padding), like)
+
     def gradients(self, delta: Tensor) -> Tensor:
         """The gradient for each class and sample."""
         index = self.rows(self._indices.unsqueeze(-1))
@@ -247,6 +276,19 @@ def outer(delta: Tensor, a: Tensor) -> Tensor:
     classes, samples, positions, outputs = delta.shape
     left = delta.permute(1, 0, 3, 2).reshape(samples, classes * outputs, positions)
     return (left @ a).view(samples, classes, outputs, -1).transpose(0, 1)
+
+
+def root(a: Tensor) -> Tensor:
+    """S (samples, positions, fewest) with S S' = a a': the covariance between positions of V a for random V."""
+    if a.shape[1] >= a.shape[2]:
+        return a
+    wide = a.to(torch.promote_types(a.dtype, torch.float32)).transpose(1, 2)
+    return torch.linalg.qr(wide, mode="r")[1].transpose(1, 2).to(a.dtype)
+
+
+def _signs(a: Tensor, outputs: int, generator: torch.Generator) -> Tensor:
+    """Random signs that `a` (samples, positions, inputs) is multiplied with: (samples, inputs, outputs)."""
+    return draw_like(a.new_empty(len(a), a.shape[2], outputs), "rademacher", generator)
 
 
 def outer_norms(delta: Tensor, a: Tensor) -> Tensor:
