@@ -68,7 +68,7 @@ def test_block_by_block_of_samples_is_the_same(layers, monkeypatch):
     monkeypatch.setattr(uses, "PATCHES", 1)
     truth = float(residual(model, x, y).trace())
     samples = local(objective).draw(0, DRAWS).sum(1)
-    assert abs(float(samples.mean()) - truth) <= 4 * float(samples.std()) / math.sqrt(DRAWS)
+    assert abs(float(samples.mean()) - truth) <= 4 * float(samples.std()) / math.sqrt(DRAWS) + 1e-9
 
 
 SINGLE = [name for name in LAYERS if name not in ("tied", "plain product")]
