@@ -217,13 +217,14 @@ def test_without_second_derivatives(products, parts):
     assert set(result.per_layer) == (set(layer_traces(objective, hessian)) if parts else set())
 
 
-def test_memory_does_not_grow_with_batches_or_probes():
+@pytest.mark.parametrize("method", ["hutchinson", "gauss-newton"])
+def test_memory_does_not_grow_with_batches_or_probes(method):
     model, x, y = make("tanh")
     peaks = []
     for batches, probes in [(2, 4), (12, 24)]:
         objective = flatmin.Objective(model, criterion, [(x, y)] * batches)
         with Alive() as alive:
-            flatmin.trace(objective, max_products=probes, method="hutchinson", graph_memory=0)
+            flatmin.trace(objective, max_products=probes, method=method, graph_memory=0)
         peaks.append(alive.peak)
     assert peaks[1] <= peaks[0] + 24 * 8 * len(list(model.parameters())) + 1000
 

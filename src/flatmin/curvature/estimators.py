@@ -41,13 +41,17 @@ class Found:
 
 @dataclass
 class Pilot:
-    """First draws of `probes`; what is known beside them, at a cost of `entry`; how many are still needed."""
+    """First draws of `probes`; what is known beside them, at a cost of `entry`; how many are still needed.
+
+    `refused` says why there are no local probes.
+    """
 
     probes: Probes
     samples: np.ndarray
     constant: np.ndarray | float = 0.0
     entry: float = 0.0
     left: int = 0
+    refused: str = ""
 
     @property
     def local(self) -> bool:
@@ -158,13 +162,16 @@ class Work:
 
     def _pilot_of_rest(self, split: Split) -> Pilot:
         """The first draws of H - G: of local probes where they can be had."""
-        if not why_not(self._objective, self._way, split.layouts, self._seed):
+        refused = why_not(self._objective, self._way, split.layouts, self._seed)
+        if not refused:
             rest = LocalResidual(self._objective, self._way, split.layouts, graph_memory=self._graph_memory)
             try:
                 return self._pilot(LocalProbes(rest, self._seed))
-            except Uncovered:  # another batch is computed otherwise
-                pass
-        return self._pilot(self._vectors(ResidualOperator))
+            except Uncovered as error:  # another batch is computed otherwise
+                refused = str(error)
+        pilot = self._pilot(self._vectors(ResidualOperator))
+        pilot.refused = refused
+        return pilot
 
     def _with_constant(self, pilot: Pilot, split: Split, spend: bool = True) -> Pilot:
         """With tr G, whose cost is taken out of the budget if there was a choice."""
@@ -253,7 +260,7 @@ class Work:
 
 def _of(pilot: Pilot) -> str:
     """What the probes are of."""
-    method = pilot.probes.operator.method
+    method = pilot.probes.operator.method + (f" (no local probes: {pilot.refused})" if pilot.refused else "")
     return f"Gauss-Newton exact; of the rest {method}" if pilot.entry else method
 
 
