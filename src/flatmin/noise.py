@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
-from flatmin.shards import any_sharded, is_sharded, local, made_of, place_of, summed_apart, whole_rows
+from flatmin.shards import any_sharded, is_sharded, local, made_of, part_of, place_of, summed_apart, whole_rows
 from flatmin.vectors import Radii, Vector
 
 BLOCK = 2**20  # elements of a large tensor with one seed: many, for its cost; few, for who needs a part of them only
@@ -82,7 +82,14 @@ def check_law(law: str) -> str:
 
 
 def draw_like(tensor: Tensor, law: str, generator: torch.Generator, scale: float = 1.0) -> Tensor:
-    """One draw from `law` (mean 0, standard deviation `scale`) with the shape, dtype and device of `tensor`."""
+    """One draw from `law` (mean 0, standard deviation `scale`) with the shape, dtype and device of `tensor`.
+
+    If it is sharded all of it is drawn, tensor by tensor, and each process keeps its part: the numbers are those that
+    one process draws.
+    """
+    if is_sharded(tensor):
+        part = local(tensor)
+        return part_of(_DRAW[law](part.new_empty(tensor.shape, requires_grad=False), scale, generator), tensor)
     return _DRAW[law](torch.empty_like(tensor, requires_grad=False), scale, generator)
 
 
@@ -256,6 +263,11 @@ def filter_norms(weights: Sequence[Tensor]) -> list[Tensor]:
     for i, square in zip(cut, squares, strict=True):
         norms[i] = square.sqrt()
     return norms
+
+
+def times_norms(v: Vector, norms: Sequence[Tensor]) -> Vector:
+    """Each entry of `v`, which has all of them, times numbers of its filters, such as `filter_norms` gives."""
+    return Vector(made_of(local(t) * n, t) for t, n in zip(v.present, norms, strict=True))
 
 
 def _row_norms(weight: Tensor) -> Tensor:

@@ -64,6 +64,13 @@ def place_of(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)  # type: ignore[return-value]
 
 
+def part_of(whole: Tensor, like: Any) -> Tensor:
+    """`whole`, which every process has, sharded as `like` is: each keeps a copy of its part."""
+    for dim, (size, start) in enumerate(zip(*place_of(like), strict=True)):
+        whole = whole.narrow(dim, min(start, whole.shape[dim]), size)
+    return made_of(whole.clone(), like)
+
+
 def whole_rows(tensor: Any) -> Tensor:
     """This process's rows along the leading dimension, all of each row: gathered if they are cut along another one."""
     if is_sharded(tensor) and any(p.is_shard() and p.dim != 0 for p in tensor.placements):

@@ -33,6 +33,14 @@ def make_model() -> nn.Module:
     ).double()
 
 
+def make_smooth_model() -> nn.Module:
+    """Without kinks, so that second derivatives and differences agree; odd sizes; a bias of one number."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(6, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 1), nn.Tanh(), nn.Linear(1, 3)
+    ).double()
+
+
 def make_batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(BATCH, 1, 6, generator=generator, dtype=torch.float64)

@@ -161,12 +161,3 @@ def as_a_function(rank):
 
 def test_a_function_of_the_weights_is_of_one_process(ranks):
     ranks(as_a_function)
-
-
-def refused(rank):
-    with pytest.raises(ValueError, match="Gather it"):
-        objective(slice(None), how="fsdp")
-
-
-def test_sharded_models_are_refused_with_the_mend(ranks):
-    ranks(refused)

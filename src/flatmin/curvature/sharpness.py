@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from flatmin.curvature.batches import Batch
 from flatmin.curvature.metrics import Metric, ball
-from flatmin.curvature.objective import Batch, Objective
+from flatmin.curvature.objective import Objective
 from flatmin.curvature.probes import PILOT, Budget, stderr
 from flatmin.curvature.results import Estimate, Measurement, student_interval
 from flatmin.noise import Law, Noise, Scale, check_law, mix_seeds

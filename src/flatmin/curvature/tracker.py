@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatmin.curvature.lanczos import Lanczos, dot
+from flatmin.curvature.lanczos import Lanczos
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import HessianOperator
 from flatmin.curvature.probes import Probes, stderr
 from flatmin.curvature.results import Estimate, Measurement, plain
 from flatmin.curvature.sharpness import check_positive, noise_stability
+from flatmin.curvature.space import Space
 from flatmin.extras import need
-from flatmin.noise import draw_like, mix_seeds
+from flatmin.noise import mix_seeds
 
 NOISE = 0.01  # share of a random vector in the start of the search for lambda_max, so that it can turn elsewhere
 
@@ -178,8 +179,9 @@ class Tracker:
         start = self._vector
         if start is not None:
             generator = torch.Generator(start.device).manual_seed(seed)
-            chance = draw_like(start, "normal", generator)
-            start = start + NOISE * chance / math.sqrt(dot(chance, chance))
+            space = Space(self._objective.params)
+            chance = space.random(generator)
+            start = start + NOISE * chance / math.sqrt(space.dot(chance, chance))
         lanczos = Lanczos(self._operator.product, self._objective.params, seed=seed, start=start)
         while lanczos.size < self._num_steps and not lanczos.complete:
             lanczos.extend()
