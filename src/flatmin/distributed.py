@@ -10,6 +10,7 @@ parameters are sharded, or a `DistributedDataParallel` around some of them was n
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -72,6 +73,22 @@ def summed_over(group: Any, tensors: Sequence[Tensor], count: int) -> tuple[list
     high, low = parts[-1].tolist()
     sums = [part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=False)]
     return sums, int(high) * _DIGIT + int(low)
+
+
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """The modules that `fully_shard` was applied to; none before somebody has imported it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees gathered weights, so that the parameters of `model` are the sharded ones, and the next pass gathers anew.
+
+    After a forward pass without a backward one the root keeps its weights gathered: they would not follow a
+    displacement of the shards.
+    """
+    for module in fsdp_modules(model):
+        module.reshard()
 
 
 class Ranks:

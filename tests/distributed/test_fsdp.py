@@ -8,7 +8,6 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-import flatmin
 from benchmarks.collectives import Collectives
 from flatmin.shards import local
 from flatmin.vectors import Radii, Vector
@@ -85,15 +84,6 @@ def refused(rank, method, options):
 
 def test_rules_that_need_a_place_for_each_rank_say_so(ranks):
     assert "Use DistributedDataParallel" in ranks(refused, "sap", {})[0]
-
-
-def averaged(rank):
-    with pytest.raises(ValueError, match="sharded model cannot be copied"):
-        flatmin.Averager(Run("sam", "fsdp", share(rank)).model, kind="mean")
-
-
-def test_an_average_of_shards_is_refused(ranks):
-    ranks(averaged)
 
 
 def count(rank, method, form, options):

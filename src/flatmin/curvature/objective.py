@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from flatmin.curvature.batches import Batch, SampleCount, check_data, forward_pair, generators
-from flatmin.curvature.sharded import NOT_POSSIBLE, Together, gradients, reshard
-from flatmin.distributed import summed_over
+from flatmin.curvature.sharded import NOT_POSSIBLE, Together, gradients
+from flatmin.distributed import reshard, summed_over
 from flatmin.quiet import undisturbed
 from flatmin.shards import any_sharded
 from flatmin.vectors import Vector

@@ -12,7 +12,6 @@ in both. So
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from flatmin.curvature.batches import Batch, Evaluated, SampleCount
-from flatmin.distributed import explained
+from flatmin.distributed import explained, fsdp_modules, reshard
 from flatmin.shards import any_sharded, is_sharded
 
 if TYPE_CHECKING:
@@ -61,16 +60,6 @@ def gradients(loss: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return found
 
 
-def reshard(model: nn.Module) -> None:
-    """Frees gathered weights, so that the parameters of `model` are the sharded ones, and the next pass gathers anew.
-
-    After a forward pass without a backward one the root keeps its weights gathered: they would not follow a
-    displacement of the shards.
-    """
-    for module in _fsdp_modules(model):
-        module.reshard()
-
-
 class Together:
     """The processes that hold the shards of a model, as they measure it.
 
@@ -88,7 +77,7 @@ class Together:
 
     def __init__(self, model: nn.Module, params: Mapping[str, Tensor], group: Any):
         self._model = model
-        self._groups = [g for module in _fsdp_modules(model) for g in _parameter_groups(module)]
+        self._groups = [g for module in fsdp_modules(model) for g in _parameter_groups(module)]
         self._mesh = _mesh_of(params)
         self.group = _group_of(self._mesh, group)
         self._params = list(model.parameters())
@@ -174,12 +163,6 @@ class JointBatch(Batch):
         here = super().evaluate()
         loss, self._count = self._together.mean(here.loss, 0 if self._idle else super().size)
         return Evaluated(self._objective.check_loss(loss, self._count), here.outputs, here.targets)
-
-
-def _fsdp_modules(model: nn.Module) -> list[Any]:
-    """The modules that `fully_shard` was applied to; none before somebody has imported it."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
 def _parameter_groups(module: Any) -> Sequence[Any]:
