@@ -84,8 +84,8 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
 def reshard(model: nn.Module) -> None:
     """Frees gathered weights, so that the parameters of `model` are the sharded ones, and the next pass gathers anew.
 
-    After a forward pass without a backward one the root keeps its weights gathered: they would not follow a
-    displacement of the shards.
+    After a forward pass without a backward one (an evaluation) the root keeps its weights gathered, and they do not
+    follow when the shards move.
     """
     for module in fsdp_modules(model):
         module.reshard()
@@ -96,7 +96,7 @@ class Ranks:
 
     Args:
         params: the parameters.
-        model: where to look for `DistributedDataParallel`, before the forwards of the probes.
+        model: where to look for `DistributedDataParallel` and `fully_shard`, before the forwards of the probes.
 
     Attributes:
         num_params: the number of parameters.
@@ -110,6 +110,8 @@ class Ranks:
         meshes = dict.fromkeys(p.device_mesh for p in params if is_sharded(p))  # type: ignore[attr-defined]
         self._groups: list[Any] = list(dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups()))
         self._replicas: list[weakref.ref[DistributedDataParallel]] = []
+        self._shards: weakref.WeakSet[Any] = weakref.WeakSet()  # the modules that FSDP2 gathers weights for
+        self._search_shards = bool(meshes)
         self._exchange = True
         self._silenced: list[DistributedDataParallel] = []
         named = [] if model is None else list(model.modules())
@@ -117,6 +119,8 @@ class Ranks:
         self._search = not self._groups and not any(hasattr(part, "_orig_mod") for part in named)
         for part in named:
             self._meet(part)
+        if model is not None and meshes:
+            self._meet_shards(model)
 
     def probe(self, exchange: bool) -> None:
         """Before an evaluation: whether its backward may average gradients over the processes."""
@@ -126,10 +130,13 @@ class Ranks:
             self._silence(known())
         if self._search and not self._replicas and several():
             _global_forward_pre_hooks[id(self)] = self._meet  # in torch's table itself: see flatmin.quiet
+        if self._search_shards:
+            _global_forward_pre_hooks[id(self)] = self._meet_shards
 
     def settle(self) -> None:
         """After an evaluation, raised or not; may be called again."""
         _global_forward_pre_hooks.pop(id(self), None)
+        self._reshard()
         for replica in self._silenced:
             replica.require_backward_grad_sync = True
         self._silenced = []
@@ -164,6 +171,18 @@ class Ranks:
             # averaging on again, the next forward of this probe has to be met too.
             _global_forward_pre_hooks.pop(id(self), None)
         self._silence(module)
+
+    def _meet_shards(self, module: nn.Module, _args: object = ()) -> None:
+        for part in fsdp_modules(module):
+            if part not in self._shards:  # else it may be in the middle of its forward
+                self._shards.add(part)
+                self._search_shards = False
+                part.reshard()
+
+    def _reshard(self) -> None:
+        """Weights move in their shards: what is gathered of them from before, or of a probe, is of another place."""
+        for module in list(self._shards):
+            module.reshard()
 
     def _silence(self, replica: DistributedDataParallel | None) -> None:
         """What `no_sync` does; DDP looks at this when its forward begins. A caller's own `no_sync` stays."""

@@ -9,6 +9,8 @@ from torch.distributed.tensor import DTensor
 
 import flatmin
 from benchmarks.collectives import Collectives
+from flatmin.distributed import reshard
+from flatmin.shards import local
 from tests.distributed.setups import Run, assert_near, make_batch, share
 
 OPTIONS = [{"kind": "mean"}, {"kind": "ema", "decay": 0.7}, {"kind": "tail", "start": 3}]
@@ -22,32 +24,35 @@ def train(run, averager, steps=4):
 
 def worn(run, averager):
     """The average as the model wears it: its weights, and the loss of the joint batch on a share."""
-    before = {name: (p.to_local() if isinstance(p, DTensor) else p).clone() for name, p in run.plain.named_parameters()}
+    before = {name: local(p).clone() for name, p in run.plain.named_parameters()}
     with torch.no_grad():
-        run.model(make_batch()[0])  # leaves what the root holds gathered
+        run.model(make_batch()[0])
     with averager.applied(), torch.no_grad():
         outputs = run.model(make_batch()[0])
+        reshard(run.model)
         weights = run.weights()
     with torch.no_grad():
         after = run.model(make_batch()[0])
     assert (after - outputs).abs().max() > 1e-3
-    run.model.reshard() if hasattr(run.model, "reshard") else None
-    for name, p in run.plain.named_parameters():
-        assert torch.equal(p.to_local() if isinstance(p, DTensor) else p, before[name])
+    reshard(run.model)
+    assert all(torch.equal(local(p), before[name]) for name, p in run.plain.named_parameters())
     return {**weights, "outputs": outputs, "after": after}
 
 
-def average(rank, options, how="fsdp"):
+def average(rank, options, how):
     run = Run("sam", how, share(rank) if how != "alone" else slice(None))
     averager = flatmin.Averager(run.model, **options)
     train(run, averager)
+    with torch.no_grad():
+        run.model(make_batch()[0])  # the root keeps its weights gathered
+    averager.update()
     return worn(run, averager)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_shards_average_as_one_process_does(ranks, options):
     expected = average(0, options, "alone")
-    for found in ranks(average, options):
+    for found in ranks(average, options, "root"):
         assert_near(found, expected)
 
 

@@ -34,7 +34,7 @@ def one_process(**options):
     return flatmin.Objective(make_smooth_model(), nn.CrossEntropyLoss(), joined(), **options)
 
 
-def on_rank(rank, how="fsdp", **options):
+def on_rank(rank, how="root", **options):
     model = wrap(make_smooth_model(), how)
     return flatmin.Objective(model, nn.CrossEntropyLoss(), batches()[rank::2], **options)
 
@@ -78,7 +78,7 @@ def dense_hessian():
     return torch.stack([torch.cat([t.flatten() for t in row]) for row in rows])
 
 
-@pytest.mark.parametrize("how", ["fsdp", "hsdp"])
+@pytest.mark.parametrize("how", ["root", "hsdp"])
 def test_ranks_measure_what_one_process_measures(ranks, how):
     expected, dense = measure(one_process()), dense_hessian()
     product, spectrum = dense @ flat(direction(one_process())), torch.linalg.eigvalsh(dense)
@@ -154,7 +154,7 @@ def test_a_report(ranks, tmp_path):
 
 
 def untouched(rank):
-    model = wrap(make_smooth_model(), "fsdp")
+    model = wrap(make_smooth_model(), "root")
     data = batches()[rank::2]
     x, y = data[0]
     F.cross_entropy(model(x), y).backward()
