@@ -16,7 +16,7 @@ from flatmin.noise import Noise
 from flatmin.vectors import Radii
 from tests.distributed.setups import make_batch, make_smooth_model, whole, wrap
 
-SIZES = [5, 9, 3, 8, 7]  # dealt in turn: three batches for the first rank, two for the second, of all sizes
+SIZES = [9, 14, 9]  # dealt in turn: two batches for the first rank, one for the second
 
 
 def batches():
@@ -49,22 +49,30 @@ def direction(objective):
 
 def measure(objective):
     operator = flatmin.HessianOperator(objective, "difference")
-    top = flatmin.top_eigenvalues(operator, 2, tol=1e-8, vectors=True)
-    trace = flatmin.trace(objective, max_products=8, products="difference", method="hutchinson")
+    top = flatmin.top_eigenvalues(operator, tol=1e-6, vectors=True)
+    trace = flatmin.trace(objective, max_products=4, products="difference", method="hutchinson")
     return {
+        **products(objective),
         "loss": torch.tensor([objective.loss(), objective.check()]),
-        "gradient": flat(objective.gradient()),
-        "product": flat(operator.product(direction(objective))),
         "zero": flat(operator.product(objective.zeros())),
-        "eigenvalues": torch.tensor(top.values, dtype=torch.float64),
+        "eigenvalue": torch.tensor(top.value, dtype=torch.float64),
         "eigenvector": flat(top.vectors[0]).abs(),
         "trace": torch.tensor([trace.value, trace.stderr, *(e.value for e in trace.per_layer.values())]),
         "samples": torch.tensor([objective.num_samples, trace.num_samples, objective.num_params]),
     }
 
 
-def measure_on_rank(rank, how):
-    return measure(on_rank(rank, how))
+def products(objective):
+    product = flatmin.HessianOperator(objective, "difference").product(direction(objective))
+    return {"gradient": flat(objective.gradient()), "product": flat(product)}
+
+
+def measure_on_rank(rank):
+    return measure(on_rank(rank))
+
+
+def products_on_rank(rank, how):
+    return products(on_rank(rank, how))
 
 
 def dense_hessian():
@@ -78,42 +86,52 @@ def dense_hessian():
     return torch.stack([torch.cat([t.flatten() for t in row]) for row in rows])
 
 
-@pytest.mark.parametrize("how", ["root", "hsdp"])
-def test_ranks_measure_what_one_process_measures(ranks, how):
+def assert_same(found, expected, dense):
+    for name in expected:
+        atol = 1e-5 if name == "eigenvector" else 1e-8  # from another start
+        torch.testing.assert_close(found[name], expected[name], atol=atol, rtol=1e-7, msg=lambda m, n=name: f"{n} {m}")
+    # Central differences in float64 are good to about eps^(2/3), 4e-11 of a product.
+    product = dense @ flat(direction(one_process()))
+    assert (found["product"] - product).norm() < 1e-8 * product.norm()
+
+
+def test_ranks_measure_what_one_process_measures(ranks):
     expected, dense = measure(one_process()), dense_hessian()
-    product, spectrum = dense @ flat(direction(one_process())), torch.linalg.eigvalsh(dense)
-    for found in ranks(measure_on_rank, how):
-        for name in expected:
-            torch.testing.assert_close(
-                found[name], expected[name], atol=1e-8, rtol=1e-7, msg=lambda m, n=name: f"{n} {m}"
-            )
-        # Central differences in float64 are good to about eps^(2/3), 4e-11 of a product.
-        assert (found["product"] - product).norm() < 1e-8 * product.norm()
-        torch.testing.assert_close(found["eigenvalues"], spectrum.flip(0)[:2], atol=0, rtol=1e-7)
+    for found in ranks(measure_on_rank):
+        assert_same(found, expected, dense)
+        torch.testing.assert_close(found["eigenvalue"], torch.linalg.eigvalsh(dense)[-1], atol=0, rtol=1e-7)
+
+
+@pytest.mark.parametrize("how", ["fsdp", "hsdp"])
+def test_however_it_is_sharded(ranks, how):
+    expected, dense = products(one_process()), dense_hessian()
+    for found in ranks(products_on_rank, how):
+        assert_same(found, expected, dense)
+
+
+def tracked(objective):
+    """From a random start, then from the vector found: near enough to the largest eigenvalue for both to agree."""
+    tracker = flatmin.Tracker(objective, max_overhead=1, num_probes=2, num_steps=8)
+    tracker.update()
+    return tracker.update().lambda_max.value
 
 
 MEASURES = {
-    "noise": lambda m: flatmin.noise_stability(m, 0.05, num_draws=8, scale="filter").value,
-    "average": lambda m: flatmin.average_sharpness(m, 0.3, "adaptive", num_draws=4).value,
-    "ascent": lambda m: flatmin.ascent_sharpness(m, 0.2, "filter", num_steps=2, num_starts=2).value,
+    "noise": lambda m: flatmin.noise_stability(m, 0.05, num_draws=2, scale="filter").value,
+    "average": lambda m: flatmin.average_sharpness(m, 0.3, "adaptive", num_draws=2).value,
+    "ascent": lambda m: flatmin.ascent_sharpness(m, 0.2, "filter", num_steps=1, num_starts=2).value,
     "monge": lambda m: flatmin.ascent_sharpness(m, 0.2, "monge", num_steps=1, num_starts=1).value,
     "slice": lambda m: np.sum(flatmin.loss_slice(m, flatmin.random_direction(m), num_points=3).losses),
     "checkpoint": lambda m: np.sum(flatmin.loss_slice(m, flatmin.direction_to(m, elsewhere()), num_points=2).losses),
     "losses": lambda m: flatmin.trace(m, products="loss", method="hutchinson", max_products=2).value,
     "published": lambda m: flatmin.layerwise_rayleigh_sum(flatmin.HessianOperator(m, "difference"), tol=0.1).value,
-    "part": lambda m: flatmin.top_eigenvalues(m.only(["1.weight"]), tol=1e-7).value,
-    "tracked": lambda m: sum(tracked(m)),
+    "part": lambda m: flatmin.top_eigenvalues(m.only(["1.weight"]), tol=1e-6).value,
+    "tracked": tracked,
 }
 
 
 def elsewhere():
     return {name: 1.5 * value for name, value in make_smooth_model().state_dict().items()}
-
-
-def tracked(objective):
-    tracker = flatmin.Tracker(objective, max_overhead=1, num_steps=12)
-    points = [tracker.update() for _ in range(2)]
-    return [point.lambda_max.value for point in points]
 
 
 def numbers(objective):
@@ -136,7 +154,7 @@ def report_on_rank(rank, store):
         flatmin.measure(objective.model, objective.criterion, objective.data, rtol=0.5, tol=0.01, store=store)
         for _ in range(2)
     )
-    density = flatmin.spectral_density(objective, num_probes=3, num_steps=6)
+    density = flatmin.spectral_density(objective, num_probes=3, num_steps=3)
     return report.to_dict(), again.to_dict(), density.value, density.stderr
 
 
@@ -197,7 +215,7 @@ def counted(rank):
 
 
 def test_what_a_product_sends(ranks):
-    rounds = 3
+    rounds = 2
     for (once, seen), num_params in ranks(counted):
         for name in ("all_gather", "reduce_scatter"):
             assert seen[name] == {size: 2 * rounds * count for size, count in once[name].items()}
@@ -288,7 +306,7 @@ def test_what_cannot_be_measured_says_what_can(ranks):
             "by Hutchinson's probes",
             "the processes that hold the shards, which are [0, 1]",
             "each needs at least one",
-            "the loss is nan on a batch of 10",
+            "the loss is nan on a batch of 18",
             "set_requires_gradient_sync(True)",
             "'3.weight' is not sharded",
         ]
