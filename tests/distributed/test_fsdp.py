@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from benchmarks.collectives import Collectives
+from flatmin.distributed import reshard
 from flatmin.shards import local
 from flatmin.vectors import Radii, Vector
 from tests.distributed.setups import METHODS, Run, assert_near, make_batch, share
@@ -57,7 +58,7 @@ def train_with_looks(rank, method, form, how):
         look()
         run.step(form)
     look()
-    run.model.reshard() if how == "root" else None
+    reshard(run.model)
     return {**run.weights(), **dict(zip("abcdefghijkl", outputs, strict=False))}
 
 

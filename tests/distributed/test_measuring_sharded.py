@@ -12,7 +12,9 @@ from torch.distributed.fsdp import fully_shard
 import flatmin
 from benchmarks.collectives import Collectives
 from flatmin.curvature.operators import ResidualOperator
+from flatmin.distributed import fsdp_modules, reshard
 from flatmin.noise import Noise
+from flatmin.shards import local
 from flatmin.vectors import Radii
 from tests.distributed.setups import make_batch, make_smooth_model, whole, wrap
 
@@ -112,8 +114,9 @@ def test_however_it_is_sharded(ranks, how):
 def tracked(objective):
     """From a random start, then from the vector found: near enough to the largest eigenvalue for both to agree."""
     tracker = flatmin.Tracker(objective, max_overhead=1, num_probes=2, num_steps=8)
-    tracker.update()
-    return tracker.update().lambda_max.value
+    for _ in range(2):
+        tracker.update()
+    return tracker.points[-1].lambda_max.value
 
 
 MEASURES = {
@@ -148,8 +151,8 @@ def test_whatever_is_measured(ranks):
         assert found == pytest.approx(expected, rel=1e-6)
 
 
-def report_on_rank(rank, store):
-    objective = on_rank(rank)
+def report_on_rank(rank, folder):
+    objective, store = on_rank(rank), folder / f"{rank}.json"  # as on machines without a common file system
     report, again = (
         flatmin.measure(objective.model, objective.criterion, objective.data, rtol=0.5, tol=0.01, store=store)
         for _ in range(2)
@@ -159,10 +162,11 @@ def report_on_rank(rank, store):
 
 
 def test_a_report(ranks, tmp_path):
-    found, same = ranks(report_on_rank, str(tmp_path / "results.json"))
+    found, same = ranks(report_on_rank, tmp_path)
     assert found == same
     first, again, mean, error = found
     assert first == again
+    assert [path.name for path in tmp_path.iterdir()] == ["0.json"]
     dense = dense_hessian()
     assert abs(first["trace"]["value"] - float(dense.trace())) < 4 * first["trace"]["stderr"]
     assert abs(mean - float(dense.trace()) / len(dense)) < 4 * error
@@ -178,9 +182,9 @@ def untouched(rank):
     F.cross_entropy(model(x), y).backward()
     with torch.no_grad():
         model(x)  # leaves the weights of the root gathered
-    model.reshard()
+    reshard(model)
     params = list(model.parameters())
-    kept = [(p, p.to_local().data_ptr(), whole(p), p.grad, whole(p.grad)) for p in params]
+    kept = [(p, local(p).data_ptr(), whole(p), p.grad, whole(p.grad)) for p in params]
     state = torch.get_rng_state()
     with torch.no_grad():
         model(x)
@@ -193,7 +197,7 @@ def untouched(rank):
     for now, (p, place, value, grad, slope) in zip(model.parameters(), kept, strict=True):
         assert now is p
         assert now.grad is grad
-        assert now.to_local().data_ptr() == place
+        assert local(now).data_ptr() == place
         torch.testing.assert_close(whole(now), value, atol=0, rtol=0)
         torch.testing.assert_close(whole(grad), slope, atol=0, rtol=0)
 
@@ -227,10 +231,9 @@ def test_what_a_product_sends(ranks):
 def by_sums(rank):
     """FSDP2 told to add gradients up, not to average them."""
     objective = on_rank(rank)
-    for module in objective.model.modules():
-        if hasattr(module, "set_gradient_divide_factor"):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+    for module in fsdp_modules(objective.model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
     return flat(objective.gradient())
 
 
@@ -258,11 +261,11 @@ def refusals(rank):
     refused(lambda: flatmin.trace(objective, method="gauss-newton"))
     refused(lambda: on_rank(rank, group=alone[rank]))
     refused(lambda: flatmin.Objective(objective.model, nn.CrossEntropyLoss(), Late(rank)).loss())
-    refused(lambda: flatmin.Objective(objective.model, Poisoned(rank), batches()).loss())
-    objective.model.set_requires_gradient_sync(False)
+    refused(lambda: flatmin.Objective(objective.model, poisoned(rank), batches()).loss())
+    fsdp_modules(objective.model)[0].set_requires_gradient_sync(False)  # of the root: of all
     refused(objective.gradient)
     partly = make_smooth_model()
-    fully_shard(partly[1])
+    fully_shard(partly.get_submodule("1"))
     refused(lambda: flatmin.Objective(partly, nn.CrossEntropyLoss(), batches()))
     return texts[:gathered], texts[gathered:]
 
@@ -277,15 +280,9 @@ class Late:
         return iter(batches()[: self.rank])
 
 
-class Poisoned(nn.CrossEntropyLoss):
-    """The second rank's loss is not finite."""
-
-    def __init__(self, rank):
-        super().__init__()
-        self.factor = math.nan if rank else 1.0
-
-    def forward(self, outputs, targets):
-        return super().forward(outputs, targets) * self.factor
+def poisoned(rank):
+    """A loss that is not finite on the second rank."""
+    return lambda outputs, targets: F.cross_entropy(outputs, targets) * (math.nan if rank else 1.0)
 
 
 alone = {}
