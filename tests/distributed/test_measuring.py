@@ -118,6 +118,20 @@ def test_ranks_find_the_rises_that_one_process_finds(ranks):
             )
 
 
+def tracked_by_clocks_that_differ(rank):
+    measured = objective(slice(rank, None, 2), distributed.group.WORLD)
+    ticks = iter(range(10**6))
+    clock = (lambda: float(next(ticks))) if rank else (lambda: 0.0)
+    tracker = flatmin.Tracker(measured, max_overhead=0.01, num_probes=2, num_steps=1, clock=clock)
+    for _ in range(4):
+        tracker.update()
+    return len(tracker.points)
+
+
+def test_ranks_track_together_whatever_their_clocks_say(ranks):
+    assert ranks(tracked_by_clocks_that_differ) == [4, 4]
+
+
 def report_of(batches, group=None):
     measured = objective(batches, group)
     options = {"method": "hutchinson", "rtol": 0.3, "sigma": 0.01, "group": group}

@@ -68,7 +68,7 @@ class Tracker:
         num_steps: Lanczos steps for each lambda_max, from the last one's vector.
         sigma: of the noise; `None` for no noise stability.
         seed: of everything random.
-        clock: seconds, as `time.perf_counter` gives them.
+        clock: seconds, as `time.perf_counter` gives them; of several processes that of the first decides.
 
     Raises:
         ValueError: max_overhead outside (0, 1], num_probes < 2, num_steps < 1, or data that changes between passes.
@@ -125,7 +125,7 @@ class Tracker:
         step = self._updates if step is None else step
         self._updates += 1
         begin = self._clock()
-        if self.points and not self._affordable(begin - self._start):
+        if self.points and not self._objective.together(self._affordable(begin - self._start)):
             return None
         try:
             found = self._measure(mix_seeds(self._seed, len(self.points)))
