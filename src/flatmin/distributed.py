@@ -32,14 +32,19 @@ LOST = (
 )
 
 
+def explain(error: RuntimeError) -> None:
+    """Adds what to do to the error of a collective that failed."""
+    if several() and (isinstance(error, distributed.DistError) or any(b in str(error) for b in ("gloo", "NCCL"))):
+        error.add_note(LOST)
+
+
 @contextmanager
 def explained() -> Iterator[None]:
-    """Adds what to do to the error of a collective that failed."""
+    """Explains the errors of the body."""
     try:
         yield
     except RuntimeError as error:
-        if several() and (isinstance(error, distributed.DistError) or any(b in str(error) for b in ("gloo", "NCCL"))):
-            error.add_note(LOST)
+        explain(error)
         raise
 
 
@@ -94,6 +99,7 @@ class Ranks:
         self._groups: list[Any] = list(dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups()))
         self._replicas: list[weakref.ref[DistributedDataParallel]] = []
         self._exchange = True
+        self._searching = False
         self._silenced: list[DistributedDataParallel] = []
         named = [] if model is None else list(model.modules())
         # A compiled model would trace the hook that searches.
@@ -103,16 +109,21 @@ class Ranks:
 
     def probe(self, exchange: bool) -> None:
         """Before an evaluation: whether its backward may average gradients over the processes."""
-        self.settle()
         self._exchange = exchange
+        if not several():
+            return
+        self.settle()
         for known in self._replicas:
             self._silence(known())
-        if self._search and not self._replicas and several():
+        if self._search and not self._replicas:
+            self._searching = True
             _global_forward_pre_hooks[id(self)] = self._meet  # in torch's table itself: see flatmin.quiet
 
     def settle(self) -> None:
         """After an evaluation, raised or not; may be called again."""
-        _global_forward_pre_hooks.pop(id(self), None)
+        if self._searching:
+            _global_forward_pre_hooks.pop(id(self), None)
+            self._searching = False
         for replica in self._silenced:
             replica.require_backward_grad_sync = True
         self._silenced = []
@@ -120,8 +131,11 @@ class Ranks:
     @property
     def reuse_gradients(self) -> bool:
         """Whether gradients are views of DDP's buckets, which the next backward overwrites."""
-        found = (known() for known in self._replicas)
-        return any(replica is not None and replica.gradient_as_bucket_view for replica in found)
+        for known in self._replicas:
+            replica = known()
+            if replica is not None and replica.gradient_as_bucket_view:
+                return True
+        return False
 
     def agree(self, flag: bool) -> bool:
         """Whether `flag` is true on any of the processes. One all-reduce of one number; nothing with one process."""

@@ -29,19 +29,23 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_pre_hooks
 
 RandomState = dict[torch.device, Tensor]
+CPU = torch.device("cpu")
 
 
 def random_state(devices: Iterable[torch.device]) -> RandomState:
     """The state of torch's CPU generator and of the generators of `devices`."""
-    others = {d: torch.get_device_module(d).get_rng_state(d) for d in devices if d.type != "cpu"}
-    return {torch.device("cpu"): torch.get_rng_state(), **others}
+    states = {CPU: torch.default_generator.get_state()}
+    for device in devices:
+        if device.type != "cpu":
+            states[device] = torch.get_device_module(device).get_rng_state(device)
+    return states
 
 
 def set_random_state(states: RandomState) -> None:
     """Puts back what `random_state` gave."""
     for device, state in states.items():
         if device.type == "cpu":
-            torch.set_rng_state(state)
+            torch.default_generator.set_state(state)
         else:
             torch.get_device_module(device).set_rng_state(state, device)
 
@@ -88,8 +92,8 @@ class Quiet:
             self._learn(model)
         self._first = True
         self._copying = False
-        self._start = Buffers()  # before the first probe: for a step that is skipped
-        self._later = Buffers()  # before a later probe
+        self._start: Buffers | None = None  # before the first probe: for a step that is skipped
+        self._later: Buffers | None = None  # before a later probe
         self._before: RandomState | None = None
         self._after: RandomState | None = None
 
@@ -99,10 +103,10 @@ class Quiet:
         If it `goes_on` it is the next micro-batch of the same step, and everything since its start can be.
         """
         self.end()
-        self._first, self._before, self._after = True, None, None
+        self._first, self._before = True, None
         self._copying = undoable
         if not goes_on:
-            self._start = Buffers(self._owners if undoable else ())
+            self._start = Buffers(self._owners) if undoable and self._owners else None
 
     def probe(self) -> None:
         """Before an evaluation. The first one passes through; later ones are undone by `settle`."""
@@ -110,7 +114,7 @@ class Quiet:
             self._before = random_state(self._devices)
         else:
             set_random_state(self._before or {})
-            self._later = Buffers(self._owners)
+            self._later = Buffers(self._owners) if self._owners else None
             self._copying = True
         if self._model is None and (self._first or self._has_buffers):
             # In torch's table under a key of our own: an interrupt between its function and the assignment of the
@@ -120,7 +124,8 @@ class Quiet:
     def settle(self) -> None:
         """After an evaluation, raised or not; may be called again."""
         _global_forward_pre_hooks.pop(id(self), None)
-        self._later.put_back()
+        if self._later is not None:
+            self._later.put_back()
 
     def leave(self) -> None:
         """After an evaluation that did not raise: the next one is a later one."""
@@ -131,24 +136,33 @@ class Quiet:
     def end(self) -> None:
         """Leaves the random state where the first probe left it, and no hook behind."""
         self.settle()
-        self._later = Buffers()
+        self._later = None
         if self._after is not None:
             set_random_state(self._after)
             self._after = None
 
     def undo(self) -> None:
         """Puts the buffers back to where they were before the step."""
-        self._start.put_back()
+        if self._start is not None:
+            self._start.put_back()
 
     def forget(self) -> None:
         """Drops the copies that `undo` would need."""
-        self._start = Buffers()
+        self._start = None
 
     def _meet(self, module: nn.Module, _args: object) -> None:
         if module not in self._known:
             owners = self._learn(module)
-            if self._copying:
-                (self._start if self._first else self._later).copy(owners, inside=True)
+            if self._copying and owners:
+                self._copies().copy(owners, inside=True)
+
+    def _copies(self) -> Buffers:
+        """Of the present evaluation."""
+        if self._first:
+            self._start = self._start or Buffers()
+            return self._start
+        self._later = self._later or Buffers()
+        return self._later
 
     def _learn(self, module: nn.Module) -> list[weakref.ref[nn.Module]]:
         new = [part for part in module.modules() if part not in self._known]

@@ -23,6 +23,11 @@ from torch import Tensor
 from flatmin.shards import any_sharded, is_sharded, local, parts, summed
 
 
+STRIDED = {torch.strided}
+# (is_cpu, dtype, is_sparse) of tensors whose norm can be had as a number without cost
+CHEAP = {(True, torch.float32, False), (True, torch.float64, False)}
+
+
 class Displacement(Protocol):
     """Something that can add itself to parameters in place: a Vector, or noise drawn from a seed."""
 
@@ -137,7 +142,7 @@ class Vector:
     def size(self) -> float | Tensor:
         """`norm()`, as a number where that costs nothing (on the CPU), and else as a tensor on its device."""
         tensors = self.present
-        if not all(t.is_cpu and t.dtype in (torch.float32, torch.float64) and not t.is_sparse for t in tensors):
+        if not {(t.is_cpu, t.dtype, t.is_sparse) for t in tensors} <= CHEAP:
             return self.norm()
         if any_sharded(tensors):
             return self.norm().item()
@@ -194,7 +199,7 @@ class Radii:
     @property
     def any(self) -> bool:
         """Whether anything is moved at all."""
-        return any(value > 0 for value in self.values)
+        return max(self.values, default=0.0) > 0
 
     def select(self, vector: Vector) -> Vector:
         """The entries of `vector` that these radii move; nothing is copied."""
@@ -277,7 +282,7 @@ def _same_length(a: object, b: object) -> None:
 
 
 def _add_in_place(params: list[Tensor], tensors: list[Tensor], alpha: float) -> None:
-    if any(t.layout != torch.strided for t in tensors):
+    if _any_sparse(tensors):
         for param, t in zip(params, tensors, strict=True):
             param.add_(t, alpha=alpha)
     elif params:
@@ -307,9 +312,13 @@ def _added(a: list[Tensor], b: list[Tensor], alpha: float) -> Sequence[Tensor]:
 
 def _one_by_one(tensors: list[Tensor]) -> bool:
     """Whether `foreach` kernels refuse them: sparse ones, or ordinary ones beside shards."""
-    if any(t.layout != torch.strided for t in tensors):
+    if _any_sparse(tensors):
         return True
     return any_sharded(tensors) and not all(is_sharded(t) for t in tensors)
+
+
+def _any_sparse(tensors: Sequence[Tensor]) -> bool:
+    return not {t.layout for t in tensors} <= STRIDED
 
 
 def _values(tensor: Tensor) -> Tensor:

@@ -129,8 +129,8 @@ class Ending(Tools):
 
     def _not_finite_here(self, losses: list[Any]) -> str:
         """What is not finite, "" if nothing: one synchronisation for the norm of the direction and the losses."""
-        drift = () if self._drift is None else self._drift.tensors
-        update = Vector([*(p.grad for p in self.params), *drift])
+        entries = [p.grad for p in self.params]
+        update = Vector(entries if self._drift is None else [*entries, *self._drift.tensors])
         size = update.size()
         if isinstance(size, float):
             if math.isfinite(size) and all(math.isfinite(loss) for loss in losses):

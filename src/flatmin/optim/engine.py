@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flatmin.distributed import Ranks, explained
+from flatmin.distributed import Ranks, explain
 from flatmin.optim.collect import Collector
 from flatmin.optim.ending import Ending, reported
 from flatmin.optim.memory import Memory, make_room
@@ -156,7 +156,7 @@ class FlatOptimizer(Ending):
             rescale: hands the direction back scaled, not finite after an overflow, for code that calls
                 `scaler.unscale_(opt)`, `scaler.step(opt)` and `scaler.update()` itself, as frameworks do.
         """
-        return self._open("loop", Scaling(scaler, self.params, rescale=rescale), share)
+        return self._open("loop", self._scaled_by(scaler, rescale=rescale), share)
 
     def step(self, closure: Callable[[], Any] | None = None, *, scaler: Any = None) -> Any:  # type: ignore[override]
         """One step: with a closure (which may be called several times), or after a `probes()` loop.
@@ -190,9 +190,8 @@ class FlatOptimizer(Ending):
             return self._step_along_window(closure)
         check_closure(closure)
         losses: list[tuple[Any, bool]] = []
-        for probe in self._open("closure", Scaling(scaler, self.params)):
-            with torch.enable_grad(), explained():
-                loss = closure()
+        for probe in self._open("closure", self._scaled_by(scaler)):
+            loss = self._evaluate(closure)
             if loss is None:
                 raise ValueError(NO_LOSS)
             # A clone: the caller may write the next loss into the same tensor.
@@ -224,6 +223,20 @@ class FlatOptimizer(Ending):
         """The mean of per-sample losses over the samples that the present probe is about (`probe.mean`)."""
         return (self._probe or Probe()).mean(losses)
 
+    def _scaled_by(self, scaler: Any, *, rescale: bool = False) -> Scaling:
+        return Scaling(scaler, [] if scaler is None else self.params, rescale=rescale)
+
+    @staticmethod
+    def _evaluate(closure: Callable[[], Any]) -> Any:
+        try:
+            if torch.is_grad_enabled():
+                return closure()
+            with torch.enable_grad():
+                return closure()
+        except RuntimeError as error:
+            explain(error)
+            raise
+
     # -- one step, inside ----------------------------------------------------------------------------------------
 
     def _open(
@@ -237,18 +250,21 @@ class FlatOptimizer(Ending):
     def _guarded_session(
         self, stage: Literal["closure", "loop", "window"], scaling: Scaling, share: float | None
     ) -> Generator[Probe, None, None]:
-        earlier = self._begin(stage, scaling, share)
-        params, quiet = self.params, self._quiet
+        params = self.params
+        earlier = self._begin(stage, scaling, share, params)
+        quiet = self._quiet
         assert quiet is not None
         place = self._place = Place(params, self._restore)
         collector, active = Collector(params, stage != "closure", self.ranks), self._active()
         try:
-            with explained():
-                yield from self._probe_by_probe(self.rule() if active else plain(), place, quiet, collector)
+            yield from self._probe_by_probe(self.rule() if active else plain(), place, quiet, collector)
             if share is not None:
                 collector.combine(share, earlier)
             self._rule_saw_gradients |= collector.handed_out and active
             self._stage = "idle" if stage == "closure" else "ready"
+        except RuntimeError as error:
+            explain(error)
+            raise
         finally:
             place.home()  # a second time: an interrupt may have cut the first one off
             self._place = self._probe = None
@@ -301,7 +317,9 @@ class FlatOptimizer(Ending):
         due = t >= self._start and (t - self._start) % self._every == 0
         return due and (self._stop is None or t < self._stop) and self.radii().any
 
-    def _begin(self, stage: _Stage, scaling: Scaling, share: float | None) -> Vector | None:
+    def _begin(
+        self, stage: _Stage, scaling: Scaling, share: float | None, params: list[Tensor]
+    ) -> Vector | None:
         """Makes ready for a loop. Returns what earlier loops of the same step have given."""
         if self._under_way:
             raise ValueError(ALREADY_UNDER_WAY)
@@ -314,10 +332,12 @@ class FlatOptimizer(Ending):
         if not goes_on:
             self._scaling, self._memory, self._drift, self._num_draws = scaling, None, None, 0
             self._rule_saw_gradients = False
+        if self._ranks is not None and self._ranks.num_params != len(params):
+            self._ranks = None  # parameters were added
         if self._quiet is None:
-            self._quiet = Quiet({p.device for p in self.params}, self._model)
+            self._quiet = Quiet({p.device for p in params}, self._model)
         self._quiet.begin(undoable=self._guard, goes_on=goes_on)
-        return Vector([p.grad for p in self.params]) if goes_on else None
+        return Vector([p.grad for p in params]) if goes_on else None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, and drops the direction of a finished or abandoned loop."""
@@ -329,8 +349,9 @@ class FlatOptimizer(Ending):
         elif self._stage == "loop":
             raise ValueError(CLEARED_IN_LOOP)
         if set_to_none:
-            for p in self.params:
-                p.grad = None
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.grad = None
         else:
             self.base.zero_grad(set_to_none)
 

@@ -59,9 +59,8 @@ class Tools(Host):
     @property
     def ranks(self) -> Ranks:
         """The processes that share the parameters."""
-        params = self.params
-        if self._ranks is None or self._ranks.num_params != len(params):
-            self._ranks = Ranks(params, self._model)
+        if self._ranks is None:
+            self._ranks = Ranks(self.params, self._model)
         return self._ranks
 
     def new_seed(self) -> int:
