@@ -55,21 +55,22 @@ class Place:
         self._saved = {}
 
     def _leave(self, displacement: Displacement) -> None:
+        values = self._values()
         if self._exact:
-            self._save(displacement.support)
+            self._save(values, displacement.support)
         else:
             self._away = displacement = _finite(displacement)
         self._moved = True  # first: whatever happens during the next line, home() undoes it
-        displacement.add_to(self._values())
+        displacement.add_to(values)
         torch.clear_autocast_cache()
 
     def _values(self) -> list[Tensor]:
-        # Without a history, in the same memory. An interrupt at the end of `no_grad` could leave gradients switched off.
+        # Without a history. An interrupt at the end of `no_grad` could leave gradients switched off.
         return [p.detach() for p in self._params]
 
-    def _save(self, support: list[int]) -> None:
+    def _save(self, values: list[Tensor], support: list[int]) -> None:
         new = [i for i in support if i not in self._saved]
-        for i, part in zip(new, parts([self._params[i].detach() for i in new]), strict=True):
+        for i, part in zip(new, parts([values[i] for i in new]), strict=True):
             self._saved[i] = part.clone()
 
     def _return(self) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_pre_hooks
 
 RandomState = dict[torch.device, Tensor]
+Owners = dict[weakref.ref[nn.Module], None]  # in order
 CPU = torch.device("cpu")
 
 
@@ -85,11 +86,14 @@ class Quiet:
     def __init__(self, devices: Iterable[torch.device], model: nn.Module | None = None):
         self._devices = [d for d in devices if d.type != "cpu"]
         self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._owners: list[weakref.ref[nn.Module]] = []  # the known modules that have buffers
+        self._owners: Owners = {}  # the known modules that have buffers
         self._model = model
         self._has_buffers = False
         if model is not None:
             self._learn(model)
+        self._shapes: weakref.WeakKeyDictionary[nn.Module, Shape] = weakref.WeakKeyDictionary()
+        self._outer: nn.Module | None = None  # the module in whose forward we are
+        self._members: set[nn.Module] | None = None  # its parts, while it is watched
         self._first = True
         self._copying = False
         self._start: Buffers | None = None  # before the first probe: for a step that is skipped
@@ -124,6 +128,9 @@ class Quiet:
     def settle(self) -> None:
         """After an evaluation, raised or not; may be called again."""
         _global_forward_pre_hooks.pop(id(self), None)
+        if self._outer is not None:
+            self._outer._forward_hooks.pop(id(self), None)
+            self._outer = self._members = None
         if self._later is not None:
             self._later.put_back()
 
@@ -151,10 +158,33 @@ class Quiet:
         self._start = None
 
     def _meet(self, module: nn.Module, _args: object) -> None:
-        if module not in self._known:
+        if self._outer is None and module._modules:
+            self._enter(module)
+        elif self._members is not None and module not in self._members:
+            self._members = None  # it calls what it does not list, so it is to be watched every time
+        if module not in self._known or (module._buffers and weakref.ref(module) not in self._owners):
             owners = self._learn(module)
             if self._copying and owners:
                 self._copies().copy(owners, inside=True)
+
+    def _enter(self, outer: nn.Module) -> None:
+        """At the beginning of a forward. The hook makes calls of parts slow; if all are known, it waits outside."""
+        self._outer = outer  # first: `settle` removes what the next line adds
+        outer._forward_hooks[id(self)] = self._come_out
+        shape = self._shapes.get(outer)
+        if shape is not None and shape.holds():
+            _global_forward_pre_hooks.pop(id(self), None)
+        else:
+            self._members = set(outer.modules())
+
+    def _come_out(self, outer: nn.Module, _args: object, _output: object) -> None:
+        outer._forward_hooks.pop(id(self), None)
+        if self._members is not None:
+            self._shapes[outer] = Shape(outer)
+        elif id(self) in _global_forward_pre_hooks:
+            self._shapes.pop(outer, None)
+        self._outer = self._members = None
+        _global_forward_pre_hooks[id(self)] = self._meet
 
     def _copies(self) -> Buffers:
         """Of the present evaluation."""
@@ -164,13 +194,28 @@ class Quiet:
         self._later = self._later or Buffers()
         return self._later
 
-    def _learn(self, module: nn.Module) -> list[weakref.ref[nn.Module]]:
+    def _learn(self, module: nn.Module) -> Owners:
         new = [part for part in module.modules() if part not in self._known]
         self._known.update(new)
-        owners = [weakref.ref(part) for part in new if part._buffers]
-        self._owners += owners
-        self._has_buffers |= any(b is not None for part in new for b in part._buffers.values())
+        parts = [*new, module]  # which may have got its first buffer since
+        owners = {ref: None for part in parts if part._buffers and (ref := weakref.ref(part)) not in self._owners}
+        self._owners |= owners
+        self._has_buffers |= any(b is not None for part in parts for b in part._buffers.values())
         return owners
+
+
+class Shape:
+    """The parts of a module as they are now, to tell later whether one was added or replaced."""
+
+    def __init__(self, module: nn.Module):
+        self._parts = [(m._modules, tuple(m._modules.values()), m._buffers, len(m._buffers)) for m in module.modules()]
+
+    def holds(self) -> bool:
+        """Whether nothing was."""
+        for modules, children, buffers, number in self._parts:
+            if len(buffers) != number or tuple(modules.values()) != children:
+                return False
+        return True
 
 
 class Buffers:
@@ -190,16 +235,11 @@ class Buffers:
 
     def put_back(self) -> None:
         """Restores values, and which tensor is registered; may be called again."""
-        if self._kept:
-            self._put_back()
-
-    @torch.no_grad()
-    def _put_back(self) -> None:
         for module, name, buffer, value, inside in self._kept:
             if buffer is not None and value is not None and _can_be_written(buffer):
                 # Without a new version: a graph that saved the buffer finds the value that it saved.
                 with torch.autograd._unsafe_preserve_version_counter(buffer):
-                    buffer.copy_(value)
+                    buffer.detach().copy_(value)
             if not inside:  # inside `functional_call` what was registered is not the module's own
                 module._buffers[name] = buffer
 

@@ -20,7 +20,8 @@ from flatmin.curvature.results import plain
 from flatmin.curvature.sharpness import displaced
 from flatmin.extras import need
 from flatmin.noise import Noise, filter_norms
-from flatmin.vectors import Radii, Vector
+from flatmin.radii import Radii
+from flatmin.vectors import Vector
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,8 @@ from flatmin.optim.scaling import Scaling
 from flatmin.optim.tools import Tools
 from flatmin.place import Place
 from flatmin.quiet import Quiet
-from flatmin.vectors import Radii, Vector
+from flatmin.radii import Radii
+from flatmin.vectors import Vector
 
 ELSEWHERE = "loss of another process"
 
@@ -156,4 +157,4 @@ def reported(losses: list[tuple[Any, bool]]) -> Any:
     """The loss at the weights, if it was asked for, else the mean of the losses."""
     at_weights = [value for value, here in losses if here]
     values = at_weights[:1] or [value for value, _ in losses]
-    return values[0] if len(values) == 1 else sum(values) / len(values)
+    return values[0] if len(values) == 1 else sum(values[1:], start=values[0]) / len(values)

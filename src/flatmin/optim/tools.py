@@ -8,8 +8,9 @@ from flatmin.distributed import Ranks, rank
 from flatmin.noise import Noise, Scale, mix_seeds
 from flatmin.optim.host import Host
 from flatmin.optim.memory import Memory
+from flatmin.radii import Radii
 from flatmin.shards import any_sharded
-from flatmin.vectors import Radii, Vector
+from flatmin.vectors import Vector
 
 ONE_PLACE = (
     "noise_per_rank=True needs a place for each process, but the parameters are sharded (FSDP2), so that all processes "
