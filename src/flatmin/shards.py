@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+ORDINARY = {Tensor, torch.nn.Parameter}
+
 PARTIAL = (
     "a gradient is a partial sum, spread over the processes (tensor parallelism leaves some so), and has no norm "
     "before it is added up. Redistribute it to the placements of its parameter first."
@@ -28,8 +30,11 @@ def is_sharded(tensor: object) -> bool:
 
 def any_sharded(tensors: Iterable[object]) -> bool:
     """Whether one of them is a DTensor."""
+    kinds = set(map(type, tensors))
+    if kinds <= ORDINARY:  # nearly always: several times in each step
+        return False
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and any(issubclass(kind, module.DTensor) for kind in set(map(type, tensors)))
+    return module is not None and any(issubclass(kind, module.DTensor) for kind in kinds)
 
 
 def local(tensor: Any) -> Tensor:

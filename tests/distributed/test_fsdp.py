@@ -10,8 +10,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from benchmarks.collectives import Collectives
 from flatmin.distributed import reshard
+from flatmin.radii import Radii
 from flatmin.shards import local
-from flatmin.vectors import Radii, Vector
+from flatmin.vectors import Vector
 from tests.distributed.setups import METHODS, Run, assert_near, make_batch, share
 
 STEPS = 3

@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 import flatmin
 from benchmarks.collectives import Collectives
 from flatmin.noise import Noise
-from flatmin.vectors import Radii
+from flatmin.radii import Radii
 from tests.distributed.setups import make_batch, make_model, wrap
 
 SIZES = [5, 9, 3, 8, 7]  # dealt in turn: three batches for the first rank, two for the second, of all sizes

@@ -14,8 +14,8 @@ from benchmarks.collectives import Collectives
 from flatmin.curvature.operators import ResidualOperator
 from flatmin.distributed import fsdp_modules, reshard
 from flatmin.noise import Noise
+from flatmin.radii import Radii
 from flatmin.shards import local
-from flatmin.vectors import Radii
 from tests.distributed.setups import make_batch, make_smooth_model, whole, wrap
 
 SIZES = [9, 14, 9]  # dealt in turn: two batches for the first rank, one for the second

@@ -21,8 +21,9 @@ from flatmin.curvature.results import plain
 from flatmin.curvature.sharpness import displaced
 from flatmin.extras import need
 from flatmin.noise import Noise, filter_norms, times_norms
+from flatmin.radii import Radii
 from flatmin.shards import is_sharded, part_of
-from flatmin.vectors import Radii, Vector
+from flatmin.vectors import Vector
 
 
 @dataclass(frozen=True, kw_only=True)
