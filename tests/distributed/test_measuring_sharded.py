@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import flatmin
 from benchmarks.collectives import Collectives
@@ -257,6 +259,8 @@ def refusals(rank):
     refused(lambda: ResidualOperator(objective).product(objective.zeros()))
     refused(lambda: flatmin.flat_minimum_estimate(objective, num_eigenvectors=0))
     refused(lambda: flatmin.model_function(objective))
+    for also_fsdp in (False, True):
+        refused(lambda also=also_fsdp: flatmin.Objective(by_tensors(also), nn.CrossEntropyLoss(), batches()))
     gathered = len(texts)
     refused(lambda: flatmin.trace(objective, method="gauss-newton"))
     refused(lambda: on_rank(rank, group=alone[rank]))
@@ -268,6 +272,16 @@ def refusals(rank):
     fully_shard(partly.get_submodule("1"))
     refused(lambda: flatmin.Objective(partly, nn.CrossEntropyLoss(), batches()))
     return texts[:gathered], texts[gathered:]
+
+
+def by_tensors(also_fsdp):
+    """Tensor parallelism, by hand."""
+    layer, mesh = nn.Linear(6, 4), init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+    for name, p in list(layer.named_parameters()):
+        layer.register_parameter(name, nn.Parameter(distribute_tensor(p.detach(), mesh["tensor"], [Shard(0)])))
+    if also_fsdp:
+        fully_shard(layer, mesh=mesh["data"])
+    return layer
 
 
 class Late:

@@ -78,6 +78,8 @@ class Together:
     def __init__(self, model: nn.Module, params: Mapping[str, Tensor], group: Any):
         self._model = model
         self._groups = [g for module in fsdp_modules(model) for g in _parameter_groups(module)]
+        if not self._groups:
+            raise ValueError(f"the parameters are sharded, but not by FSDP2 (fully_shard). {GATHER}")
         self._mesh = _mesh_of(params)
         self.group = _group_of(self._mesh, group)
         self._params = list(model.parameters())
