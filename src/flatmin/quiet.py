@@ -28,6 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_pre_hooks
 
+from flatmin.shape import Shape
+
 RandomState = dict[torch.device, Tensor]
 Owners = dict[weakref.ref[nn.Module], None]  # in order
 CPU = torch.device("cpu")
@@ -202,20 +204,6 @@ class Quiet:
         self._owners |= owners
         self._has_buffers |= any(b is not None for part in parts for b in part._buffers.values())
         return owners
-
-
-class Shape:
-    """The parts of a module as they are now, to tell later whether one was added or replaced."""
-
-    def __init__(self, module: nn.Module):
-        self._parts = [(m._modules, tuple(m._modules.values()), m._buffers, len(m._buffers)) for m in module.modules()]
-
-    def holds(self) -> bool:
-        """Whether nothing was."""
-        for modules, children, buffers, number in self._parts:
-            if len(buffers) != number or tuple(modules.values()) != children:
-                return False
-        return True
 
 
 class Buffers:
