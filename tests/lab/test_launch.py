@@ -70,6 +70,7 @@ def difference(weights, other):
 
 
 def test_one_process(tmp_path, capsys, environment):
+    environment.setitem(sys.modules, "accelerate", None)  # which a plain run does not need
     arguments = [*ARGUMENTS, "--method", "nso", "--out", str(tmp_path)]
     assert main(arguments) == 0
     record, _ = outcome(tmp_path, "nso-seed3")
