@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "curvature": {"radii", "vectors", "noise", "quiet", "place", "extras", "shards", "distributed"},
     "bounds": set(),
     "integrations": {"quiet", "extras", "optim"},
-    "lab": {"radii", "vectors", "noise", "quiet", "extras", "optim", "curvature", "problems"},
+    "lab": {"vectors", "noise", "quiet", "extras", "optim", "curvature", "problems", "integrations"},
     "__init__": {"optim", "curvature", "problems", "bounds"},
     "__main__": {"lab"},
 }
