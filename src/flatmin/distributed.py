@@ -134,14 +134,18 @@ class Ranks:
         if not (several() or self._shards or self._search_shards):
             return
         self.settle()
-        for known in self._replicas:
-            self._silence(known())
+        self.go_on()
         if self._search and not self._replicas:
             self._searching = True
             _global_forward_pre_hooks[id(self)] = self._meet  # in torch's table itself: see flatmin.quiet
         if self._search_shards:
             self._searching = True
             _global_forward_pre_hooks[id(self)] = self._meet_shards
+
+    def go_on(self) -> None:
+        """Before another forward of the same evaluation: a caller's `no_sync` may have ended in between."""
+        for known in self._replicas:
+            self._silence(known())
 
     def settle(self) -> None:
         """After an evaluation, raised or not; may be called again."""

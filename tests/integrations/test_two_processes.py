@@ -91,7 +91,7 @@ def test_lightning(pair, method, exchanges):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "exchanges"), [("nso", 2), ("sam", 2)])
+@pytest.mark.parametrize(("method", "exchanges"), [("nso", 1), ("sam", 2)])
 def test_transformers(pair, method, exchanges):
     from tests.integrations.test_transformers import plain
 
