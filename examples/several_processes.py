@@ -1,4 +1,4 @@
-"""Two processes: NSO with replicas (DDP), then SAM on shards (FSDP2). Starts itself under torchrun."""
+"""Two processes: NSO with replicas (DDP), then SAM on shards (FSDP2), measured. Starts itself under torchrun."""
 
 import os
 import subprocess
@@ -35,8 +35,10 @@ def main() -> None:
     model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 2))
     fully_shard(model, mesh=init_device_mesh("cpu", (distributed.get_world_size(),)))
     shards = train(model, flatmin.SAM(torch.optim.AdamW(model.parameters(), lr=1e-2), rho=0.05))
+    data = [(x, (x.sum(1) > 0).long()) for x in torch.randn(4, 32, 10)]  # could be other data on each process
+    largest = flatmin.top_eigenvalues(flatmin.Objective(model, nn.CrossEntropyLoss(), data), tol=0.01)
     if distributed.get_rank() == 0:
-        print(f"replicas {replicas:.3f}, shards {shards:.3f}")
+        print(f"replicas {replicas:.3f}, shards {shards:.3f} (largest Hessian eigenvalue {largest})")
     distributed.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Accelerate: accumulation, clipping, one process or several (`accelerate launch`; on CPUs `torchrun`)."""
+"""Accelerate: accumulation, clipping, one process or several (`accelerate launch`, `torchrun`)."""
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +13,8 @@ x, y = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
 x = x.float() / 16
 loss_fn = nn.CrossEntropyLoss()
 
-accelerator = Accelerator(gradient_accumulation_steps=4, cpu=True)  # mixed_precision="fp16" or "bf16" on a GPU
+on_cpu = not torch.accelerator.is_available()  # without it Accelerate does not join processes on CPUs
+accelerator = Accelerator(gradient_accumulation_steps=4, cpu=on_cpu)  # precision: accelerate launch --mixed_precision
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 opt = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.05)

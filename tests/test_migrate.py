@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 import flatmin
+from flatmin.optim.migration import FUNCTIONS
 
 PAGE = (Path(__file__).parent.parent / "docs" / "how-to" / "migrate.md").read_text()
 CODE = re.compile(r"^`([^`]+)`$")
+FUNCTION = re.compile(rf"\b({'|'.join(FUNCTIONS)})\(")
 
 
 def sections() -> list[tuple[str, list[tuple[str, str]]]]:
@@ -30,6 +32,7 @@ def names() -> dict:
     x, y = torch.randn(16, 4), torch.randint(3, (16,))
     model, loss_fn = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), nn.CrossEntropyLoss()
     space: dict = {"flatmin": flatmin, "torch": torch, "model": model, "loss_fn": loss_fn, "x": x, "y": y}
+    space["criterion"] = loss_fn
 
     def closure():
         space["opt"].zero_grad()
@@ -48,10 +51,10 @@ def test_each_row(title, rows, capsys):
     for there, here in rows:
         if left := CODE.match(there):
             with pytest.raises((ValueError, AttributeError)) as error:
-                exec(left[1], space)
-            if (right := CODE.match(here)) and right[1].startswith("opt = "):
-                assert right[1].removeprefix("opt = flatmin.") in str(error.value)
-            elif right and not right[1].startswith("opt = "):
+                exec(FUNCTION.sub(r"flatmin.\1(", left[1]), space)
+            if (right := CODE.match(here)) and " = flatmin." in right[1]:
+                assert right[1].partition(" = flatmin.")[2] in str(error.value)
+            elif right:
                 wanted = right[1].split(":")[0].split("[")[0].split(" = ")[0]
                 assert wanted in str(error.value), (wanted, str(error.value))
         if right := CODE.match(here):
@@ -96,3 +99,12 @@ def test_signatures_and_attributes_are_the_usual_ones():
     with pytest.raises(ValueError, match=r"got the class SGD"):
         flatmin.SAM(torch.optim.SGD)  # type: ignore[arg-type]
     assert pickle.loads(pickle.dumps(opt)).param_groups[0]["rho"] == 0.05
+
+
+def test_a_function_of_another_package_is_an_attribute_error():
+    with pytest.raises(AttributeError, match=r"flatmin has no hessian\(\): write\n +objective = flatmin.Objective"):
+        _ = flatmin.hessian  # type: ignore[attr-defined]
+    assert not any(hasattr(flatmin, name) for name in FUNCTIONS)
+    with pytest.raises(AttributeError, match=r"module 'flatmin' has no attribute 'SAMM'$") as error:
+        _ = flatmin.SAMM  # type: ignore[attr-defined]
+    assert (error.value.name, error.value.obj) == ("SAMM", flatmin)  # Python's own "Did you mean"

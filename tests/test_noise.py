@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flatmin.noise import Law, Noise, draw_like, mix_seeds
-from flatmin.vectors import Radii
+from flatmin.radii import Radii
 
 LAWS = get_args(Law)
 KURTOSIS = {"normal": 3.0, "uniform": 1.8, "laplace": 6.0, "rademacher": 1.0, "binomial": 2.5}  # E z^4, textbook values

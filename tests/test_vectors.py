@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flatmin.vectors import Radii, Vector, check_radius
+from flatmin.radii import Radii, check_radius
+from flatmin.vectors import Vector
 
 
 @st.composite

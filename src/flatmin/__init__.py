@@ -9,6 +9,8 @@ Bounds      `bounds`: PAC-Bayes bounds as functions of the numbers measured
 Problems    functions with known gradients, Hessians and spectra
 """
 
+from typing import TYPE_CHECKING
+
 from flatmin import bounds, problems
 from flatmin.curvature import (
     AscentResult,
@@ -73,6 +75,7 @@ from flatmin.optim import (
     mixup,
     norm_parameters,
 )
+from flatmin.optim.migration import not_here
 
 __version__ = "0.1.0"
 
@@ -139,3 +142,8 @@ __all__ = [
     "top_eigenvalues",
     "trace",
 ]
+
+if not TYPE_CHECKING:  # to a type checker, a module with __getattr__ has every name
+
+    def __getattr__(name):
+        raise not_here(name)

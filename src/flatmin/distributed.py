@@ -10,6 +10,7 @@ parameters are sharded, or a `DistributedDataParallel` around some of them was n
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,14 +33,19 @@ LOST = (
 )
 
 
+def explain(error: RuntimeError) -> None:
+    """Adds what to do to the error of a collective that failed."""
+    if several() and (isinstance(error, distributed.DistError) or any(b in str(error) for b in ("gloo", "NCCL"))):
+        error.add_note(LOST)
+
+
 @contextmanager
 def explained() -> Iterator[None]:
-    """Adds what to do to the error of a collective that failed."""
+    """Explains the errors of the body."""
     try:
         yield
     except RuntimeError as error:
-        if several() and (isinstance(error, distributed.DistError) or any(b in str(error) for b in ("gloo", "NCCL"))):
-            error.add_note(LOST)
+        explain(error)
         raise
 
 
@@ -74,12 +80,28 @@ def summed_over(group: Any, tensors: Sequence[Tensor], count: int) -> tuple[list
     return sums, int(high) * _DIGIT + int(low)
 
 
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """The modules that `fully_shard` was applied to; none before somebody has imported it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees gathered weights, so that the parameters of `model` are the sharded ones, and the next pass gathers anew.
+
+    After a forward pass without a backward one (an evaluation) the root keeps its weights gathered, and they do not
+    follow when the shards move.
+    """
+    for module in fsdp_modules(model):
+        module.reshard()
+
+
 class Ranks:
     """The processes that share a set of parameters, as one optimizer sees them.
 
     Args:
         params: the parameters.
-        model: where to look for `DistributedDataParallel`, before the forwards of the probes.
+        model: where to look for `DistributedDataParallel` and `fully_shard`, before the forwards of the probes.
 
     Attributes:
         num_params: the number of parameters.
@@ -93,26 +115,44 @@ class Ranks:
         meshes = dict.fromkeys(p.device_mesh for p in params if is_sharded(p))  # type: ignore[attr-defined]
         self._groups: list[Any] = list(dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups()))
         self._replicas: list[weakref.ref[DistributedDataParallel]] = []
+        self._shards: list[weakref.ref[Any]] = []  # the modules that FSDP2 gathers weights for
+        self._search_shards = bool(meshes)
         self._exchange = True
+        self._searching = False
         self._silenced: list[DistributedDataParallel] = []
         named = [] if model is None else list(model.modules())
         # A compiled model would trace the hook that searches.
         self._search = not self._groups and not any(hasattr(part, "_orig_mod") for part in named)
         for part in named:
             self._meet(part)
+        if model is not None and meshes:
+            self._meet_shards(model)
 
     def probe(self, exchange: bool) -> None:
         """Before an evaluation: whether its backward may average gradients over the processes."""
-        self.settle()
         self._exchange = exchange
+        if not (several() or self._shards or self._search_shards):
+            return
+        self.settle()
+        self.go_on()
+        if self._search and not self._replicas:
+            self._searching = True
+            _global_forward_pre_hooks[id(self)] = self._meet  # in torch's table itself: see flatmin.quiet
+        if self._search_shards:
+            self._searching = True
+            _global_forward_pre_hooks[id(self)] = self._meet_shards
+
+    def go_on(self) -> None:
+        """Before another forward of the same evaluation: a caller's `no_sync` may have ended in between."""
         for known in self._replicas:
             self._silence(known())
-        if self._search and not self._replicas and several():
-            _global_forward_pre_hooks[id(self)] = self._meet  # in torch's table itself: see flatmin.quiet
 
     def settle(self) -> None:
         """After an evaluation, raised or not; may be called again."""
-        _global_forward_pre_hooks.pop(id(self), None)
+        if self._searching:
+            _global_forward_pre_hooks.pop(id(self), None)
+            self._searching = False
+        self._reshard()
         for replica in self._silenced:
             replica.require_backward_grad_sync = True
         self._silenced = []
@@ -120,8 +160,11 @@ class Ranks:
     @property
     def reuse_gradients(self) -> bool:
         """Whether gradients are views of DDP's buckets, which the next backward overwrites."""
-        found = (known() for known in self._replicas)
-        return any(replica is not None and replica.gradient_as_bucket_view for replica in found)
+        for known in self._replicas:
+            replica = known()
+            if replica is not None and replica.gradient_as_bucket_view:
+                return True
+        return False
 
     def agree(self, flag: bool) -> bool:
         """Whether `flag` is true on any of the processes. One all-reduce of one number; nothing with one process."""
@@ -147,6 +190,19 @@ class Ranks:
             # averaging on again, the next forward of this probe has to be met too.
             _global_forward_pre_hooks.pop(id(self), None)
         self._silence(module)
+
+    def _meet_shards(self, module: nn.Module, _args: object = ()) -> None:
+        for part in fsdp_modules(module):
+            if all(known() is not part for known in self._shards):  # else it may be in the middle of its forward
+                self._shards.append(weakref.ref(part))
+                self._search_shards = False
+                part.reshard()
+
+    def _reshard(self) -> None:
+        """Weights move in their shards: what is gathered of them from before, or of a probe, is of another place."""
+        for known in self._shards:
+            if (module := known()) is not None:
+                module.reshard()
 
     def _silence(self, replica: DistributedDataParallel | None) -> None:
         """What `no_sync` does; DDP looks at this when its forward begins. A caller's own `no_sync` stays."""

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
-from flatmin.shards import any_sharded, is_sharded, local, made_of, place_of, summed_apart, whole_rows
-from flatmin.vectors import Radii, Vector
+from flatmin.radii import Radii
+from flatmin.shards import any_sharded, is_sharded, local, made_of, part_of, place_of, summed_apart, whole_rows
+from flatmin.vectors import Vector
 
 BLOCK = 2**20  # elements of a large tensor with one seed: many, for its cost; few, for who needs a part of them only
 SMALL = 2**12  # elements of small tensors with one seed: many, for its cost; few, as they take memory together
@@ -82,7 +83,14 @@ def check_law(law: str) -> str:
 
 
 def draw_like(tensor: Tensor, law: str, generator: torch.Generator, scale: float = 1.0) -> Tensor:
-    """One draw from `law` (mean 0, standard deviation `scale`) with the shape, dtype and device of `tensor`."""
+    """One draw from `law` (mean 0, standard deviation `scale`) with the shape, dtype and device of `tensor`.
+
+    If it is sharded all of it is drawn, tensor by tensor, and each process keeps its part: the numbers are those that
+    one process draws.
+    """
+    if is_sharded(tensor):
+        part = local(tensor)
+        return part_of(_DRAW[law](part.new_empty(tensor.shape, requires_grad=False), scale, generator), tensor)
     return _DRAW[law](torch.empty_like(tensor, requires_grad=False), scale, generator)
 
 
@@ -127,6 +135,7 @@ class Noise:
         self._seed = seed
         self._keep = keep
         self._norms = filter_norms(like) if scale == "filter" else None
+        self._sharded = any_sharded(like)
         self._sign = 1.0
         self._drawn: list[Vector] = []  # shared with -self, so that one draw serves both
 
@@ -173,7 +182,9 @@ class Noise:
                 generators[device] = torch.Generator(device)
             draws = _draw_together(members, self._law, self._seed + (unit[0] << 40), generators[device], scales)
             for i, z in zip(unit, draws, strict=True):
-                yield i, made_of(z if self._norms is None else z.mul_(self._norms[i]), self._like[i])
+                if self._norms is not None:
+                    z.mul_(self._norms[i])
+                yield i, made_of(z, self._like[i]) if self._sharded else z
 
 
 def _units(like: Sequence[Tensor], support: list[int]) -> list[list[int]]:
@@ -194,12 +205,12 @@ def _draw_together(
     members: list[Tensor], law: str, seed: int, generator: torch.Generator, scales: list[float]
 ) -> Sequence[Tensor]:
     """This process's parts of one draw in which the `members` follow each other."""
-    alike = len(set(scales)) == 1
-    size = sum(t.numel() for t in members)
-    start, stop = _rows(members[0])[:2] if len(members) == 1 else (0, size)
+    alike, sharded = len(set(scales)) == 1, any_sharded(members)
+    size = sum([t.numel() for t in members])
+    start, stop = _rows(members[0])[:2] if sharded and len(members) == 1 else (0, size)
     flat = local(members[0]).new_empty(stop - start, requires_grad=False)
     _draw_range(flat, start, size, law, seed, generator, scales[0] if alike else 1.0)
-    if not any_sharded(members) and all(t.is_contiguous() for t in members):
+    if not sharded and all(t.is_contiguous() for t in members):
         draws: Sequence[Tensor] = _unflatten_dense_tensors(flat, members)
     else:
         offsets = itertools.accumulate((t.numel() for t in members), initial=-start)
@@ -256,6 +267,11 @@ def filter_norms(weights: Sequence[Tensor]) -> list[Tensor]:
     for i, square in zip(cut, squares, strict=True):
         norms[i] = square.sqrt()
     return norms
+
+
+def times_norms(v: Vector, norms: Sequence[Tensor]) -> Vector:
+    """Each entry of `v`, which has all of them, times numbers of its filters, such as `filter_norms` gives."""
+    return Vector(made_of(local(t) * n, t) for t, n in zip(v.present, norms, strict=True))
 
 
 def _row_norms(weight: Tensor) -> Tensor:

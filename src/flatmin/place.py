@@ -18,7 +18,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from flatmin.shards import local, parts
+from flatmin.shards import parts
 from flatmin.vectors import Displacement, Vector
 
 Restore = Literal["exact", "recompute"]
@@ -54,28 +54,31 @@ class Place:
             self._return()
         self._saved = {}
 
-    # Decorated and not `with`: an interrupt at the end of a `with` block can leave gradients switched off.
-    @torch.no_grad()
     def _leave(self, displacement: Displacement) -> None:
+        values = self._values()
         if self._exact:
-            self._save(displacement.support)
+            self._save(values, displacement.support)
         else:
             self._away = displacement = _finite(displacement)
         self._moved = True  # first: whatever happens during the next line, home() undoes it
-        displacement.add_to(self._params)
+        displacement.add_to(values)
         torch.clear_autocast_cache()
 
-    def _save(self, support: list[int]) -> None:
-        for i in support:
-            if i not in self._saved:
-                self._saved[i] = local(self._params[i]).clone()
+    def _values(self) -> list[Tensor]:
+        # Without a history. An interrupt at the end of `no_grad` could leave gradients switched off.
+        return [p.detach() for p in self._params]
 
-    @torch.no_grad()
+    def _save(self, values: list[Tensor], support: list[int]) -> None:
+        new = [i for i in support if i not in self._saved]
+        for i, part in zip(new, parts([values[i] for i in new]), strict=True):
+            self._saved[i] = part.clone()
+
     def _return(self) -> None:
         if self._away is not None:
-            self._away.add_to(self._params, sign=-1.0)
+            self._away.add_to(self._values(), sign=-1.0)
         elif self._saved:
-            torch._foreach_copy_(parts([self._params[i] for i in self._saved]), list(self._saved.values()))
+            away = [self._params[i].detach() for i in self._saved]
+            torch._foreach_copy_(parts(away), list(self._saved.values()))
         self._moved, self._away = False, None
         torch.clear_autocast_cache()
 

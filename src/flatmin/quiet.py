@@ -28,20 +28,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_pre_hooks
 
+from flatmin.shape import Shape
+
 RandomState = dict[torch.device, Tensor]
+Owners = dict[weakref.ref[nn.Module], None]  # in order
+CPU = torch.device("cpu")
 
 
 def random_state(devices: Iterable[torch.device]) -> RandomState:
     """The state of torch's CPU generator and of the generators of `devices`."""
-    others = {d: torch.get_device_module(d).get_rng_state(d) for d in devices if d.type != "cpu"}
-    return {torch.device("cpu"): torch.get_rng_state(), **others}
+    states = {CPU: torch.default_generator.get_state()}
+    for device in devices:
+        if device.type != "cpu":
+            states[device] = torch.get_device_module(device).get_rng_state(device)
+    return states
 
 
 def set_random_state(states: RandomState) -> None:
     """Puts back what `random_state` gave."""
     for device, state in states.items():
         if device.type == "cpu":
-            torch.set_rng_state(state)
+            torch.default_generator.set_state(state)
         else:
             torch.get_device_module(device).set_rng_state(state, device)
 
@@ -81,15 +88,18 @@ class Quiet:
     def __init__(self, devices: Iterable[torch.device], model: nn.Module | None = None):
         self._devices = [d for d in devices if d.type != "cpu"]
         self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._owners: list[weakref.ref[nn.Module]] = []  # the known modules that have buffers
+        self._owners: Owners = {}  # the known modules that have buffers
         self._model = model
         self._has_buffers = False
         if model is not None:
             self._learn(model)
+        self._shapes: weakref.WeakKeyDictionary[nn.Module, Shape] = weakref.WeakKeyDictionary()
+        self._outer: nn.Module | None = None  # the module in whose forward we are
+        self._members: set[nn.Module] | None = None  # its parts, while it is watched
         self._first = True
         self._copying = False
-        self._start = Buffers()  # before the first probe: for a step that is skipped
-        self._later = Buffers()  # before a later probe
+        self._start: Buffers | None = None  # before the first probe: for a step that is skipped
+        self._later: Buffers | None = None  # before a later probe
         self._before: RandomState | None = None
         self._after: RandomState | None = None
 
@@ -99,10 +109,10 @@ class Quiet:
         If it `goes_on` it is the next micro-batch of the same step, and everything since its start can be.
         """
         self.end()
-        self._first, self._before, self._after = True, None, None
+        self._first, self._before = True, None
         self._copying = undoable
         if not goes_on:
-            self._start = Buffers(self._owners if undoable else ())
+            self._start = Buffers(self._owners) if undoable and self._owners else None
 
     def probe(self) -> None:
         """Before an evaluation. The first one passes through; later ones are undone by `settle`."""
@@ -110,7 +120,7 @@ class Quiet:
             self._before = random_state(self._devices)
         else:
             set_random_state(self._before or {})
-            self._later = Buffers(self._owners)
+            self._later = Buffers(self._owners) if self._owners else None
             self._copying = True
         if self._model is None and (self._first or self._has_buffers):
             # In torch's table under a key of our own: an interrupt between its function and the assignment of the
@@ -120,7 +130,11 @@ class Quiet:
     def settle(self) -> None:
         """After an evaluation, raised or not; may be called again."""
         _global_forward_pre_hooks.pop(id(self), None)
-        self._later.put_back()
+        if self._outer is not None:
+            self._outer._forward_hooks.pop(id(self), None)
+            self._outer = self._members = None
+        if self._later is not None:
+            self._later.put_back()
 
     def leave(self) -> None:
         """After an evaluation that did not raise: the next one is a later one."""
@@ -131,31 +145,64 @@ class Quiet:
     def end(self) -> None:
         """Leaves the random state where the first probe left it, and no hook behind."""
         self.settle()
-        self._later = Buffers()
+        self._later = None
         if self._after is not None:
             set_random_state(self._after)
             self._after = None
 
     def undo(self) -> None:
         """Puts the buffers back to where they were before the step."""
-        self._start.put_back()
+        if self._start is not None:
+            self._start.put_back()
 
     def forget(self) -> None:
         """Drops the copies that `undo` would need."""
-        self._start = Buffers()
+        self._start = None
 
     def _meet(self, module: nn.Module, _args: object) -> None:
-        if module not in self._known:
+        if self._outer is None and module._modules:
+            self._enter(module)
+        elif self._members is not None and module not in self._members:
+            self._members = None  # it calls what it does not list, so it is to be watched every time
+        if module not in self._known or (module._buffers and weakref.ref(module) not in self._owners):
             owners = self._learn(module)
-            if self._copying:
-                (self._start if self._first else self._later).copy(owners, inside=True)
+            if self._copying and owners:
+                self._copies().copy(owners, inside=True)
 
-    def _learn(self, module: nn.Module) -> list[weakref.ref[nn.Module]]:
+    def _enter(self, outer: nn.Module) -> None:
+        """At the beginning of a forward. The hook makes calls of parts slow; if all are known, it waits outside."""
+        self._outer = outer  # first: `settle` removes what the next line adds
+        outer._forward_hooks[id(self)] = self._come_out
+        shape = self._shapes.get(outer)
+        if shape is not None and shape.holds():
+            _global_forward_pre_hooks.pop(id(self), None)
+        else:
+            self._members = set(outer.modules())
+
+    def _come_out(self, outer: nn.Module, _args: object, _output: object) -> None:
+        outer._forward_hooks.pop(id(self), None)
+        if self._members is not None:
+            self._shapes[outer] = Shape(outer)
+        elif id(self) in _global_forward_pre_hooks:
+            self._shapes.pop(outer, None)
+        self._outer = self._members = None
+        _global_forward_pre_hooks[id(self)] = self._meet
+
+    def _copies(self) -> Buffers:
+        """Of the present evaluation."""
+        if self._first:
+            self._start = self._start or Buffers()
+            return self._start
+        self._later = self._later or Buffers()
+        return self._later
+
+    def _learn(self, module: nn.Module) -> Owners:
         new = [part for part in module.modules() if part not in self._known]
         self._known.update(new)
-        owners = [weakref.ref(part) for part in new if part._buffers]
-        self._owners += owners
-        self._has_buffers |= any(b is not None for part in new for b in part._buffers.values())
+        parts = [*new, module]  # which may have got its first buffer since
+        owners = {ref: None for part in parts if part._buffers and (ref := weakref.ref(part)) not in self._owners}
+        self._owners |= owners
+        self._has_buffers |= any(b is not None for part in parts for b in part._buffers.values())
         return owners
 
 
@@ -176,16 +223,11 @@ class Buffers:
 
     def put_back(self) -> None:
         """Restores values, and which tensor is registered; may be called again."""
-        if self._kept:
-            self._put_back()
-
-    @torch.no_grad()
-    def _put_back(self) -> None:
         for module, name, buffer, value, inside in self._kept:
             if buffer is not None and value is not None and _can_be_written(buffer):
                 # Without a new version: a graph that saved the buffer finds the value that it saved.
                 with torch.autograd._unsafe_preserve_version_counter(buffer):
-                    buffer.copy_(value)
+                    buffer.detach().copy_(value)
             if not inside:  # inside `functional_call` what was registered is not the module's own
                 module._buffers[name] = buffer
 

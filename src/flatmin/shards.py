@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+ORDINARY = {Tensor, torch.nn.Parameter}
+
 PARTIAL = (
     "a gradient is a partial sum, spread over the processes (tensor parallelism leaves some so), and has no norm "
     "before it is added up. Redistribute it to the placements of its parameter first."
@@ -28,8 +30,11 @@ def is_sharded(tensor: object) -> bool:
 
 def any_sharded(tensors: Iterable[object]) -> bool:
     """Whether one of them is a DTensor."""
+    kinds = set(map(type, tensors))
+    if kinds <= ORDINARY:  # nearly always: several times in each step
+        return False
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and any(issubclass(kind, module.DTensor) for kind in set(map(type, tensors)))
+    return module is not None and any(issubclass(kind, module.DTensor) for kind in kinds)
 
 
 def local(tensor: Any) -> Tensor:
@@ -62,6 +67,13 @@ def place_of(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)  # type: ignore[return-value]
+
+
+def part_of(whole: Tensor, like: Any) -> Tensor:
+    """`whole`, which every process has, sharded as `like` is: each keeps a copy of its part."""
+    for dim, (size, start) in enumerate(zip(*place_of(like), strict=True)):
+        whole = whole.narrow(dim, min(start, whole.shape[dim]), size)
+    return made_of(whole.clone(), like)
 
 
 def whole_rows(tensor: Any) -> Tensor:

@@ -1,7 +1,6 @@
 """Points and directions in parameter space.
 
     Vector          a list of tensors, one per parameter, with the arithmetic of one long vector and *the* global norm
-    Radii           one number per parameter: how far a method may move it
     Displacement    whatever can add itself to parameters
 
 A missing entry (`None`) is a zero that takes no memory: a parameter that the loss does not use, or one that a
@@ -15,12 +14,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from flatmin.shards import any_sharded, is_sharded, local, parts, summed
+
+STRIDED = {torch.strided}
+# (is_cpu, dtype, is_sparse) of tensors whose norm can be had as a number without cost
+CHEAP = {(True, torch.float32, False), (True, torch.float64, False)}
 
 
 class Displacement(Protocol):
@@ -66,10 +69,15 @@ class Vector:
         """The entries that are present, in order."""
         return [t for t in self.tensors if t is not None]
 
+    @property
+    def complete(self) -> bool:
+        """Whether no entry is missing."""
+        return len(self.present) == len(self.tensors)
+
     def with_present(self, tensors: Iterable[Tensor]) -> Vector:
         """A vector with the same support as this one and the given entries."""
         entries = iter(tensors)
-        return Vector(None if t is None else next(entries) for t in self.tensors)
+        return Vector(entries if self.complete else [None if t is None else next(entries) for t in self.tensors])
 
     def __mul__(self, scalar: float | Tensor) -> Vector:
         return self.with_present(_scaled(self.present, scalar))
@@ -137,7 +145,7 @@ class Vector:
     def size(self) -> float | Tensor:
         """`norm()`, as a number where that costs nothing (on the CPU), and else as a tensor on its device."""
         tensors = self.present
-        if not all(t.is_cpu and t.dtype in (torch.float32, torch.float64) and not t.is_sparse for t in tensors):
+        if not {(t.is_cpu, t.dtype, t.is_sparse) for t in tensors} <= CHEAP:
             return self.norm()
         if any_sharded(tensors):
             return self.norm().item()
@@ -152,7 +160,8 @@ class Vector:
 
     def add_to(self, params: Sequence[Tensor], sign: float = 1.0) -> None:
         """Adds `sign` times this vector to `params` in place (the Displacement protocol)."""
-        _add_in_place([params[i] for i in self.support], self.present, sign)
+        moved = params if self.complete else [params[i] for i in self.support]
+        _add_in_place(moved, self.present, sign)
 
     def copy_to(self, params: Sequence[Tensor]) -> None:
         """Overwrites `params` with this vector in place, where it has an entry."""
@@ -162,6 +171,9 @@ class Vector:
     def add_(self, other: Vector, scale: float = 1.0) -> Vector:
         """`self + scale * other`, in the memory of this vector, which must not be used afterwards."""
         _same_length(self, other)
+        if self.complete and other.complete:
+            _add_in_place(self.present, other.present, scale)
+            return self
         pairs = list(zip(self.tensors, other.tensors, strict=True))
         both = [(a, b) for a, b in pairs if a is not None and b is not None]
         Vector(b for _, b in both).add_to([a for a, _ in both], scale)
@@ -173,111 +185,12 @@ class Vector:
             torch._foreach_mul_(parts(self.present), factor)
 
 
-def _inverse(norm: Any) -> Any:
-    return 1.0 / norm
-
-
-class Radii:
-    """One non-negative number per parameter; 0 leaves that parameter alone.
-
-    `radii * vector` scales entry by entry and drops the entries whose radius is 0.
-    """
-
-    __slots__ = ("values",)
-
-    def __init__(self, values: Iterable[float]):
-        self.values: tuple[float, ...] = tuple(values)
-
-    def __repr__(self) -> str:
-        return f"Radii({list(self.values)})"
-
-    @property
-    def any(self) -> bool:
-        """Whether anything is moved at all."""
-        return any(value > 0 for value in self.values)
-
-    def select(self, vector: Vector) -> Vector:
-        """The entries of `vector` that these radii move; nothing is copied."""
-        _same_length(self.values, vector)
-        if all(self.values):
-            return vector
-        return Vector(t if value > 0 else None for value, t in zip(self.values, vector.tensors, strict=True))
-
-    def __mul__(self, vector: Vector) -> Vector:
-        return self._scale(self.select(vector), 1.0)
-
-    def along(self, vector: Vector) -> Vector:
-        """`r v / |v|`, entry by entry, with one global norm over the moved entries; a zero vector stays zero."""
-        moved = self.select(vector)
-        return self._scale(moved, torch.nan_to_num(moved.norm().reciprocal(), nan=0.0, posinf=0.0))
-
-    def ascent(self, vector: Vector, factor: Callable[[Any], Any] = _inverse) -> Step:
-        """The displacement `r factor(|v|) v`, which holds `v` and no multiple of it.
-
-        Args:
-            vector: v, usually a gradient.
-            factor: of the norm |v| over the moved entries (a number, or a 0-dim tensor); 1 / |v| by default. Where it
-                is not finite nothing is moved.
-        """
-        moved = self.select(vector)
-        size = moved.size()
-        if isinstance(size, Tensor):
-            scale = torch.nan_to_num(torch.as_tensor(factor(size)), nan=0.0, posinf=0.0, neginf=0.0)
-            return Step(self._scale(moved, scale), [1.0] * len(self.values))
-        scale = factor(size) if math.isfinite(size) and size > 0 else 0.0
-        return Step(moved, [scale * r for r in self.values])
-
-    def _scale(self, moved: Vector, factor: float | Tensor) -> Vector:
-        # One pass over the memory, so that a gradient and its multiple never need a third copy.
-        radii = [self.values[i] for i in moved.support]
-        if len(set(radii)) == 1:
-            return moved * (factor * radii[0])
-        return moved.with_present(
-            entry for t, r in zip(moved.present, radii, strict=True) for entry in _scaled([t], factor * r)
-        )
-
-
-class Step:
-    """The displacement `a_i v_i`, entry by entry: a vector with numbers that are multiplied in when it is added."""
-
-    __slots__ = ("factors", "vector")
-
-    def __init__(self, vector: Vector, factors: Sequence[float]):
-        self.vector = vector
-        self.factors = factors
-
-    @property
-    def support(self) -> list[int]:
-        """The indices of the parameters that are moved."""
-        return [i for i in self.vector.support if self.factors[i]]
-
-    def __neg__(self) -> Step:
-        return Step(self.vector, [-f for f in self.factors])
-
-    def add_to(self, params: Sequence[Tensor], sign: float = 1.0) -> None:
-        """Adds `sign` times the displacement to `params` in place."""
-        tensors, support = self.vector.tensors, self.support
-        for factor in {self.factors[i] for i in support}:
-            same = [i for i in support if self.factors[i] == factor]
-            _add_in_place([params[i] for i in same], [tensors[i] for i in same], sign * factor)  # type: ignore[misc]
-
-
-def check_radius(name: str, value: float) -> float:
-    """Returns `value` if it can be a radius, else raises a `ValueError` that says what it is for."""
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-        raise ValueError(
-            f"{name} must be a finite number >= 0, got {value!r}. It is the size of the perturbation in "
-            "the units of the weights; 0 turns the method into its base optimizer."
-        )
-    return float(value)
-
-
 def _same_length(a: object, b: object) -> None:
     assert len(a) == len(b), f"{len(a)} entries against {len(b)}"  # type: ignore[arg-type]
 
 
-def _add_in_place(params: list[Tensor], tensors: list[Tensor], alpha: float) -> None:
-    if any(t.layout != torch.strided for t in tensors):
+def _add_in_place(params: Sequence[Tensor], tensors: Sequence[Tensor], alpha: float) -> None:
+    if _any_sparse(tensors):
         for param, t in zip(params, tensors, strict=True):
             param.add_(t, alpha=alpha)
     elif params:
@@ -307,9 +220,13 @@ def _added(a: list[Tensor], b: list[Tensor], alpha: float) -> Sequence[Tensor]:
 
 def _one_by_one(tensors: list[Tensor]) -> bool:
     """Whether `foreach` kernels refuse them: sparse ones, or ordinary ones beside shards."""
-    if any(t.layout != torch.strided for t in tensors):
+    if _any_sparse(tensors):
         return True
     return any_sharded(tensors) and not all(is_sharded(t) for t in tensors)
+
+
+def _any_sparse(tensors: Sequence[Tensor]) -> bool:
+    return not {t.layout for t in tensors} <= STRIDED
 
 
 def _values(tensor: Tensor) -> Tensor:

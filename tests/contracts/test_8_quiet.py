@@ -1,5 +1,7 @@
 """Contract 8: buffers move once a step, dropout masks are shared, the random state ends where one forward leaves it."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -120,6 +122,66 @@ def test_a_module_called_in_parts_is_found(method):
     for _ in range(3):
         case.optimizer.step(closure)
     assert case.model.get_buffer("1.num_batches_tracked") == 3
+
+
+def _put(model, how):
+    new = nn.BatchNorm1d(model[1].num_features, affine=False)
+    if how == "assigned":
+        model[1] = new
+    elif how == "behind its back":
+        model._modules["1"] = new
+    else:
+        model[0].add_module("inner", new)
+        model[0].forward = lambda input: new(nn.Linear.forward(model[0], input))
+    return new
+
+
+@pytest.mark.parametrize("method", ["sam", "nso"])
+@pytest.mark.parametrize("how", ["assigned", "behind its back", "added to a part"])
+def test_a_part_that_is_replaced_between_steps_is_found(method, how):
+    case = Case(method, model_name="batchnorm").run(3)
+    new = _put(case.model, how)
+    case.run(2)
+    assert new.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("method", ["sam", "nso"])
+def test_a_buffer_that_a_part_gets_between_steps_is_found(method):
+    case = Case(method, model_name="plain").run(3)
+    part = case.model.get_submodule("0")
+    part.register_buffer("calls", torch.zeros(()))
+    part.register_forward_hook(lambda part, _args, _output: part.get_buffer("calls").add_(1) and None)
+    case.run(2)
+    assert part.get_buffer("calls") == 2
+
+
+@pytest.mark.parametrize("method", ["sam", "nso"])
+def test_modules_that_their_parent_does_not_list_are_found(method):
+    case = Case(method, model_name="plain")
+    part: nn.Linear = case.model.get_submodule("0")  # type: ignore[assignment]
+    hidden = [nn.BatchNorm1d(part.out_features, affine=False) for _ in range(2)]
+    part.forward = lambda input: hidden[case.optimizer.num_steps % 2](nn.Linear.forward(part, input))
+    case.run(4)
+    assert [norm.get_buffer("num_batches_tracked") for norm in hidden] == [2, 2]
+
+
+@each_whole_method
+def test_no_hook_stays_on_the_model(method):
+    case = Case(method, model_name="batchnorm").run(2)
+    case.model.get_submodule("1").register_forward_hook(_stop_the_third())
+    with pytest.raises(RuntimeError, match="third"):
+        case.run(3)
+    assert [len(part._forward_hooks) for part in case.model.modules()].count(0) == len([*case.model.modules()]) - 1
+
+
+def _stop_the_third():
+    calls = itertools.count(1)
+
+    def hook(*_):
+        if next(calls) == 3:
+            raise RuntimeError("third")
+
+    return hook
 
 
 class Positions(nn.Module):

@@ -77,7 +77,7 @@ def flat(v):
 
 
 def shape(row, objective):
-    from flatmin.curvature.lanczos import shaped
+    from flatmin.curvature.space import shaped
 
     return shaped(row, objective.params)
 

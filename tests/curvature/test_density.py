@@ -9,7 +9,7 @@ from scipy.stats import wasserstein_distance
 
 import flatmin
 from flatmin.curvature import FisherOperator, GaussNewtonOperator
-from flatmin.curvature.lanczos import flatten, shaped
+from flatmin.curvature.space import flatten, shaped
 from tests.curvature.nets import NETS, criterion, dense_hessian, make
 from tests.curvature.test_eigen import objective_with
 

@@ -223,7 +223,7 @@ def test_from_the_gradient_five_values_take_at_most_twenty_products():
 
 def test_any_operator():
     from flatmin.curvature import FisherOperator, GaussNewtonOperator
-    from flatmin.curvature.lanczos import flatten, shaped
+    from flatmin.curvature.space import flatten, shaped
 
     objective, _ = setting("attention")
     for operator in (GaussNewtonOperator(objective), FisherOperator(objective, "empirical")):

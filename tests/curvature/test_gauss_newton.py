@@ -143,6 +143,17 @@ def test_a_first_batch_of_one_sample_does_not_say_where_the_samples_are():
     torch.testing.assert_close(traces, traces_by_param(model, truth), rtol=1e-10, atol=1e-12)
 
 
+def test_a_trace_that_is_not_finite_is_refused():
+    model, x, y = net(nn.Linear(4, 3), nn.Softplus()), torch.randn(6, 4), torch.zeros(6, dtype=torch.long)
+    objective = flatmin.Objective(model, lambda z, y: F.mse_loss(z, F.one_hot(y, 3).float()), [(x, y)])
+    split = inspect(objective)
+    with torch.no_grad():
+        x[0] = 1e30  # its gradient overflows when it is squared
+        model.get_parameter("0.weight").zero_()
+    with pytest.raises(ValueError, match=r"not finite.*'0\.weight'"):
+        exact_trace(objective, split)
+
+
 LOSSES = {
     "class weights, smoothing": nn.CrossEntropyLoss(torch.tensor([0.5, 1.0, 2.0]).double(), label_smoothing=0.1),
     "ignored": nn.CrossEntropyLoss(ignore_index=1),

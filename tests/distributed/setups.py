@@ -33,6 +33,14 @@ def make_model() -> nn.Module:
     ).double()
 
 
+def make_smooth_model() -> nn.Module:
+    """Without kinks, so that second derivatives and differences agree; odd sizes; a bias of one number."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(6, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 1), nn.Tanh(), nn.Linear(1, 3)
+    ).double()
+
+
 def make_batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(BATCH, 1, 6, generator=generator, dtype=torch.float64)
@@ -46,16 +54,19 @@ def share(rank: int, world_size: int = 2) -> slice:
 
 
 def wrap(model: nn.Module, how: str) -> nn.Module:
-    """The model as `how` trains it: "alone", "ddp", "fsdp", or "hsdp", replicas of shards."""
+    """The model as `how` trains it: "alone", "ddp", "fsdp", or "hsdp", replicas of shards.
+
+    "root" is FSDP2 with most of the weights in the root, which keeps them gathered after a forward without a backward.
+    """
     if how == "ddp":
         return DistributedDataParallel(model)
-    if how in ("fsdp", "hsdp"):
+    if how in ("fsdp", "hsdp", "root"):
         size = distributed.get_world_size()
-        shape, names = ((size,), ("shard",)) if how == "fsdp" else ((size, 1), ("replicate", "shard"))
+        shape, names = ((size,), ("shard",)) if how != "hsdp" else ((size, 1), ("replicate", "shard"))
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-        for layer in model:  # type: ignore[union-attr]
-            if list(layer.parameters()):
-                fully_shard(layer, mesh=mesh)
+        layers = [layer for layer in model if list(layer.parameters())]  # type: ignore[union-attr]
+        for layer in layers[:1] if how == "root" else layers:
+            fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     return model
 

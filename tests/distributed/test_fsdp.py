@@ -8,11 +8,12 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-import flatmin
 from benchmarks.collectives import Collectives
+from flatmin.distributed import reshard
+from flatmin.radii import Radii
 from flatmin.shards import local
-from flatmin.vectors import Radii, Vector
-from tests.distributed.setups import METHODS, Run, assert_near, share
+from flatmin.vectors import Vector
+from tests.distributed.setups import METHODS, Run, assert_near, make_batch, share
 
 STEPS = 3
 BY_SAMPLE = ("sap", "esam", "nso-split", "rwp")
@@ -41,6 +42,32 @@ def test_replicas_of_shards_count_once(ranks, method):
     first, second = ranks(train_replicas, method)
     assert_near(first, second, atol=0)
     assert_near(first, Run(method).run(STEPS).weights())
+
+
+def train_with_looks(rank, method, form, how):
+    """Between steps and inside probes the model is evaluated, after which its root keeps the weights gathered."""
+    run = Run(method, how, share(rank) if how != "alone" else slice(None))
+    outputs = []
+
+    def look():
+        with torch.no_grad():
+            outputs.append(run.model(make_batch()[0]))
+
+    evaluate = run.evaluate
+    run.evaluate = lambda: [evaluate(), look()][0]
+    for _ in range(STEPS):
+        look()
+        run.step(form)
+    look()
+    reshard(run.model)
+    return {**run.weights(), **dict(zip("abcdefghijkl", outputs, strict=False))}
+
+
+@pytest.mark.parametrize(("method", "form"), [("nso", "loop"), ("momentum-sam", "closure")])
+def test_gathered_weights_are_never_of_another_place(ranks, method, form):
+    expected = train_with_looks(0, method, form, "alone")
+    for found in ranks(train_with_looks, method, form, "root"):
+        assert_near(found, expected)
 
 
 ASCENDING = ("sam", "usam", "asam", "monge-sam", "fisher-sam", "random-sam")
@@ -85,15 +112,6 @@ def refused(rank, method, options):
 
 def test_rules_that_need_a_place_for_each_rank_say_so(ranks):
     assert "Use DistributedDataParallel" in ranks(refused, "sap", {})[0]
-
-
-def averaged(rank):
-    with pytest.raises(ValueError, match="sharded model cannot be copied"):
-        flatmin.Averager(Run("sam", "fsdp", share(rank)).model, kind="mean")
-
-
-def test_an_average_of_shards_is_refused(ranks):
-    ranks(averaged)
 
 
 def count(rank, method, form, options):

@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 import flatmin
 from benchmarks.collectives import Collectives
 from flatmin.noise import Noise
-from flatmin.vectors import Radii
+from flatmin.radii import Radii
 from tests.distributed.setups import make_batch, make_model, wrap
 
 SIZES = [5, 9, 3, 8, 7]  # dealt in turn: three batches for the first rank, two for the second, of all sizes
@@ -118,6 +118,20 @@ def test_ranks_find_the_rises_that_one_process_finds(ranks):
             )
 
 
+def tracked_by_clocks_that_differ(rank):
+    measured = objective(slice(rank, None, 2), distributed.group.WORLD)
+    ticks = iter(range(10**6))
+    clock = (lambda: float(next(ticks))) if rank else (lambda: 0.0)
+    tracker = flatmin.Tracker(measured, max_overhead=0.01, num_probes=2, num_steps=1, clock=clock)
+    for _ in range(4):
+        tracker.update()
+    return len(tracker.points)
+
+
+def test_ranks_track_together_whatever_their_clocks_say(ranks):
+    assert ranks(tracked_by_clocks_that_differ) == [4, 4]
+
+
 def report_of(batches, group=None):
     measured = objective(batches, group)
     options = {"method": "hutchinson", "rtol": 0.3, "sigma": 0.01, "group": group}
@@ -161,12 +175,3 @@ def as_a_function(rank):
 
 def test_a_function_of_the_weights_is_of_one_process(ranks):
     ranks(as_a_function)
-
-
-def refused(rank):
-    with pytest.raises(ValueError, match="Gather it"):
-        objective(slice(None), how="fsdp")
-
-
-def test_sharded_models_are_refused_with_the_mend(ranks):
-    ranks(refused)

@@ -7,7 +7,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from flatmin import noise
 from flatmin.noise import Noise
-from flatmin.vectors import Radii
+from flatmin.radii import Radii
 from tests.distributed.setups import whole
 
 SHAPES = [(7, 5), (1,), (), (3, 4, 2), (11,), (64, 33)]

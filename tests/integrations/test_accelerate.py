@@ -232,6 +232,7 @@ for _ in range(2):
 assert len(reductions) == 2 * 2 * 2  # epochs, windows, probes: once for the two micro-batches of a probe
 if accelerator.is_main_process:
     save_model(accelerator.unwrap_model(model), "weights.safetensors")
+model, opt = accelerator.free_memory(model, opt)  # else the hook lives in threads that outlast the interpreter
 accelerator.end_training()
 """
 
@@ -243,7 +244,7 @@ def test_two_processes_equal_one(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
     source = str(Path(flatmin.__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": source, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    # What `accelerate launch` runs where there are GPUs; on CPUs it starts a single process (or wants MPI).
+    # What `accelerate launch --multi_gpu` runs.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False

@@ -7,7 +7,8 @@ from torch.optim import SGD, Adam
 from flatmin.optim import HERE, FlatOptimizer, Probe
 from flatmin.optim.parts import half, some, take_rows
 from flatmin.optim.rule import Update, drive
-from flatmin.vectors import Radii, Vector
+from flatmin.radii import Radii
+from flatmin.vectors import Vector
 
 
 def optimizer_of(make_rule, gradients, random=False, remembers=()):

@@ -11,7 +11,8 @@ import flatmin
 from flatmin import problems
 from flatmin.optim.escape import rsp, sap
 from flatmin.optim.monge import monge_sam, monge_sam_in_metric
-from flatmin.vectors import Radii, Vector
+from flatmin.radii import Radii
+from flatmin.vectors import Vector
 from tests.optim.answers import Field, ask, close, cut, f64, flat, step, vec
 
 G, V = f64(3, 4), f64(1, 1)

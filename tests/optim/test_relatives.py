@@ -16,7 +16,8 @@ from flatmin.optim.relatives.random_sam import random_sam
 from flatmin.optim.relatives.wsam import wsam
 from flatmin.optim.rule import Update
 from flatmin.optim.sam import asam, unnormalised_sam
-from flatmin.vectors import Radii, Vector
+from flatmin.radii import Radii
+from flatmin.vectors import Vector
 from tests.optim.answers import Field, ask, close, cut, f64, flat, vec
 
 G, GP = f64(3, 4), f64(2, 0)  # the gradient at the weights, of norm 5, and the one at the perturbed point

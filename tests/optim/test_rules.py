@@ -12,7 +12,8 @@ from flatmin.noise import Noise, draw_like
 from flatmin.optim.nso import nso
 from flatmin.optim.rule import drive, plain
 from flatmin.optim.sam import sam
-from flatmin.vectors import Radii, Vector
+from flatmin.radii import Radii
+from flatmin.vectors import Vector
 
 
 def direction(rule, problem, x):

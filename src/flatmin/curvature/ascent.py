@@ -20,7 +20,8 @@ from flatmin.curvature.results import Measurement
 from flatmin.curvature.sharpness import check_positive, displaced
 from flatmin.noise import Noise, mix_seeds
 from flatmin.place import Place
-from flatmin.vectors import Radii, Vector
+from flatmin.radii import Radii
+from flatmin.vectors import Vector
 
 SMALLEST = 1e-4  # of rho: a step that moves less ends the ascent
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from flatmin.curvature.objective import Objective
 
 Shape = tuple[int, ...]
 
@@ -19,6 +23,36 @@ SINGLE = (
     "DataLoader(dataset, batch_size=...)."
 )
 DEPTH = 6  # how deep samples are looked for; objects may refer to each other in circles
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A batch after a forward pass: its mean loss, and the outputs and targets that it came from."""
+
+    loss: Tensor
+    outputs: Any
+    targets: Any
+
+
+class Batch:
+    """A batch that can be evaluated, at the weights as they are, as often as needed."""
+
+    def __init__(self, objective: Objective, content: Any, samples: SampleCount):
+        self._objective, self._content, self._samples = objective, content, samples
+        self._size: int | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of samples; known after the first evaluation."""
+        assert self._size is not None
+        return self._size
+
+    def evaluate(self) -> Evaluated:
+        """A forward pass, with its graph if gradients are enabled."""
+        outputs, targets = self._objective.forward(self._content)
+        if self._size is None:
+            self._size = self._samples.add(self._content, targets)
+        return Evaluated(self._objective.batch_loss(outputs, targets, self._size), outputs, targets)
 
 
 def check_data(data: Iterable[Any]) -> Iterable[Any]:
@@ -71,10 +105,9 @@ def count_samples(batch: Any, targets: Any) -> int | None:
 
 
 class SampleCount:
-    """Counts the samples of one pass, batch by batch; batches without samples count as 1 if all are without."""
+    """Counts the samples of batches; those without samples count as 1 if all of a pass are without."""
 
     def __init__(self) -> None:
-        self.total = 0
         self._counted: bool | None = None
 
     def add(self, batch: Any, targets: Any) -> int:
@@ -83,9 +116,7 @@ class SampleCount:
         if self._counted not in (None, size is not None):
             raise ValueError(NO_COUNT.format(what="one batch, but in another"))
         self._counted = size is not None
-        size = 1 if size is None else size
-        self.total += size
-        return size
+        return 1 if size is None else size
 
 
 def generators(data: object) -> list[torch.Generator]:

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from flatmin.curvature.eigen import as_operator
 from flatmin.curvature.lanczos import Lanczos, Rows
@@ -29,6 +28,7 @@ from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import Operator
 from flatmin.curvature.probes import stderr
 from flatmin.curvature.results import Estimate, Measurement
+from flatmin.curvature.space import Space
 from flatmin.extras import need
 from flatmin.noise import mix_seeds
 
@@ -170,8 +170,7 @@ class _Quadrature:
     def __init__(self, operator: Operator, num_steps: int):
         self._operator, self._num_steps = operator, num_steps
         params = operator.objective.params
-        dtype = torch.promote_types(params[0].dtype, torch.float32)
-        self._vectors = Rows(torch.empty(operator.num_params, dtype=dtype, device=params[0].device))
+        self._vectors = Rows(Space(params))
         self._low, self._high = math.inf, -math.inf
         self.found: list[float] = []
         self.num_products = 0

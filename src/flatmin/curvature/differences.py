@@ -17,6 +17,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from flatmin.curvature.sharded import gradients
+from flatmin.shards import parts, summed_apart
 from flatmin.vectors import Vector
 
 Scalar = Callable[[], Tensor]  # a loss at the weights as they are
@@ -49,6 +51,8 @@ class GradientDifference:
         """H v, one tensor per parameter."""
         step = _step(v, self._length)
         if step == 0:
+            with torch.no_grad():
+                self._scalar()  # who asked for the product of a batch may ask for its size, known once it is evaluated
             return tuple(torch.zeros_like(p) for p in self._params)
         plus, minus = (self._gradient(v, sign * step) for sign in (1, -1))
         return tuple(
@@ -62,7 +66,7 @@ class GradientDifference:
 
     def _gradient(self, v: Sequence[Tensor], scale: float) -> tuple[Tensor, ...]:
         with displaced(self._params, Vector(v), scale), torch.enable_grad():
-            return torch.autograd.grad(self._scalar(), self._params, allow_unused=True, materialize_grads=True)
+            return gradients(self._scalar(), self._params)
 
 
 class LossDifference:
@@ -126,5 +130,7 @@ def _step(v: Sequence[Tensor], length: float) -> float:
 
 
 def dots(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """The inner product of each pair, float64, on the device of the first."""
-    return torch.stack([(x * y).sum(dtype=torch.float64).to(a[0].device) for x, y in zip(a, b, strict=True)])
+    """The inner product of each pair, float64, on the device of the first. Of shards: one all-reduce for all pairs."""
+    pairs = zip(parts(a), parts(b), strict=True)
+    terms = [(x * y).sum(dtype=torch.float64).to(a[0].device) for x, y in pairs]
+    return torch.stack(summed_apart(terms, a))

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatmin.curvature.lanczos import Lanczos, dot, flatten, shaped
+from flatmin.curvature.lanczos import Lanczos
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import HessianOperator, Operator
 from flatmin.curvature.results import EigenResult
-from flatmin.noise import draw_like
+from flatmin.curvature.space import Space, flatten, shaped
 from flatmin.vectors import Vector
 
 MIN_PRODUCTS = 8  # before that a start that is nearly orthogonal to the wanted vector shows nothing of it
@@ -125,14 +125,15 @@ def _start(objective: Objective, start: Vector | str, seed: int) -> Tensor | Non
         return None
     if isinstance(start, str) and start != "gradient":
         raise ValueError(f"start must be 'gradient', 'random' or a Vector, got {start!r}.")
-    given = flatten(objective.gradient() if isinstance(start, str) else start)
-    size = math.sqrt(dot(given, given))
+    space = Space(objective.params)
+    given = flatten(objective.gradient() if isinstance(start, str) else start).to(space.like)
+    size = math.sqrt(space.dot(given, given))
     if not (math.isfinite(size) and size > 0):
         return None
     generator = torch.Generator(given.device).manual_seed(seed)
-    chance = draw_like(given, "normal", generator)
+    chance = space.random(generator)
     share = 1.0 if isinstance(start, str) else 0.01
-    return given / size + share * chance / math.sqrt(dot(chance, chance))
+    return given / size + share * chance / math.sqrt(space.dot(chance, chance))
 
 
 class _Search:

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from flatmin.curvature.eigen import top_eigenvalues
-from flatmin.curvature.lanczos import flatten
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import HessianOperator
 from flatmin.curvature.probes import stderr
 from flatmin.curvature.products import NOT_DIFFERENTIABLE, differentiable_twice
 from flatmin.curvature.results import Estimate
+from flatmin.curvature.space import flatten
 from flatmin.noise import draw_like, mix_seeds
 from flatmin.vectors import Vector
 
@@ -143,6 +143,7 @@ def model_function(objective: Objective) -> tuple[Callable[[Tensor], Tensor], Te
     Example:
         flatmin.flat_minimum(*flatmin.model_function(objective)).is_flat(1e-3)
     """
+    objective.refuse_sharded("a function of all weights")
     if objective.group is not None:
         raise ValueError("a function that can be differentiated again is of one process's data: leave group= out.")
     for name, p in zip(objective.names, objective.params, strict=True):

@@ -144,7 +144,7 @@ def exact_trace(objective: Objective, split: Split) -> Tensor:
             total += batch.size * PerSample(loss.outputs, params, split.layouts).squared_norms(*factors).sum(0)
             count += batch.size
             del loss, factors
-    check_finite(list(total.isfinite()), objective)
+    check_finite(list(total), objective)
     return objective.mean(total, count)
 
 
@@ -176,7 +176,7 @@ class ClassVectors:
                     total[row] += batch.size * norms(torch.Generator(device).manual_seed(seed))
                 count += batch.size
                 del loss, norms
-        check_finite(list(total.isfinite().all(0)), objective)
+        check_finite(list(total.T), objective)
         return total / count
 
     def _norms(self, loss: OutputLoss) -> Callable[[torch.Generator], Tensor]:

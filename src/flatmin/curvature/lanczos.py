@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatmin.noise import draw_like
+from flatmin.curvature.space import Space, flatten, shaped
 from flatmin.vectors import Vector
 
 Product = Callable[[Vector], Vector]
@@ -35,7 +35,7 @@ class Lanczos:
         product: v -> A v.
         params: what the vectors are shaped like.
         seed: of random vectors: the start, if none is given, and the way out of an invariant subspace.
-        start: flat, (num_params,).
+        start: flat (see `space`).
         deflated: orthonormal vectors that the iteration stays orthogonal to.
     """
 
@@ -48,19 +48,14 @@ class Lanczos:
         start: Tensor | None = None,
         deflated: Rows | None = None,
     ):
-        self._product, self._params = product, params
+        self._product, self._space = product, Space(params)
         self._generator = torch.Generator(params[0].device).manual_seed(seed)
-        self._like = torch.empty(
-            sum(p.numel() for p in params),
-            dtype=torch.promote_types(params[0].dtype, torch.float32),
-            device=params[0].device,
-        )
-        self._deflated = Rows(self._like) if deflated is None else deflated
-        self._basis = Rows(self._like)
+        self._deflated = Rows(self._space) if deflated is None else deflated
+        self._basis = Rows(self._space)
         self._t = np.zeros((0, 0))
         self._coupling = np.zeros(0)  # of q_{m+1} to the basis: beta e_m, after a restart a full row
         self._scale = 0.0
-        self._next = self._random() if start is None else self._begin(start.to(self._like))
+        self._next = self._random() if start is None else self._begin(start.to(self._space.like))
         self.num_products = 0
         self.complete = False  # the basis spans everything
 
@@ -72,24 +67,24 @@ class Lanczos:
     @property
     def floor(self) -> float:
         """Below this an eigenvalue is rounding: machine precision times the largest number seen."""
-        return torch.finfo(self._like.dtype).eps * self._scale
+        return torch.finfo(self._space.like.dtype).eps * self._scale
 
     @property
     def rounding(self) -> float:
         """What rounding may add to a residual: that of sums over all parameters."""
-        return self.floor * math.sqrt(self._like.numel())
+        return self.floor * math.sqrt(self._space.dim)
 
     def extend(self) -> None:
         """One product: q_{m+1} joins the basis."""
         q = self._next
         w = self._multiply(q)
-        diagonal = dot(q, w)
+        diagonal = self._space.dot(q, w)
         self._t = np.block([[self._t, self._coupling[:, None]], [self._coupling[None, :], np.array([[diagonal]])]])
         self._basis.append(q)
         w = self._orthogonal(w)
-        beta = math.sqrt(dot(w, w))
+        beta = self._size(w)
         self._scale = max(self._scale, abs(diagonal), float(np.abs(self._coupling).max(initial=0.0)))
-        if self.size + len(self._deflated) == self._like.numel():
+        if self.size + len(self._deflated) == self._space.dim:
             beta, self.complete = 0.0, True
         elif beta <= 10 * self.floor:  # an invariant subspace: go on in its complement
             beta, self._next = 0.0, self._random()
@@ -115,7 +110,7 @@ class Lanczos:
 
     def _multiply(self, q: Tensor) -> Tensor:
         self.num_products += 1
-        return flatten(self._product(shaped(q, self._params))).to(self._like.dtype)
+        return flatten(self._product(shaped(q, self._space.params))).to(q.dtype)
 
     def _orthogonal(self, w: Tensor) -> Tensor:
         for _ in range(2):  # twice is enough (Kahan)
@@ -124,22 +119,22 @@ class Lanczos:
 
     def _begin(self, start: Tensor) -> Tensor:
         left = self._orthogonal(start)
-        size = math.sqrt(dot(left, left))
-        return left / size if size > 1e-6 * math.sqrt(dot(start, start)) else self._random()
+        size = self._size(left)
+        return left / size if size > 1e-6 * self._size(start) else self._random()
 
     def _random(self) -> Tensor:
-        return self._unit(draw_like(self._like, "normal", self._generator))
+        w = self._orthogonal(self._space.random(self._generator))
+        return w / self._size(w)
 
-    def _unit(self, w: Tensor) -> Tensor:
-        w = self._orthogonal(w)
-        return w / math.sqrt(dot(w, w))
+    def _size(self, w: Tensor) -> float:
+        return math.sqrt(self._space.dot(w, w))
 
 
 class Rows:
     """Orthonormal vectors, the rows of a matrix that grows."""
 
-    def __init__(self, like: Tensor):
-        self._like = like
+    def __init__(self, space: Space):
+        self._space, self._like = space, space.like
         self._chunks: list[Tensor] = []
         self._size = 0
 
@@ -157,7 +152,7 @@ class Rows:
     def reject(self, w: Tensor) -> Tensor:
         """The part of w that is orthogonal to all rows."""
         for chunk in self._filled():
-            w = w - chunk.T @ (chunk @ w)
+            w = w - chunk.T @ self._space.summed(chunk @ w)
         return w
 
     def row(self, i: int) -> Tensor:
@@ -166,7 +161,7 @@ class Rows:
 
     def combined(self, coordinates: np.ndarray) -> Rows:
         """New rows: sum_i coordinates[i, j] row_i for each j."""
-        new = Rows(self._like)
+        new = Rows(self._space)
         mix = torch.from_numpy(coordinates.T.copy()).to(self._like)
         for first in range(0, len(mix), CHUNK):
             part = mix[first : first + CHUNK]
@@ -179,19 +174,3 @@ class Rows:
 
     def _filled(self) -> list[Tensor]:
         return [c[: min(CHUNK, self._size - i * CHUNK)] for i, c in enumerate(self._chunks)]
-
-
-def flatten(v: Vector) -> Tensor:
-    """All entries of a vector in one tensor."""
-    return torch.cat([t.flatten() for t in v.present])
-
-
-def shaped(flat: Tensor, params: Sequence[Tensor]) -> Vector:
-    """The vector of parameter space with these entries."""
-    parts = flat.split([p.numel() for p in params])
-    return Vector(part.view_as(p).to(p.dtype) for part, p in zip(parts, params, strict=True))
-
-
-def dot(a: Tensor, b: Tensor) -> float:
-    """Added up in double: in single precision a sum over a million entries loses three more digits."""
-    return float((a * b).sum(dtype=torch.float64))

@@ -42,7 +42,9 @@ class LowRank:
 
 
 def fits(operator: Operator, memory: int) -> bool:
-    """Whether 64 test vectors and what belongs to them fit into so many bytes."""
+    """Whether 64 test vectors and what belongs to them fit into so many bytes; never where they would be sharded."""
+    if operator.objective.sharded:
+        return False
     return 4 * 64 * sum(p.numel() * p.element_size() for p in operator.objective.params) <= memory
 
 

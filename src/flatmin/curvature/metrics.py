@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 from flatmin.curvature.objective import Objective
-from flatmin.noise import filter_norms
+from flatmin.noise import filter_norms, times_norms
 from flatmin.vectors import Vector
 
 Metric = Literal["euclidean", "adaptive", "filter", "monge"]
@@ -41,7 +41,10 @@ def ball(objective: Objective, metric: Metric, gradient: Callable[[], Vector]) -
     if metric == "monge":
         return _monge(gradient())
     params = objective.params
-    return Vector(filter_norms(params) if metric == "filter" else [w.detach().abs() for w in params]).times
+    if metric == "filter":
+        norms = filter_norms(params)
+        return lambda e: times_norms(e, norms)
+    return Vector(w.detach().abs() for w in params).times
 
 
 def _monge(g: Vector) -> ToWeights:

@@ -4,58 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
-from flatmin.curvature.batches import SampleCount, check_data, forward_pair, generators
-from flatmin.distributed import summed_over
+from flatmin.curvature.batches import Batch, SampleCount, check_data, forward_pair, generators
+from flatmin.curvature.sharded import NOT_POSSIBLE, Together, gradients
+from flatmin.distributed import reshard, summed_over
 from flatmin.quiet import undisturbed
 from flatmin.shards import any_sharded
 from flatmin.vectors import Vector
 
 Sum = TypeVar("Sum", Vector, Tensor)
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
-
-
-SHARDED = (
-    "the parameters are sharded (FSDP2), and a sharded model cannot be differentiated twice. Gather it: make the model "
-    "anew without fully_shard and load get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of "
-    "torch.distributed.checkpoint.state_dict into it on every process; the data may stay in parts (group=...)."
-)
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """A batch after a forward pass: its mean loss, and the outputs and targets that it came from."""
-
-    loss: Tensor
-    outputs: Any
-    targets: Any
-
-
-class Batch:
-    """A batch that can be evaluated, at the weights as they are, as often as needed."""
-
-    def __init__(self, objective: Objective, content: Any, samples: SampleCount):
-        self._objective, self._content, self._samples = objective, content, samples
-        self._size: int | None = None
-
-    @property
-    def size(self) -> int:
-        """The number of samples; known after the first evaluation."""
-        assert self._size is not None
-        return self._size
-
-    def evaluate(self) -> Evaluated:
-        """A forward pass, with its graph if gradients are enabled."""
-        outputs, targets = self._objective.forward(self._content)
-        if self._size is None:
-            self._size = self._samples.add(self._content, targets)
-        return Evaluated(self._objective.batch_loss(outputs, targets, self._size), outputs, targets)
 
 
 class Objective:
@@ -77,11 +40,16 @@ class Objective:
         group: a `torch.distributed` process group whose members have the same weights, and each a part of the data
             (e.g. `torch.distributed.group.WORLD`). N is then the number of all samples, and every member gets the same
             loss, gradient and product, for one all-reduce each. Parts may have different numbers of batches, but all
-            members must measure the same things in the same order.
+            members must measure the same things in the same order. Of a model that FSDP2 shards (`fully_shard`) the
+            group is that of the shards, given or not: each process has its part of the data, one batch at least.
+
+    Sharded models: `.params` and vectors are sharded too. A batch is one batch of each process, evaluated together, so
+    that probes equal those of one process which measures such joined batches. Products are differences of gradients.
 
     Raises:
         ValueError: no batches, a one-shot iterator, no parameters, a loss that is not a finite scalar, batches whose
-            number of samples cannot be told, two passes over the data that disagree, or sharded parameters.
+            number of samples cannot be told, two passes over the data that disagree; parameters that are sharded
+            otherwise than by FSDP2, only some that are sharded, or a group of other processes than hold the shards.
 
     Example:
         objective = Objective(model, nn.CrossEntropyLoss(), loader)
@@ -104,9 +72,11 @@ class Objective:
         self.criterion = criterion
         self.data = check_data(data)
         self.eval_mode = eval_mode
-        self.group = group
         self._forward = forward or forward_pair
+        reshard(self.model)
         chosen = _choose(self.model, params)
+        self._together = Together(self.model, chosen, group) if any_sharded(chosen.values()) else None
+        self.group = group if self._together is None else self._together.group
         self.names: tuple[str, ...] = tuple(chosen)
         self.params: tuple[Tensor, ...] = tuple(chosen.values())
         self._num_samples: int | None = None
@@ -130,6 +100,16 @@ class Objective:
         """The module that each parameter belongs to, by name."""
         return tuple(name.rpartition(".")[0] or name for name in self.names)
 
+    @property
+    def sharded(self) -> bool:
+        """Whether every process holds a part of each parameter only (FSDP2)."""
+        return self._together is not None
+
+    def refuse_sharded(self, what: str) -> None:
+        """Raises a `ValueError` that says what to do instead of `what`, if the parameters are sharded."""
+        if self.sharded:
+            raise ValueError(NOT_POSSIBLE.format(what=what))
+
     def only(self, names: Iterable[str]) -> Objective:
         """The same loss as a function of these parameters alone, by name."""
         keep = set(names)
@@ -143,26 +123,37 @@ class Objective:
         """Inside, the model may be evaluated; on leaving everything is as before."""
         own = [(generator, generator.get_state()) for generator in generators(self.data)]
         try:
-            with undisturbed(self.model, eval_mode=self.eval_mode):
+            with undisturbed(self.model, eval_mode=self.eval_mode), self._undisturbed_shards():
                 yield
         finally:
             for generator, state in own:
                 generator.set_state(state)
 
+    def _undisturbed_shards(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._together is None else self._together.quiet()
+
     def forward(self, content: Any) -> tuple[Any, Any]:
         """Outputs and targets of what the data yields."""
+        if self.sharded:
+            reshard(self.model)  # the weights may have moved since they were gathered
         outputs, targets = self._forward(self.model, content)
         self._rounding = max(self._rounding, _eps(outputs))
         return outputs, targets
 
     def batches(self) -> Iterator[Batch]:
         """The batches, not yet evaluated; whoever iterates evaluates each of them."""
+        count = 0
+        for batch in self._own_batches() if self._together is None else self._together.batches(self):
+            yield batch
+            count += batch.size
+        if count == 0:
+            raise ValueError("the data has no batches: an empty loader has no loss to measure.")
+        self._num_samples = count
+
+    def _own_batches(self) -> Iterator[Batch]:
         samples = SampleCount()
         for content in self.data:
             yield Batch(self, content, samples)
-        if samples.total == 0:
-            raise ValueError("the data has no batches: an empty loader has no loss to measure.")
-        self._num_samples = samples.total
 
     def batch_losses(self) -> Iterator[tuple[Tensor, int]]:
         """The mean loss of each batch, with its graph if gradients are enabled, and its number of samples.
@@ -193,11 +184,13 @@ class Objective:
     def mean(self, total: Sum, count: int) -> Sum:
         """`total / count`, both added up over the processes of the group: one all-reduce, none without a group.
 
+        Over sharded parameters the batches are joint ones, and nothing is left to be added up.
+
         Args:
             total: a sum over samples, a Vector or a tensor.
             count: how many samples.
         """
-        if self.group is not None:
+        if self.group is not None and not self.sharded:
             entries = total.present if isinstance(total, Vector) else [total]
             device = self.params[0].device  # that the group can send from
             sums, count = summed_over(self.group, [t.to(device) for t in entries], count)
@@ -207,7 +200,7 @@ class Objective:
 
     def number(self, batch: int) -> int:
         """The number of this process's `batch` among those of all, if they were dealt out in turn."""
-        if self.group is None:
+        if self.group is None or self.sharded:
             return batch
         return batch * distributed.get_world_size(self.group) + distributed.get_rank(self.group)
 
@@ -219,6 +212,22 @@ class Objective:
         distributed.broadcast(box, group=self.group, group_src=0)
         return int(box)
 
+    @property
+    def first(self) -> bool:
+        """Whether this process is the first of the group, or the only one."""
+        return self.group is None or distributed.get_rank(self.group) == 0
+
+    def text_of_first(self, read: Callable[[], str]) -> str:
+        """What `read()` gives on the first process of the group, for all of them."""
+        if self.group is None:
+            return read()
+        device = self.params[0].device
+        text = read().encode() if self.first else b""
+        length = self.together(len(text))
+        content = torch.tensor(list(text.ljust(length)), dtype=torch.uint8, device=device)
+        distributed.broadcast(content, group=self.group, group_src=0)
+        return bytes(content.tolist()).decode()
+
     def gradient(self) -> Vector:
         """The gradient of L. One forward and one backward pass."""
         return self.loss_and_gradient()[1]
@@ -228,7 +237,7 @@ class Objective:
         with self.quiet(), torch.enable_grad():
             value, total, count = 0.0, self.zeros(), 0
             for loss, n in self.batch_losses():
-                grads = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
+                grads = gradients(loss, self.params)
                 value += n * float(loss.detach().double())
                 total, count = total.add_(Vector(grads) * float(n)), count + n
                 del loss, grads
@@ -271,7 +280,7 @@ class Objective:
         )
 
     def batch_loss(self, outputs: Any, targets: Any, count: int) -> Tensor:
-        """The mean loss of a batch of `count` samples, from its outputs: a finite scalar."""
+        """The mean loss of a batch of `count` samples, from its outputs: a scalar; a finite one, unless sharded."""
         own = self.criterion is None
         loss = getattr(outputs, "loss", outputs) if own else self.criterion(outputs, targets)  # type: ignore[misc]
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -279,9 +288,14 @@ class Objective:
             raise ValueError(f"the criterion must return a scalar tensor, got {shape}. Use reduction='mean'.")
         if getattr(self.criterion, "reduction", "mean") == "sum":
             loss = loss / count
+        # Sharded, the mean over all processes is checked, so that all of them raise.
+        return loss.reshape(()) if self.sharded else self.check_loss(loss.reshape(()), count)
+
+    def check_loss(self, loss: Tensor, count: int) -> Tensor:
+        """`loss`, the mean over `count` samples, if it is finite."""
         if not torch.isfinite(loss.detach()):
             raise ValueError(f"the loss is {float(loss.detach())} on a batch of {count}: there is nothing to measure.")
-        return loss.reshape(())
+        return loss
 
 
 def _check_arguments(model: object, criterion: object) -> None:
@@ -312,8 +326,6 @@ def _choose(model: nn.Module, params: Any) -> Mapping[str, Tensor]:
     frozen = [name for name, p in chosen.items() if not p.requires_grad]
     if frozen:
         raise ValueError(f"{frozen[0]!r} is frozen: call requires_grad_() on it, or leave it out of params.")
-    if any_sharded(chosen.values()):
-        raise ValueError(SHARDED)
     if not chosen:
         raise ValueError("no parameters to differentiate by: all are frozen, or params selects none.")
     return chosen

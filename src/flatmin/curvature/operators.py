@@ -21,11 +21,13 @@ from typing import Generic, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from flatmin.curvature.batches import Batch
 from flatmin.curvature.differences import dots
-from flatmin.curvature.objective import Batch, Objective
+from flatmin.curvature.objective import Objective
 from flatmin.curvature.outputs import OutputLoss, output_tensor
 from flatmin.curvature.products import Way, check_finite, choose_way
 from flatmin.noise import mix_seeds
+from flatmin.shards import local
 from flatmin.vectors import Vector
 
 GRAPH_MEMORY = 2**31
@@ -91,7 +93,7 @@ class PerBatch(ABC, Generic[Curvature]):
 
     def batches(self) -> Iterator[tuple[Curvature, Batch]]:
         """The curvature of each batch, and the batch. Whoever iterates deletes it before asking for the next."""
-        versions = [(p.data_ptr(), p._version) for p in self.objective.params]
+        versions = [(local(p).data_ptr(), p._version) for p in self.objective.params]
         if self._kept and versions == self._versions:
             yield from self._kept
             return
@@ -122,7 +124,7 @@ class Operator(PerBatch[BatchOperator]):
             total, count = total.add_(Vector(part) * float(batch.size)), count + batch.size
             del curvature, part
         product = self.objective.mean(total, count)
-        check_finite([t.isfinite().all() for t in product.present], self.objective)
+        check_finite(product.present, self.objective)
         return product
 
 

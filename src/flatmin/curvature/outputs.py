@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flatmin.curvature.batches import Batch
 from flatmin.curvature.graph import check_differentiable
-from flatmin.curvature.objective import Batch, Objective
+from flatmin.curvature.objective import Objective
 from flatmin.noise import draw_like
 
 MAX_OUTPUTS = 64  # outputs per sample up to which A is written down
@@ -87,6 +88,7 @@ class OutputLoss:
     @staticmethod
     def of(objective: Objective, batch: Batch, kind: Kind | None = None) -> OutputLoss:
         """Evaluates the batch."""
+        objective.refuse_sharded("a derivative by the outputs")
         if objective.criterion is None:
             raise ValueError(
                 "Gauss-Newton and Fisher need the outputs of the model and a criterion of them; this objective has "

@@ -59,7 +59,7 @@ class Probes(ABC, Generic[Curvature]):
             del curvature, batch
         means = objective.mean(total, count)
         if means.shape[1] == len(objective.params):
-            check_finite(list(means.isfinite().all(0)), objective)
+            check_finite(list(means.T), objective)
         return means
 
     @abstractmethod

@@ -4,6 +4,8 @@
     "difference"   central differences of gradients, where an operation has no second derivative
     "loss"         second differences of losses, where there is no backward pass at all: only v' H v, for the trace
 
+Sharded parameters (FSDP2) begin with "difference": what gathers and scatters them cannot be differentiated twice.
+
 "auto" takes the first that works on the first batch. Each is compared there with another one, on one random vector: the
 relative difference is part of every result (for a network with kinks, such as ReLU, it is large by nature). A parameter
 that the loss does not use, or uses linearly, contributes zeros.
@@ -31,15 +33,18 @@ from flatmin.curvature.differences import (
 from flatmin.curvature.graph import check_differentiable
 from flatmin.curvature.objective import Objective
 from flatmin.noise import draw_like, mix_seeds
+from flatmin.shards import local, summed_apart
 from flatmin.vectors import Vector
 
 NAMES = {"autograd": "double backward", "difference": "differences of gradients", "loss": "differences of losses"}
+SHARDED = "sharded parameters, FSDP2"
 NOT_DIFFERENTIABLE = (RuntimeError, NotImplementedError)
 
 
 @contextmanager
 def differentiable_twice(objective: Objective) -> Iterator[None]:
     """Inside, the losses of `objective` can be differentiated twice; nothing is changed on leaving."""
+    objective.refuse_sharded("to differentiate twice")
     with objective.quiet(), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
         yield
 
@@ -129,12 +134,16 @@ def choose_way(objective: Objective, products: str = "auto", *, seed: int = 0) -
     Cost: about five gradients of the first batch (eight more if it comes to differences).
 
     Raises:
-        ValueError: if `products` is unknown, or the way that it names is not possible.
+        ValueError: if `products` is unknown, or the way that it names is not possible ("autograd" of a sharded model).
     """
     if products not in ("auto", *NAMES):
         raise ValueError(f"unknown products {products!r}. Known: auto, {', '.join(NAMES)}.")
+    if products == "autograd":
+        objective.refuse_sharded("double backward")
     names = list(NAMES) if products == "auto" else [products]
     reason = ""
+    if objective.sharded:
+        names, reason = [name for name in names if name != "autograd"], SHARDED
     for name in names:
         try:
             return _try(objective, name, reason, seed)
@@ -211,10 +220,11 @@ class _GraphSize:
         self._hooks.__exit__(*exc)
 
 
-def check_finite(finite: Sequence[Tensor], objective: Objective) -> None:
-    """Refuses a product that is not finite; `finite` says so for each parameter. One synchronisation."""
-    if not (good := torch.stack([f.to(finite[0].device) for f in finite])).all():
-        name = objective.names[int(good.logical_not().nonzero()[0, 0])]
+def check_finite(product: Sequence[Tensor], objective: Objective) -> None:
+    """Refuses a product, a tensor for each parameter, that is not finite. One synchronisation."""
+    bad = [local(t).isfinite().logical_not().sum().to(product[0].device) for t in product]
+    if (found := torch.stack(summed_apart(bad, product))).any():
+        name = objective.names[int(found.nonzero()[0, 0])]
         raise ValueError(
             f"the Hessian is not finite: its product with a vector is not, at parameter {name!r}. The loss is, so it "
             "has no second derivative here (a norm or a square root at zero?) or overflows. Leave the parameter out "

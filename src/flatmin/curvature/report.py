@@ -122,7 +122,8 @@ def measure(
         forward: `forward(model, batch) -> (outputs, targets)`, for batches that are not a pair.
         params: which parameters, by name or predicate; `None` for all trainable ones.
         eval_mode: measure in evaluation mode.
-        group: processes that have a part of the data each (see `Objective`); all of them get the same report.
+        group: processes that have a part of the data each (see `Objective`); all of them get the same report. Of a
+            model that FSDP2 shards, the processes that hold the shards, given or not.
         rtol: relative standard error of the trace, and of the rise under noise.
         method: how the trace is estimated (see `trace`).
         num_eigenvalues: how many of the largest eigenvalues.
@@ -130,7 +131,8 @@ def measure(
         sigma: standard deviation of the noise, for the mean rise of the loss under it; `None` leaves it out.
         rho: radius of the ball, for the largest rise of the loss in it; `None` leaves it out.
         density: whether to estimate the distribution of the eigenvalues too.
-        store: a file for the results as they come: after an interrupt, the same call goes on where it stopped.
+        store: a file for the results as they come: after an interrupt, the same call goes on where it stopped. With a
+            group its first process reads and writes it, for all.
         seed: of the probes. With a loader that shuffles, batches and so the probes' estimate also depend on torch's
             random state; pass a fixed order for the same digits every time.
 

@@ -28,13 +28,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from flatmin.curvature.batches import Batch
 from flatmin.curvature.metrics import Metric, ball
-from flatmin.curvature.objective import Batch, Objective
+from flatmin.curvature.objective import Objective
 from flatmin.curvature.probes import PILOT, Budget, stderr
 from flatmin.curvature.results import Estimate, Measurement, student_interval
 from flatmin.noise import Law, Noise, Scale, check_law, mix_seeds
 from flatmin.place import Place
-from flatmin.vectors import Radii, Step, check_radius
+from flatmin.radii import Radii, Step, check_radius
 
 MAX_DRAWS = 1000
 Draw = Callable[[int], Noise | Step]  # from a seed, with the weights at home

@@ -15,12 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatmin.curvature.objective import Batch, Objective
+from flatmin.curvature.batches import Batch
+from flatmin.curvature.objective import Objective
 from flatmin.curvature.results import plain
 from flatmin.curvature.sharpness import displaced
 from flatmin.extras import need
-from flatmin.noise import Noise, filter_norms
-from flatmin.vectors import Radii, Vector
+from flatmin.noise import Noise, filter_norms, times_norms
+from flatmin.radii import Radii
+from flatmin.shards import is_sharded, part_of
+from flatmin.vectors import Vector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +125,9 @@ def random_direction(objective: Objective, *, seed: int = 0) -> Vector:
     Source: Li et al. 2018 (filter normalisation).
     """
     params = objective.params
-    noise = Noise(params, Radii([1.0] * len(params)), "normal", seed).vector().present
-    lengths = zip(noise, filter_norms(params), filter_norms(noise), strict=True)
-    return Vector(z * (wanted / own) for z, wanted, own in lengths)
+    noise = Noise(params, Radii([1.0] * len(params)), "normal", seed).vector()
+    lengths = zip(filter_norms(params), filter_norms(noise.present), strict=True)
+    return times_norms(noise, [wanted / own for wanted, own in lengths])
 
 
 def direction_to(objective: Objective, state: Mapping[str, Tensor]) -> Vector:
@@ -134,7 +137,7 @@ def direction_to(objective: Objective, state: Mapping[str, Tensor]) -> Vector:
 
     Args:
         objective: whose parameters.
-        state: a `state_dict`.
+        state: a `state_dict`; of a sharded model either whole or sharded in the same way.
 
     Raises:
         ValueError: for a parameter that the checkpoint lacks, or has in another shape.
@@ -144,7 +147,9 @@ def direction_to(objective: Objective, state: Mapping[str, Tensor]) -> Vector:
         if name not in state or state[name].shape != p.shape:
             what = tuple(state[name].shape) if name in state else "nothing"
             raise ValueError(f"the checkpoint has {what} for {name!r}, the model {tuple(p.shape)}.")
-        parts.append(state[name].detach().to(p) - p.detach())
+        there = state[name].detach()
+        there = part_of(there, p) if is_sharded(p) and not is_sharded(there) else there
+        parts.append(there.to(p.device, p.dtype) - p.detach())
     return Vector(parts)
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import distributed
 
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.results import Estimate
+from flatmin.shards import local
 
 Result = TypeVar("Result")
 
@@ -22,7 +24,7 @@ class Store:
     """What has been measured of one model on one data set, by name. Without a path nothing is kept.
 
     Args:
-        path: a JSON file; made if it is not there.
+        path: a JSON file; made if it is not there. Of several processes the first one reads and writes it.
         objective: what is measured; the file remembers a digest of its weights, its loss and its number of samples.
         loss: at the weights.
 
@@ -34,8 +36,9 @@ class Store:
         self._path = None if path is None else Path(path)
         self._about = {"weights": _digest(objective), "loss": loss, "num_samples": objective.num_samples}
         self._parts: dict[str, Any] = {}
-        if self._path is not None and self._path.exists():
-            self._parts = self._read(self._path)
+        self._writes = objective.first
+        if self._path is not None and (text := objective.text_of_first(self._text)):
+            self._parts = self._parsed(text)
 
     def get(self, name: str, settings: Mapping[str, Any], kind: type[Result], measure: Callable[[], Result]) -> Result:
         """The result kept under this name, if it was made with these settings; else it is measured now, and kept."""
@@ -44,14 +47,19 @@ class Store:
         if kept is not None and kept["settings"] == settings:
             return revived(kind, kept["result"])
         result = measure()
-        if self._path is not None:
+        if self._path is not None and self._writes:
             self._parts[name] = {"settings": settings, "result": _entries(result)}
             self._write(self._path)
         return result
 
-    def _read(self, path: Path) -> dict[str, Any]:
+    def _text(self) -> str:
+        assert self._path is not None
+        return (self._path.read_text() or "empty") if self._path.exists() else ""
+
+    def _parsed(self, text: str) -> dict[str, Any]:
+        path = self._path
         try:
-            data = json.loads(path.read_text())
+            data = json.loads(text)
             about, parts = data["about"], data["parts"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a file of results that a measurement kept.") from error
@@ -70,7 +78,12 @@ def _digest(objective: Objective) -> str:
     digest = hashlib.sha256()
     for name, p in zip(objective.names, objective.params, strict=True):
         digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
-        digest.update(p.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+        digest.update(local(p).detach().contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+    if objective.sharded:  # the shards of all processes, so that all look for the same file
+        own = torch.tensor(list(digest.digest()), dtype=torch.uint8, device=objective.params[0].device)
+        found = [torch.empty_like(own) for _ in range(distributed.get_world_size(objective.group))]
+        distributed.all_gather(found, own, group=objective.group)
+        digest = hashlib.sha256(torch.cat(found).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatmin.curvature.lanczos import Lanczos, dot
+from flatmin.curvature.lanczos import Lanczos
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import HessianOperator
 from flatmin.curvature.probes import VectorProbes, stderr
 from flatmin.curvature.results import Estimate, Measurement, plain
 from flatmin.curvature.sharpness import check_positive, noise_stability
+from flatmin.curvature.space import Space
 from flatmin.extras import need
-from flatmin.noise import draw_like, mix_seeds
+from flatmin.noise import mix_seeds
 
 NOISE = 0.01  # share of a random vector in the start of the search for lambda_max, so that it can turn elsewhere
 
@@ -67,7 +68,7 @@ class Tracker:
         num_steps: Lanczos steps for each lambda_max, from the last one's vector.
         sigma: of the noise; `None` for no noise stability.
         seed: of everything random.
-        clock: seconds, as `time.perf_counter` gives them.
+        clock: seconds, as `time.perf_counter` gives them; of several processes that of the first decides.
 
     Raises:
         ValueError: max_overhead outside (0, 1], num_probes < 2, num_steps < 1, or data that changes between passes.
@@ -124,7 +125,7 @@ class Tracker:
         step = self._updates if step is None else step
         self._updates += 1
         begin = self._clock()
-        if self.points and not self._affordable(begin - self._start):
+        if self.points and not self._objective.together(self._affordable(begin - self._start)):
             return None
         try:
             found = self._measure(mix_seeds(self._seed, len(self.points)))
@@ -178,8 +179,9 @@ class Tracker:
         start = self._vector
         if start is not None:
             generator = torch.Generator(start.device).manual_seed(seed)
-            chance = draw_like(start, "normal", generator)
-            start = start + NOISE * chance / math.sqrt(dot(chance, chance))
+            space = Space(self._objective.params)
+            chance = space.random(generator)
+            start = start + NOISE * chance / math.sqrt(space.dot(chance, chance))
         lanczos = Lanczos(self._operator.product, self._objective.params, seed=seed, start=start)
         while lanczos.size < self._num_steps and not lanczos.complete:
             lanczos.extend()

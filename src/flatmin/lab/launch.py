@@ -15,8 +15,9 @@ from flatmin.lab.train import RunSpec, train
 class Train:
     """Train one run: a method on a task, with the settings that the task names, and measure how flat it ended.
 
-    On several processes with `torchrun --nproc-per-node 2 -m flatmin train ...` or `accelerate launch -m flatmin train
-    ...`: each batch is shared by them, so that the run is the same up to rounding (and up to batch statistics, and for
+    A plain run takes one process on the CPU. Started by `accelerate launch -m flatmin train ...` or `torchrun
+    --nproc-per-node 2 -m flatmin train ...` it runs on Accelerate: on GPUs, in bf16 or fp16, on several processes. They
+    share each batch, so that the run is the same up to rounding (and up to batch statistics, dropout and mixup, and for
     methods that look for the ascent on each process by itself, such as SAM).
     """
 
@@ -47,6 +48,8 @@ class Train:
         if path.exists():  # on every process, so that none waits for another
             raise ValueError(f"{path} is finished, and a finished run is never overwritten. Choose another --out.")
         self.out.mkdir(parents=True, exist_ok=True)
+        if processes.is_first and processes.about():
+            print(", ".join(f"{name} {value}" for name, value in processes.about().items()))
         train(spec, self.out, _report if processes.is_first else lambda *_: None, processes)
         if processes.is_first:
             result = read_run(path).result

@@ -61,13 +61,11 @@ def train(spec: RunSpec, folder: Path, report: Progress = lambda *_: None, proce
     One thread and the spec's seed: the same spec gives the same numbers on the same machine. An interrupt leaves
     whole records and no finished file. A loss that is not finite, a step that the optimizer skipped for that reason,
     and flatness that cannot be measured end the run with status "diverged" and a message. On several processes all
-    compute, and the first one writes.
+    compute, and the first one writes. Whatever the precision of training, scores and flatness are of full precision.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    header = {"spec": spec.to_dict(), **environment()}
-    if processes.number > 1:
-        header["processes"] = processes.number
+    header = {"spec": spec.to_dict(), **environment(), **processes.about()}
     try:
         with RunWriter(folder / f"{spec.name}.jsonl", header) if processes.is_first else Unwritten() as writer:
             writer.finish(_train(spec, writer, report, folder / f"{spec.name}.safetensors", processes))
@@ -79,25 +77,25 @@ def _train(
     spec: RunSpec, writer: RunWriter | Unwritten, report: Progress, weights: Path, processes: Alone
 ) -> dict[str, Any]:
     task = get_task(spec.task)
-    splits = task.load(spec.seed)
+    splits = Splits(*((x.to(processes.device), y.to(processes.device)) for x, y in task.load(spec.seed)))
     torch.manual_seed(spec.seed)
-    model = task.build_model()
+    model = task.build_model().to(processes.device)
     optimizer = build_optimizer(spec, model, len(splits.train[1]))
     gradients_per_step = getattr(optimizer, "gradients_per_step", 1)
-    replica, splits = processes.prepare(model, splits)
     training = _training(spec, model, splits)
     evaluate, scheduler = training.evaluation(optimizer), training.schedule(optimizer, spec.num_steps)
+    replica, stepper, scheduler = processes.prepare(model, optimizer, scheduler)
     every = max(1, spec.num_steps // NUM_PROGRESS)
     seconds, step = 0.0, 0
     batches = _batches(splits.train, task.batch_size, spec.seed)
     try:
         for step in range(1, spec.num_steps + 1):
             started = time.perf_counter()
-            loss = _step(replica, optimizer, evaluate, next(batches), processes)
+            loss = _step(replica, stepper, evaluate, next(batches), processes)
             scheduler.step()
             training.after_step()
             seconds += time.perf_counter() - started
-            _check_step(spec, step, loss, getattr(optimizer, "num_skipped", 0))
+            _check_step(spec, step, loss, 0 if processes.finds_scale else getattr(optimizer, "num_skipped", 0))
             if step % every == 0 or step == spec.num_steps:
                 with training.worn():
                     scores = _scores(model, task.criterion, splits)
@@ -154,16 +152,9 @@ def _step(
     model: nn.Module, optimizer: Optimizer, evaluate: Evaluation, batch: tuple[Tensor, Tensor], processes: Alone
 ) -> float:
     share, weight = processes.share(batch)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = evaluate(model, share) * weight
-        loss.backward()
-        return loss
-
     with warnings.catch_warnings():  # a skipped step ends the run below, with a message of its own
         warnings.filterwarnings("ignore", message=".*skipped step", category=RuntimeWarning)
-        return processes.mean(float(optimizer.step(closure).detach()))  # type: ignore[arg-type, union-attr]
+        return processes.step(optimizer, lambda: evaluate(model, share) * weight)
 
 
 def _batches(data: tuple[Tensor, Tensor], size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,8 +1,9 @@
 """Averages of the weights along the path of an optimizer, and evaluating the model with them.
 
 An average is no optimizer: it watches any of them, a plain one or a `FlatOptimizer`, and leaves the path alone.
-The copy and the arithmetic are those of torch's `AveragedModel`. What is our own is what surrounds them: when to
-average, in which precision, how the average gets into the model and out again, and what batch norm needs there.
+The arithmetic is that of torch's `AveragedModel`. What is our own is what surrounds it: when to average, in which
+precision, how the average gets into the model and out again, and what batch norm needs there. Averages are entry by
+entry, so those of shards (FSDP2) are shards, and nothing is exchanged for them.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
+from flatmin.distributed import reshard
 from flatmin.optim.iterates import Kind, averaging_function, first_step
 from flatmin.optim.names import Known, matched
 from flatmin.optim.norms import Forward, Norms
 from flatmin.place import Place
 from flatmin.quiet import Buffers, undisturbed
-from flatmin.shards import any_sharded
+from flatmin.shards import any_sharded, is_sharded, part_of, parts
 
 SHARDED = (
-    "the parameters are sharded (FSDP2), and a sharded model cannot be copied. Average checkpoints of it, or make the "
-    "Averager for a whole model (DistributedDataParallel)."
+    "the statistics of batch norm are not recomputed for sharded parameters (FSDP2), of which each process would have "
+    "its own. Load the average into a whole model (get_model_state_dict(model, options=StateDictOptions("
+    "full_state_dict=True)) inside applied()), and let torch.optim.swa_utils.update_bn do it there."
 )
 INSIDE = "{what} inside `with averager.applied():`, where the model wears the average. Leave the body first."
 
@@ -67,12 +69,12 @@ class Averager:
     Cost: one pass over the weights an update, nothing where the step is not averaged; `benchmarks/averaging.py`
     compares it with a step. A `refresh` costs the forward passes of its data.
 
-    Memory: a copy of the model, in at least fp32 (bf16 and fp16 weights are accumulated in fp32); inside `applied()`
-    another copy of the weights and buffers.
+    Memory: a copy of the weights, in at least fp32 (bf16 and fp16 weights are accumulated in fp32); inside `applied()`
+    another copy of the weights and buffers. Of sharded weights (FSDP2) each process keeps the average of its shards.
 
     Raises:
         ValueError: for an unknown `kind`, a `start`, `num_steps` or `every` by which no step would be averaged, a
-            `decay` outside [0, 1), a model without weights or with sharded ones. Later: if parameters were added,
+            `decay` outside [0, 1), a model without weights. Later: if parameters were added,
             removed or replaced.
 
     Source: Nitanda, Kikuchi, Maeda, Wu, "Why is Parameter Averaging Beneficial in SGD? An Objective Smoothing
@@ -91,16 +93,15 @@ class Averager:
     ):
         self._first, self._every = first_step(kind, start, num_steps, every), every
         self._into = averaging_function(kind, decay)
+        reshard(model)
         self._model = model
         self._known = Known(model)
         self._params = [p for p in self._known.parameters.values() if _can_be_averaged(p)]
         if not self._params:
             raise ValueError(f"{type(model).__name__} has no floating-point parameters to average.")
-        if any_sharded(self._params):
-            raise ValueError(SHARDED)
-        copy = AveragedModel(model).requires_grad_(False).module
-        self._averages = {name: _widened(p) for name, p in copy.named_parameters() if _can_be_averaged(p)}
-        self._norms = Norms(model, copy)
+        self._sharded = any_sharded(self._params)
+        self._averages = {name: _widened(p) for name, p in self._known.parameters.items() if _can_be_averaged(p)}
+        self._norms = Norms(model)
         self._num_updates = 0
         self._num_averaged = 0
         self._place: Place | None = None  # while the model wears the average
@@ -137,7 +138,7 @@ class Averager:
             ValueError: inside another `applied()`, or if the model has other parameters than before.
         """
         self._check_outside("applied()")
-        self._known.check()
+        self._check_parameters()
         place, buffers = Place(self._params), Buffers(weakref.ref(part) for part in self._model.modules())
         try:
             try:
@@ -163,9 +164,12 @@ class Averager:
                 or list, or with a mapping as keyword arguments, on the device of its parameters.
 
         Raises:
-            ValueError: inside `applied()`, without batches, or for a batch that needs a `forward`.
+            ValueError: inside `applied()`, without batches, for a batch that needs a `forward`, or for batch norm in a
+                sharded model.
         """
         self._check_outside("refresh()")
+        if self._norms and self._sharded:
+            raise ValueError(SHARDED)
         if self._norms:
             with self.applied(), undisturbed(self._model, eval_mode=False):
                 self._norms.recompute(data, forward)
@@ -173,12 +177,13 @@ class Averager:
     def state_dict(self) -> dict[str, Any]:
         """Counts, averages and refreshed statistics: numbers and tensors (not copies), by name.
 
-        The arguments of the constructor are not among them: give them again.
+        The arguments of the constructor are not among them: give them again. Averages of shards are DTensors, for
+        `torch.distributed.checkpoint`, which loads into what the state of a fresh Averager has.
         """
         return {
             "num_updates": self._num_updates,
             "num_averaged": self._num_averaged,
-            "averages": dict(self._averages) if self._num_averaged else {},
+            "averages": dict(self._averages) if self._num_averaged or self._sharded else {},
             "statistics": self._norms.state() if self._norms.known else {},
         }
 
@@ -193,23 +198,32 @@ class Averager:
         pairs = matched(state_dict["averages"], self._averages)
         pairs += matched(state_dict["statistics"], self._norms.state())
         for mine, loaded in pairs:
-            mine.copy_(loaded)
+            mine.copy_(part_of(loaded, mine) if is_sharded(mine) and not is_sharded(loaded) else loaded)
         self._num_updates, self._num_averaged = state_dict["num_updates"], state_dict["num_averaged"]
         self._norms.known = bool(state_dict["statistics"])
 
     def _leave(self, place: Place, buffers: Buffers) -> None:
+        self._reshard()
         place.home()
         buffers.put_back()
         self._place = None
 
     def _include(self) -> None:
-        self._known.check()
-        averages = list(self._averages.values())
-        weights = [_like(a, p) for a, p in zip(averages, self._params, strict=True)]
+        self._check_parameters()
+        averages = parts(list(self._averages.values()))
+        weights = [_like(a, p) for a, p in zip(averages, parts(self._params), strict=True)]
         # The count is a plain number: kept in a tensor, as by AveragedModel, it would cost more than the average.
         average = self._into if self._num_averaged else _copy
         average(averages, weights, self._num_averaged)
         self._num_averaged += 1
+
+    def _check_parameters(self) -> None:
+        self._reshard()
+        self._known.check()
+
+    def _reshard(self) -> None:
+        if self._sharded:
+            reshard(self._model)
 
     def _check_outside(self, what: str) -> None:
         if self._place is not None:
@@ -227,7 +241,7 @@ class _Average:
     def add_to(self, params: Sequence[Tensor], sign: float = 1.0) -> None:
         assert sign == 1.0, "there is no way back without the copy"
         if self._shown:
-            torch._foreach_copy_([p.detach() for p in params], self._averages)
+            torch._foreach_copy_([p.detach() for p in parts(params)], parts(self._averages))
 
 
 def _can_be_averaged(p: Tensor) -> bool:
@@ -235,10 +249,8 @@ def _can_be_averaged(p: Tensor) -> bool:
 
 
 def _widened(p: Tensor) -> Tensor:
-    """What is behind a parameter of the copy, which becomes fp32 if it was narrower."""
-    if p.dtype.itemsize < 4:
-        p.data = p.data.float()
-    return p.detach()
+    """A copy of a parameter, in fp32 if it is narrower."""
+    return p.detach().float() if p.dtype.itemsize < 4 else p.detach().clone()
 
 
 def _like(average: Tensor, p: Tensor) -> Tensor:

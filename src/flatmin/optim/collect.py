@@ -30,12 +30,12 @@ class Collector:
 
     def before(self, probe: Probe) -> None:
         """Makes `.grad` ready for the evaluation of `probe`."""
-        if self._weight and probe.weight and self._in_grad:
+        if self._in_grad and self._weight and probe.weight:
             if self._weight != probe.weight:  # .grad holds the sum divided by the weight of the next probe
                 self._grads().scale_(self._weight / probe.weight)
         else:
             self._set_aside()
-        self._before = [] if self._weight is None else [_mark(p.grad) for p in self._params]
+        self._before = [_mark(p.grad) for p in self._params] if self._weight is not None else []
 
     def is_part(self, probe: Probe, following: Probe | None) -> bool:
         """Whether the gradient of `probe` stays in `.grad` for the following one to add to."""
@@ -50,7 +50,7 @@ class Collector:
             grads = self._take()
             if self._ranks.reuse_gradients:
                 return grads.apply(_copied)
-            return grads.apply(_without_graph) if any(g.requires_grad for g in grads.present) else grads
+            return grads.apply(_without_graph) if True in [g.requires_grad for g in grads.present] else grads
         return NOTHING
 
     def install(self, direction: Vector | None) -> None:
@@ -75,10 +75,12 @@ class Collector:
 
     def _set_aside(self) -> None:
         """Moves what stands in `.grad` to the sum; without a weight it belongs to nobody."""
+        if self._weight is None:
+            self._clear()
+            return
         part = self._take()
-        if self._weight is not None:
-            # Not in place: the memory may be the caller's, who writes the next gradient into it.
-            self._sum = part * self._weight if self._sum is None else self._sum.add_(part, self._weight)
+        # Not in place: the memory may be the caller's, who writes the next gradient into it.
+        self._sum = part * self._weight if self._sum is None else self._sum.add_(part, self._weight)
         self._weight = None
 
     def _grads(self) -> Vector:
@@ -86,13 +88,16 @@ class Collector:
 
     def _take(self) -> Vector:
         grads = self._grads()
+        self._clear()
+        return grads
+
+    def _clear(self) -> None:
         for p in self._params:
             p.grad = None
-        return grads
 
     def _check(self) -> None:
         if not self._before:
-            if all(p.grad is None for p in self._params):
+            if not [p for p in self._params if p.grad is not None]:
                 raise ValueError(NO_BACKWARD)
             return
         changed = False

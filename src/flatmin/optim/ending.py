@@ -26,7 +26,8 @@ from flatmin.optim.scaling import Scaling
 from flatmin.optim.tools import Tools
 from flatmin.place import Place
 from flatmin.quiet import Quiet
-from flatmin.vectors import Radii, Vector
+from flatmin.radii import Radii
+from flatmin.vectors import Vector
 
 ELSEWHERE = "loss of another process"
 
@@ -129,8 +130,8 @@ class Ending(Tools):
 
     def _not_finite_here(self, losses: list[Any]) -> str:
         """What is not finite, "" if nothing: one synchronisation for the norm of the direction and the losses."""
-        drift = () if self._drift is None else self._drift.tensors
-        update = Vector([*(p.grad for p in self.params), *drift])
+        entries = [p.grad for p in self.params]
+        update = Vector(entries if self._drift is None else [*entries, *self._drift.tensors])
         size = update.size()
         if isinstance(size, float):
             if math.isfinite(size) and all(math.isfinite(loss) for loss in losses):
@@ -156,4 +157,4 @@ def reported(losses: list[tuple[Any, bool]]) -> Any:
     """The loss at the weights, if it was asked for, else the mean of the losses."""
     at_weights = [value for value, here in losses if here]
     values = at_weights[:1] or [value for value, _ in losses]
-    return values[0] if len(values) == 1 else sum(values) / len(values)
+    return values[0] if len(values) == 1 else sum(values[1:], start=values[0]) / len(values)

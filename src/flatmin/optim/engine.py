@@ -14,42 +14,32 @@ rule asks to remember (flatmin.optim.memory).
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flatmin.distributed import Ranks, explained
-from flatmin.optim.collect import Collector
-from flatmin.optim.ending import Ending, reported
-from flatmin.optim.memory import Memory, make_room
+from flatmin.distributed import explain
+from flatmin.optim.ending import reported
+from flatmin.optim.memory import make_room
 from flatmin.optim.misuse import (
-    ALREADY_UNDER_WAY,
     CLEARED_IN_LOOP,
-    DIRECTION_LOST,
     NO_LOSS,
     SCALER_STEP,
     check_base,
     check_closure,
-    check_dense,
     check_options,
     check_window,
 )
-from flatmin.optim.rule import Probe, Requests, Rule, Update, plain
+from flatmin.optim.rule import Probe
 from flatmin.optim.scaling import Scaling
-from flatmin.place import Place, Restore, check_restore
-from flatmin.quiet import Quiet
-from flatmin.vectors import Vector
-
-# What a step is doing: nothing, evaluating by a closure, in a loop or in a framework's loop (flatmin.optim.window), or
-# waiting for `step()` after a loop ("ready").
-_Stage = Literal["idle", "closure", "loop", "window", "ready"]
+from flatmin.optim.session import Session
+from flatmin.place import Restore, check_restore
 
 
-class FlatOptimizer(Ending):
+class FlatOptimizer(Session):
     """Base class of every method: subclasses give `rule()` and name their radius.
 
     Args:
@@ -91,30 +81,7 @@ class FlatOptimizer(Ending):
         self._model = model
         self._rest()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._rest()
-
-    def _rest(self) -> None:
-        """Nothing is under way."""
-        self._stage: str = "idle"
-        self._session: weakref.ref[Generator[Probe, None, None]] | None = None
-        self._place: Place | None = None
-        self._quiet: Quiet | None = None
-        self._ranks: Ranks | None = None
-        self._scaling = Scaling(None, [])
-        self._memory: Memory | None = None
-        self._drift: Vector | None = None
-        self._probe: Probe | None = None
-        self._rule_saw_gradients = False
-        self._micro_share: float | None = None
-        self._num_draws = 0
-
     # -- what a method provides ----------------------------------------------------------------------------------
-
-    def rule(self) -> Rule:
-        """The method, as a fresh generator for one step."""
-        raise TypeError(f"{type(self).__name__} must define rule()")
 
     @property
     def gradients_per_step(self) -> float:
@@ -156,7 +123,7 @@ class FlatOptimizer(Ending):
             rescale: hands the direction back scaled, not finite after an overflow, for code that calls
                 `scaler.unscale_(opt)`, `scaler.step(opt)` and `scaler.update()` itself, as frameworks do.
         """
-        return self._open("loop", Scaling(scaler, self.params, rescale=rescale), share)
+        return self._open("loop", self._scaled_by(scaler, rescale=rescale), share)
 
     def step(self, closure: Callable[[], Any] | None = None, *, scaler: Any = None) -> Any:  # type: ignore[override]
         """One step: with a closure (which may be called several times), or after a `probes()` loop.
@@ -190,9 +157,8 @@ class FlatOptimizer(Ending):
             return self._step_along_window(closure)
         check_closure(closure)
         losses: list[tuple[Any, bool]] = []
-        for probe in self._open("closure", Scaling(scaler, self.params)):
-            with torch.enable_grad(), explained():
-                loss = closure()
+        for probe in self._open("closure", self._scaled_by(scaler)):
+            loss = self._evaluate(closure)
             if loss is None:
                 raise ValueError(NO_LOSS)
             # A clone: the caller may write the next loss into the same tensor.
@@ -224,100 +190,19 @@ class FlatOptimizer(Ending):
         """The mean of per-sample losses over the samples that the present probe is about (`probe.mean`)."""
         return (self._probe or Probe()).mean(losses)
 
-    # -- one step, inside ----------------------------------------------------------------------------------------
+    def _scaled_by(self, scaler: Any, *, rescale: bool = False) -> Scaling:
+        return Scaling(scaler, [] if scaler is None else self.params, rescale=rescale)
 
-    def _open(
-        self, stage: Literal["closure", "loop", "window"], scaling: Scaling, share: float | None = None
-    ) -> Generator[Probe, None, None]:
-        session = self._guarded_session(stage, scaling, share)
-        if not self._under_way:
-            self._session = weakref.ref(session)
-        return session
-
-    def _guarded_session(
-        self, stage: Literal["closure", "loop", "window"], scaling: Scaling, share: float | None
-    ) -> Generator[Probe, None, None]:
-        earlier = self._begin(stage, scaling, share)
-        params, quiet = self.params, self._quiet
-        assert quiet is not None
-        place = self._place = Place(params, self._restore)
-        collector, active = Collector(params, stage != "closure", self.ranks), self._active()
+    @staticmethod
+    def _evaluate(closure: Callable[[], Any]) -> Any:
         try:
-            with explained():
-                yield from self._probe_by_probe(self.rule() if active else plain(), place, quiet, collector)
-            if share is not None:
-                collector.combine(share, earlier)
-            self._rule_saw_gradients |= collector.handed_out and active
-            self._stage = "idle" if stage == "closure" else "ready"
-        finally:
-            place.home()  # a second time: an interrupt may have cut the first one off
-            self._place = self._probe = None
-
-    def _probe_by_probe(
-        self, rule: Rule, place: Place, quiet: Quiet, collector: Collector
-    ) -> Generator[Probe, None, None]:
-        ranks, requests = self.ranks, Requests(rule)
-        try:
-            probe = requests.next(None)
-            while probe is not None:
-                self._probe = probe
-                # A window goes away and home again with each micro-batch, so it keeps the displacement.
-                place.move(probe.displacement if self._stage == "window" else probe.release())
-                collector.before(probe)
-                try:
-                    ranks.probe(self._exchanges(probe) and not collector.is_part(probe, requests.ahead))
-                    quiet.probe()
-                    yield probe
-                finally:
-                    quiet.settle()
-                    ranks.settle()
-                quiet.leave()
-                probe.check_used()
-                if probe.weight is None:
-                    self._scaling.unscale()
-                if not self.takes_sparse:
-                    check_dense([p.grad for p in self.params], type(self).__name__)
-                place.move(None)  # a rule may read the weights, or draw noise in their scale
-                probe = requests.next(collector.after(probe))
-            place.home()
-            self._install(collector, requests.direction)
-        finally:
-            place.home()
-            quiet.end()
-
-    def _exchanges(self, probe: Probe) -> bool:
-        return self.sync_ascent or not probe.ascent
-
-    def _install(self, collector: Collector, direction: Vector | Update | None) -> None:
-        if isinstance(direction, Update):
-            drift = direction.drift if self._micro_share is None else direction.drift * self._micro_share
-            self._drift = drift if self._drift is None else self._drift + drift
-            direction = direction.direction
-        collector.install(direction)
-        self._scaling.settle(self.ranks.agree, is_scaled=direction is None)
-
-    def _active(self) -> bool:
-        t = self.num_steps
-        due = t >= self._start and (t - self._start) % self._every == 0
-        return due and (self._stop is None or t < self._stop) and self.radii().any
-
-    def _begin(self, stage: _Stage, scaling: Scaling, share: float | None) -> Vector | None:
-        """Makes ready for a loop. Returns what earlier loops of the same step have given."""
-        if self._under_way:
-            raise ValueError(ALREADY_UNDER_WAY)
-        self._heal()
-        goes_on = self._stage == "ready" and share is not None and self._micro_share is not None
-        if self._stage == "ready" and not goes_on:
-            raise ValueError(DIRECTION_LOST)
-        self._fill_groups()
-        self._stage, self._micro_share = stage, share
-        if not goes_on:
-            self._scaling, self._memory, self._drift, self._num_draws = scaling, None, None, 0
-            self._rule_saw_gradients = False
-        if self._quiet is None:
-            self._quiet = Quiet({p.device for p in self.params}, self._model)
-        self._quiet.begin(undoable=self._guard, goes_on=goes_on)
-        return Vector([p.grad for p in self.params]) if goes_on else None
+            if torch.is_grad_enabled():
+                return closure()
+            with torch.enable_grad():
+                return closure()
+        except RuntimeError as error:
+            explain(error)
+            raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, and drops the direction of a finished or abandoned loop."""
@@ -329,8 +214,9 @@ class FlatOptimizer(Ending):
         elif self._stage == "loop":
             raise ValueError(CLEARED_IN_LOOP)
         if set_to_none:
-            for p in self.params:
-                p.grad = None
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.grad = None
         else:
             self.base.zero_grad(set_to_none)
 

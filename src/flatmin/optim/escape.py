@@ -13,8 +13,9 @@ from flatmin.optim.options import EngineOptions
 from flatmin.optim.parts import some
 from flatmin.optim.registry import register
 from flatmin.optim.rule import HERE, Probe, Rule
+from flatmin.radii import Radii
 from flatmin.shards import any_sharded
-from flatmin.vectors import Radii, Vector
+from flatmin.vectors import Vector
 
 SHARDED = (
     "SAP looks where one sample points. The parameters are sharded (FSDP2), so all processes look at one place, and "

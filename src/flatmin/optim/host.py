@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from flatmin.optim.migration import Migration
 from flatmin.optim.misuse import check_names
-from flatmin.vectors import check_radius
+from flatmin.radii import check_radius
 
 
 class Host(Migration, Optimizer):

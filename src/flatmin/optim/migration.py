@@ -30,6 +30,31 @@ ELSEWHERE = {
     "base_optimizer": THE_BASE,
 }
 
+# Functions and classes of davda54/sam, pytorch_optimizer, PyHessian and torch.optim.swa_utils, as attributes of flatmin
+NOTHING_TO_DO = "batch-norm statistics move with the first evaluation of a step only, without a call."
+FUNCTIONS = {
+    **dict.fromkeys(("disable_running_stats", "enable_running_stats"), NOTHING_TO_DO),
+    "load_optimizer": """write
+    opt = flatmin.methods()["sam"].build(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05)""",
+    "hessian": """write
+    objective = flatmin.Objective(model, criterion, [(x, y)])    # for data=(x, y)
+    objective = flatmin.Objective(model, criterion, loader)      # for dataloader=loader
+where the model is (there is no cuda=), and then flatmin.trace(objective).value, .stderr;
+flatmin.top_eigenvalues(objective, 2).values; flatmin.spectral_density(objective). All of it at once:
+    print(flatmin.measure(model, criterion, loader))""",
+    "AveragedModel": """write
+    averager = flatmin.Averager(model, kind="mean")
+and averager.update() after each step; with averager.applied(): ... the model has the average.""",
+    "update_bn": "of an Averager, write averager.refresh(loader).",
+}
+
+
+def not_here(name: str) -> AttributeError:
+    """The error for a name that `flatmin` does not have: what to write, if it is known from another package."""
+    if name in FUNCTIONS:
+        return AttributeError(f"flatmin has no {name}(): {FUNCTIONS[name]}")
+    return AttributeError(f"module 'flatmin' has no attribute {name!r}")
+
 
 class Migration:
     """Mixin of the optimizers: a class where the base optimizer should be, and methods that are not here."""

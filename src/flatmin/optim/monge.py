@@ -13,7 +13,8 @@ from flatmin.optim.engine import FlatOptimizer
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
 from flatmin.optim.rule import ASCENT, Rule
-from flatmin.vectors import Radii, Step, Vector
+from flatmin.radii import Radii, Step
+from flatmin.vectors import Vector
 
 VANISHING = 100.0  # gradient norms from which the radius is below a hundredth of rho
 NUM_CHECKED = 10  # steps, of the first ones

@@ -16,37 +16,36 @@ NO_BATCHES = "the data has no batches: there is nothing to compute statistics fr
 
 
 class Norms:
-    """The batch-norm layers of a model that keep statistics; other statistics for them live in a copy of the model.
+    """The batch-norm layers of a model that keep statistics, and other statistics for them.
 
     Attributes:
-        known: whether the statistics in the copy may be used.
+        known: whether the other statistics may be used.
     """
 
-    def __init__(self, model: nn.Module, copy: nn.Module):
-        copies = dict(copy.named_modules())
+    def __init__(self, model: nn.Module):
         self._model = model
-        self._pairs: dict[str, tuple[_BatchNorm, nn.Module]] = {
-            name: (part, copies[name])
+        self._norms: dict[str, _BatchNorm] = {
+            name: part
             for name, part in model.named_modules()
             if isinstance(part, _BatchNorm) and part.running_mean is not None
         }
+        self._own = {name: tensor.detach().clone() for name, tensor in self._of_model().items()}
         self.known = False
 
     def __bool__(self) -> bool:
-        return bool(self._pairs)
+        return bool(self._norms)
 
     @torch.no_grad()
     def wear(self) -> None:
-        """Gives the model the statistics of the copy, if they are known. The caller takes them off again."""
+        """Gives the model the other statistics, if they are known. The caller takes them off again."""
         if self.known:
-            for norm, copy in self._pairs.values():
-                for name in STATISTICS:
-                    getattr(norm, name).copy_(getattr(copy, name))
+            for name, tensor in self._of_model().items():
+                tensor.copy_(self._own[name])
 
     @torch.no_grad()
     def recompute(self, data: Iterable[Any], forward: Forward | None) -> None:
-        """Computes the statistics of the copy with the model, whose mode, buffers and random state are the caller's."""
-        norms = [norm for norm, _ in self._pairs.values()]
+        """Computes the other statistics with the model, whose mode, buffers and random state are the caller's."""
+        norms = list(self._norms.values())
         momenta = [norm.momentum for norm in norms]
         try:
             for norm in norms:
@@ -59,14 +58,16 @@ class Norms:
                 norm.momentum = momentum
         if not num_batches:
             raise ValueError(NO_BATCHES)
-        for norm, copy in self._pairs.values():
-            for name in STATISTICS:
-                getattr(copy, name).copy_(getattr(norm, name))
+        for name, tensor in self._of_model().items():
+            self._own[name].copy_(tensor)
         self.known = True
 
     def state(self) -> dict[str, Tensor]:
-        """The statistics of the copy, by name."""
-        return {f"{name}.{s}": getattr(copy, s) for name, (_, copy) in self._pairs.items() for s in STATISTICS}
+        """The other statistics, by name."""
+        return dict(self._own)
+
+    def _of_model(self) -> dict[str, Tensor]:
+        return {f"{name}.{s}": getattr(norm, s) for name, norm in self._norms.items() for s in STATISTICS}
 
 
 def _evaluate(model: nn.Module, batch: Any, forward: Forward | None) -> bool:

@@ -161,7 +161,8 @@ def drive(rule: Rule, point: Sequence[Tensor], gradient: Callable[[list[Tensor]]
     Example:
         >>> import torch
         >>> from flatmin.optim.sam import sam
-        >>> from flatmin.vectors import Radii, Vector
+        >>> from flatmin.radii import Radii
+        >>> from flatmin.vectors import Vector
         >>> direction = drive(sam(Radii([1.0])), [torch.tensor([3.0, 4.0])], Vector)  # f = |W|^2 / 2
         >>> direction.tensors[0]  # W + W / |W|
         tensor([3.6000, 4.8000])

@@ -10,7 +10,8 @@ from flatmin.optim.engine import FlatOptimizer
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
 from flatmin.optim.rule import ASCENT, Rule
-from flatmin.vectors import Radii, Step, Vector
+from flatmin.radii import Radii, Step
+from flatmin.vectors import Vector
 
 
 def sam(rho: Radii) -> Rule:

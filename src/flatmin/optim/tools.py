@@ -8,8 +8,9 @@ from flatmin.distributed import Ranks, rank
 from flatmin.noise import Noise, Scale, mix_seeds
 from flatmin.optim.host import Host
 from flatmin.optim.memory import Memory
+from flatmin.radii import Radii
 from flatmin.shards import any_sharded
-from flatmin.vectors import Radii, Vector
+from flatmin.vectors import Vector
 
 ONE_PLACE = (
     "noise_per_rank=True needs a place for each process, but the parameters are sharded (FSDP2), so that all processes "
@@ -59,9 +60,8 @@ class Tools(Host):
     @property
     def ranks(self) -> Ranks:
         """The processes that share the parameters."""
-        params = self.params
-        if self._ranks is None or self._ranks.num_params != len(params):
-            self._ranks = Ranks(params, self._model)
+        if self._ranks is None:
+            self._ranks = Ranks(self.params, self._model)
         return self._ranks
 
     def new_seed(self) -> int:

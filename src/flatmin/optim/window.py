@@ -46,6 +46,7 @@ class Window:
             self._displacement = next(self._session).displacement
         elif self._optimizer._place is not None:
             self._optimizer._place.move(self._displacement)
+            self._optimizer.ranks.go_on()
         self._states.append(random_state(self._devices))
 
     def home(self) -> None:

@@ -13,7 +13,8 @@ from flatmin.optim.engine import FlatOptimizer
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
 from flatmin.optim.rule import Probe, Rule
-from flatmin.vectors import Radii, Vector
+from flatmin.radii import Radii
+from flatmin.vectors import Vector
 
 
 class Hardest:

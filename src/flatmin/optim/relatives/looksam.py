@@ -10,7 +10,7 @@ from flatmin.optim.engine import FlatOptimizer
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
 from flatmin.optim.rule import HERE, Rule
-from flatmin.vectors import Radii
+from flatmin.radii import Radii
 
 
 def looksam(rho: Radii, alpha: float, fresh: bool, memory) -> Rule:

@@ -10,7 +10,8 @@ from flatmin.optim.engine import FlatOptimizer
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
 from flatmin.optim.rule import HERE, Rule
-from flatmin.vectors import Radii, Vector
+from flatmin.radii import Radii
+from flatmin.vectors import Vector
 
 BUFFERS = ("momentum_buffer", "exp_avg")  # of SGD, and of the Adam family
 

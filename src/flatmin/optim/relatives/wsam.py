@@ -10,7 +10,7 @@ from flatmin.optim.engine import FlatOptimizer
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
 from flatmin.optim.rule import HERE, Rule, Update
-from flatmin.vectors import Radii
+from flatmin.radii import Radii
 
 
 def wsam(rho: Radii, gamma: float, decouple: bool) -> Rule:

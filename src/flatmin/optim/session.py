@@ -1,0 +1,154 @@
+"""The evaluations of a step: between a rule, which asks for gradients, and a caller, who computes them.
+
+A session is a generator that yields probes; the weights are displaced while it waits, and whole when it has ended,
+however it ends.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Generator
+from typing import Any, Literal
+
+from torch import Tensor
+
+from flatmin.distributed import Ranks, explain
+from flatmin.optim.collect import Collector
+from flatmin.optim.ending import Ending
+from flatmin.optim.memory import Memory
+from flatmin.optim.misuse import ALREADY_UNDER_WAY, DIRECTION_LOST, check_dense
+from flatmin.optim.rule import Probe, Requests, Rule, Update, plain
+from flatmin.optim.scaling import Scaling
+from flatmin.place import Place
+from flatmin.quiet import Quiet
+from flatmin.vectors import Vector
+
+# What a step is doing: nothing, evaluating by a closure, in a loop or in a framework's loop (flatmin.optim.window), or
+# waiting for `step()` after a loop ("ready").
+Stage = Literal["idle", "closure", "loop", "window", "ready"]
+
+
+class Session(Ending):
+    """The first part of a step, until the direction stands."""
+
+    _restore: str
+    _every: int
+    _start: int
+    _stop: int | None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._rest()
+
+    def _rest(self) -> None:
+        """Nothing is under way."""
+        self._stage: str = "idle"
+        self._session: weakref.ref[Generator[Probe, None, None]] | None = None
+        self._place: Place | None = None
+        self._quiet: Quiet | None = None
+        self._ranks: Ranks | None = None
+        self._scaling = Scaling(None, [])
+        self._memory: Memory | None = None
+        self._drift: Vector | None = None
+        self._probe: Probe | None = None
+        self._rule_saw_gradients = False
+        self._micro_share: float | None = None
+        self._num_draws = 0
+
+    def rule(self) -> Rule:
+        """The method, as a fresh generator for one step."""
+        raise TypeError(f"{type(self).__name__} must define rule()")
+
+    def _open(self, stage: Stage, scaling: Scaling, share: float | None = None) -> Generator[Probe, None, None]:
+        session = self._guarded_session(stage, scaling, share)
+        if not self._under_way:
+            self._session = weakref.ref(session)
+        return session
+
+    def _guarded_session(self, stage: Stage, scaling: Scaling, share: float | None) -> Generator[Probe, None, None]:
+        params = self.params
+        earlier = self._begin(stage, scaling, share, params)
+        quiet = self._quiet
+        assert quiet is not None
+        place = self._place = Place(params, self._restore)
+        collector, active = Collector(params, stage != "closure", self.ranks), self._active()
+        try:
+            yield from self._probe_by_probe(self.rule() if active else plain(), place, quiet, collector)
+            if share is not None:
+                collector.combine(share, earlier)
+            self._rule_saw_gradients |= collector.handed_out and active
+            self._stage = "idle" if stage == "closure" else "ready"
+        except RuntimeError as error:
+            explain(error)
+            raise
+        finally:
+            place.home()  # a second time: an interrupt may have cut the first one off
+            self._place = self._probe = None
+
+    def _probe_by_probe(
+        self, rule: Rule, place: Place, quiet: Quiet, collector: Collector
+    ) -> Generator[Probe, None, None]:
+        ranks, requests = self.ranks, Requests(rule)
+        try:
+            probe = requests.next(None)
+            while probe is not None:
+                self._probe = probe
+                # A window goes away and home again with each micro-batch, so it keeps the displacement.
+                place.move(probe.displacement if self._stage == "window" else probe.release())
+                collector.before(probe)
+                try:
+                    ranks.probe(self._exchanges(probe) and not collector.is_part(probe, requests.ahead))
+                    quiet.probe()
+                    yield probe
+                finally:
+                    quiet.settle()
+                    ranks.settle()
+                quiet.leave()
+                probe.check_used()
+                if probe.weight is None:
+                    self._scaling.unscale()
+                if not self.takes_sparse:
+                    check_dense([p.grad for p in self.params], type(self).__name__)
+                place.move(None)  # a rule may read the weights, or draw noise in their scale
+                probe = requests.next(collector.after(probe))
+            place.home()
+            self._install(collector, requests.direction)
+        finally:
+            place.home()
+            quiet.end()
+
+    def _exchanges(self, probe: Probe) -> bool:
+        return self.sync_ascent or not probe.ascent
+
+    def _install(self, collector: Collector, direction: Vector | Update | None) -> None:
+        if isinstance(direction, Update):
+            drift = direction.drift if self._micro_share is None else direction.drift * self._micro_share
+            self._drift = drift if self._drift is None else self._drift + drift
+            direction = direction.direction
+        collector.install(direction)
+        self._scaling.settle(self.ranks.agree, is_scaled=direction is None)
+
+    def _active(self) -> bool:
+        t = self.num_steps
+        due = t >= self._start and (t - self._start) % self._every == 0
+        return due and (self._stop is None or t < self._stop) and self.radii().any
+
+    def _begin(self, stage: Stage, scaling: Scaling, share: float | None, params: list[Tensor]) -> Vector | None:
+        """Makes ready for a loop. Returns what earlier loops of the same step have given."""
+        if self._under_way:
+            raise ValueError(ALREADY_UNDER_WAY)
+        self._heal()
+        goes_on = self._stage == "ready" and share is not None and self._micro_share is not None
+        if self._stage == "ready" and not goes_on:
+            raise ValueError(DIRECTION_LOST)
+        self._fill_groups()
+        self._stage, self._micro_share = stage, share
+        if not goes_on:
+            self._scaling, self._memory, self._drift, self._num_draws = scaling, None, None, 0
+            self._rule_saw_gradients = False
+        if self._ranks is not None and self._ranks.num_params != len(params):
+            self._ranks = None  # parameters were added
+        if self._quiet is None:
+            self._quiet = Quiet({p.device for p in params}, self._model)
+        self._quiet.begin(undoable=self._guard, goes_on=goes_on)
+        return Vector([p.grad for p in params]) if goes_on else None
