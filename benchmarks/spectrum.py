@@ -2,8 +2,8 @@
 
     python -m benchmarks.spectrum            in the environment of `benchmarks.measuring`, for the other tools
 
-Truth: the dense Hessian in double precision where it can be written down, else Lanczos to 1e-6. The unit of cost is the
-gradient of the same data, timed in turns with each call, in CPU time of one thread.
+Truth: the dense Hessian in double precision where it can be written down, else Lanczos to residuals of 1e-4. The
+unit of cost is the gradient of the same data, timed in turns with each call, in CPU time of one thread.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import flatmin
 from benchmarks.measured import CASES, Batches, Case
 
 RESULTS = Path(__file__).parent / "results" / "spectrum.json"
-SEEDS = {"MLP": 20, "ResNet": 3}  # of this library; other tools run on the small networks, with a fifth of the seeds
+SEEDS = {"MLP": 20, "ResNet": 3, "transformer": 3}  # of this library
 GOAL = 1e-3
 
 
@@ -104,19 +104,20 @@ def eigenvalues(case: Case, model: nn.Module, batches: Batches, truth: np.ndarra
     objective = flatmin.Objective(model, nn.CrossEntropyLoss(), batches)
     tools: dict[str, Callable[[int, int], Any]] = {"flatmin": lambda k, seed: ours(objective, k, seed)}
     for name, (tool, package) in OTHERS.items():
-        if installed(package) and case.name.startswith("MLP"):
+        if installed(package):
             tools[name] = lambda k, seed, tool=tool: tool(model, batches, k, seed)
-    seeds = next(n for name, n in SEEDS.items() if case.name.startswith(name))
     found = {}
     for name, tool in tools.items():
         for k in (1, 5):
-            few = seeds if name == "flatmin" else max(1, seeds // 5)
+            seeds = num_seeds(case, name, k)
+            if not seeds:
+                continue
             runs = [
-                one(model, batches, lambda k=k, seed=seed, tool=tool: tool(k, seed), truth[:k]) for seed in range(few)
+                one(model, batches, lambda k=k, seed=seed, tool=tool: tool(k, seed), truth[:k]) for seed in range(seeds)
             ]
             costs, products, errors, converged = map(np.array, zip(*runs, strict=True))
             found[f"{name}, top-{k}"] = {
-                "seeds": few,
+                "seeds": seeds,
                 "products": float(np.median(products)),
                 "products_q95": float(np.quantile(products, 0.95)),
                 "within_goal": float(np.mean(errors <= GOAL)),
@@ -126,6 +127,16 @@ def eigenvalues(case: Case, model: nn.Module, batches: Batches, truth: np.ndarra
             }
             print(case.name, name, k, found[f"{name}, top-{k}"], flush=True)
     return found
+
+
+def num_seeds(case: Case, name: str, k: int) -> int:
+    """Other tools: a fifth of the seeds on the small networks, and PyHessian's five values once on the ResNet."""
+    seeds = next(n for start, n in SEEDS.items() if case.name.startswith(start))
+    if name == "flatmin":
+        return seeds
+    if case.name.startswith("MLP"):
+        return seeds // 5
+    return int(case.name.startswith("ResNet") and name.startswith("PyHessian") and k == 5)
 
 
 def one(
@@ -175,12 +186,13 @@ def installed(package: str) -> bool:
 
 
 def reference(model: nn.Module, batches: Batches) -> np.ndarray:
-    """The five largest eigenvalues to 1e-6, where the Hessian is too large to be written down."""
+    """The five largest eigenvalues, to 3% of the goal or better, where the Hessian is too large to be written down."""
     objective = flatmin.Objective(model, nn.CrossEntropyLoss(), batches)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # in single precision the last digits are rounding
-        found = flatmin.top_eigenvalues(objective, 5, tol=1e-6, max_products=45, max_basis=60, seed=1000)
+        found = flatmin.top_eigenvalues(objective, 5, tol=1e-4, max_products=80, max_basis=100, seed=1000)
     assert max(found.residuals) < 0.3 * GOAL * found.values[-1]  # the error is about its square over the gap
+    assert max(found.errors) < 0.03 * GOAL * found.values[-1]
     return np.array(found.values)
 
 
