@@ -11,8 +11,8 @@ size = min(|theta|, theta_max - theta_min), since the spread does not change wit
     theta has moved by at most tol size over the last 3 products
     the residual fell by 30% or more in each of the last 4 products, or is at most a tenth of tol size
 
-The last one costs hardly a product where the values stand apart, and leaves a quarter of the wrong answers where they
-do not (docs/decisions/0013-stopping.md).
+The last one costs nothing where the values stand apart, and finds most of the wrong answers where they do not
+(docs/decisions/0013-stopping.md).
 """
 
 from __future__ import annotations
