@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import wasserstein_distance
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flatmin
@@ -48,7 +48,12 @@ def gradient(model: nn.Module, batches: Batches) -> None:
 
 
 def dense_spectrum(model: nn.Module, batches: Batches) -> np.ndarray:
-    """All eigenvalues, reverse over reverse in double precision, at the same weights."""
+    """All eigenvalues."""
+    return torch.linalg.eigvalsh(dense_hessian(model, batches)).numpy()
+
+
+def dense_hessian(model: nn.Module, batches: Batches) -> Tensor:
+    """Reverse over reverse in double precision, at the same weights."""
     model = model.double()
     params = list(model.parameters())
     count = sum(len(labels) for _, labels in batches)
@@ -58,7 +63,7 @@ def dense_spectrum(model: nn.Module, batches: Batches) -> np.ndarray:
     rows = [torch.autograd.grad(g, params, retain_graph=True, materialize_grads=True) for g in flat]
     hessian = torch.stack([torch.cat([r.flatten() for r in row]) for row in rows])
     model.float()
-    return torch.linalg.eigvalsh((hessian + hessian.T) / 2).numpy()
+    return (hessian + hessian.T) / 2
 
 
 def ours(objective: flatmin.Objective, k: int, seed: int) -> tuple[np.ndarray, int, bool]:

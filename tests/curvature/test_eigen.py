@@ -7,7 +7,12 @@ import pytest
 import torch
 
 import flatmin
+from benchmarks.spectra import simulated, unit
+from benchmarks.stopping import NOW, follow
 from flatmin import problems
+from flatmin.curvature.eigen import _Search
+from flatmin.curvature.lanczos import Lanczos
+from flatmin.vectors import Vector
 from tests.curvature.nets import NETS, criterion, dense_hessian, make
 
 
@@ -291,6 +296,29 @@ def test_a_crowded_spectrum_is_never_wrong_and_converged(k):
     # Eigenvalues that are not told apart yet: small residuals that do not fall.
     errors, converged = outcomes("clusters", k, range(20))
     assert not (converged & (errors > 1e-3)).any()
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_the_benchmark_of_rules_stops_where_the_search_does(k):
+    stopped = 0
+    for seed, (_, spectrum, gradient, chance) in enumerate(simulated(15, seed=7)):
+        start, products = unit(gradient) + chance, 60
+        diagonal = torch.tensor(spectrum)
+        lanczos = Lanczos(
+            lambda v, d=diagonal: Vector(d * part for part in v.present),
+            [diagonal],
+            seed=seed,
+            start=torch.tensor(start),
+        )
+        search = _Search(lanczos, k, 1.0, 1e-3)
+        converged = search.run(products, products + 1)
+        stop = follow(spectrum, start, products, seed).first(k).stop(NOW)
+        assert converged == (stop is not None)
+        if stop is not None:
+            stopped += 1
+            assert stop[0] == lanczos.num_products
+            assert np.allclose(stop[1], search.values, rtol=1e-12)
+    assert stopped > 8
 
 
 @pytest.mark.parametrize("which", ["LA", "SA"])
