@@ -212,10 +212,12 @@ def summary(products: list[int]) -> dict[str, float]:
 
 def rules_table(results: dict[str, Any]) -> str:
     """Wrong answers and products of each rule."""
-    lines = ["| rule | wrong and converged | products, median / most | at the lower end |", "|---|---:|---:|---:|"]
+    lines = ["| rule | converged | of these wrong | products, median / most | at the lower end |"]
+    lines += ["|---|---:|---:|---:|---:|"]
     for name, row in results["rules"].items():
+        converged = row["converged"] / (results["spectra"] * len(COUNTS))
         mark = "**" if name == NOW.name else ""
-        cells = [name, f"{row['share']:.1%}", cell(row["upper"]), cell(row["lower"])]
+        cells = [name, f"{converged:.0%}", f"{row['share']:.1%}", cell(row["upper"]), cell(row["lower"])]
         lines.append("| " + " | ".join(mark + text + mark for text in cells) + " |")
     return "\n".join(lines)
 
@@ -239,9 +241,7 @@ def main() -> None:
     results: dict[str, Any] = {"torch": torch.__version__, "flatmin": flatmin.__version__}
     results |= {"machine": platform.machine(), "tol": TOL, "spectra": SPECTRA, "kinds": len(KINDS), "seeds": SEEDS}
     results["top_six"] = np.sort(network.spectrum)[::-1][:6].tolist()
-    results["oracle"] = oracle(network)
-    results["rules"] = rules(network)
-    results["shares"] = shares()
+    results |= {"oracle": oracle(network), "rules": rules(network), "shares": shares()}
     RESULTS.write_text(json.dumps(results, indent=1))
     print(rules_table(results), starts_table(results), sep="\n\n")
 
