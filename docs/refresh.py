@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/results.md from the committed records (between their markers)."""
+"""Writes the tables of README.md and the pages below from the committed records (between their markers)."""
 
 import json
 import re
@@ -18,6 +18,8 @@ from benchmarks.spectrum import markdown as spectrum_table
 from benchmarks.split_batch import markdown as split_table
 from benchmarks.step import markdown as cost_table
 from benchmarks.step_peers import markdown as peers_table
+from benchmarks.stopping import RESULTS as STOPPING
+from benchmarks.stopping import rules_table, starts_table
 from docs.flatness import RECORD
 from docs.flatness_pictures import flatness_tables
 from flatmin.lab.display import markdown_table
@@ -27,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = (
     "results.md",
     "methods.md",
+    "decisions/0013-stopping.md",
     *(f"concepts/{name}.md" for name in ("step", "scale", "flatness", "measuring")),
 )
 
@@ -58,6 +61,7 @@ def main() -> None:
     cost = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())
     split = json.loads((ROOT / "benchmarks" / "results" / "split_batch.json").read_text())
     sent = json.loads((ROOT / "benchmarks" / "results" / "collectives.json").read_text())
+    stopping = json.loads(STOPPING.read_text())
     measuring = json.loads((ROOT / "benchmarks" / "results" / "measuring.json").read_text())
     tables = {
         "demo": markdown_table(summary),
@@ -72,6 +76,8 @@ def main() -> None:
         "spectrum": spectrum_table(json.loads(SPECTRUM.read_text())),
         **flatness_tables(json.loads(RECORD.read_text())),
         "measuring": measuring_tables(measuring),
+        "stopping": rules_table(stopping),
+        "starts": starts_table(stopping),
     }
     for path in (ROOT / "README.md", *(ROOT / "docs" / name for name in PAGES)):
         text = path.read_text()

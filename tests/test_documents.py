@@ -15,6 +15,7 @@ from benchmarks.spectrum import markdown as spectrum_table
 from benchmarks.split_batch import markdown as split_table
 from benchmarks.step import markdown as cost_table
 from benchmarks.step_peers import markdown as peers_table
+from benchmarks.stopping import NOW, rules_table, starts_table
 from docs.flatness import RECORD as FLATNESS
 from docs.flatness_pictures import PICTURES, draw, flatness_tables
 from docs.refresh import methods_table
@@ -134,6 +135,18 @@ def test_what_is_sent_is_the_committed_count_and_agrees_with_the_model_of_cost()
 def test_the_table_of_eigenvalues_is_the_committed_result():
     results = json.loads((ROOT / "benchmarks" / "results" / "spectrum.json").read_text())
     assert spectrum_table(results) in (ROOT / "docs" / "concepts" / "measuring.md").read_text()
+
+
+def test_the_tables_of_stopping_are_the_committed_result():
+    results = json.loads((ROOT / "benchmarks" / "results" / "stopping.json").read_text())
+    text = (ROOT / "docs" / "decisions" / "0013-stopping.md").read_text()
+    assert rules_table(results) in text
+    assert starts_table(results) in text
+    now, shares = results["rules"][NOW.name], results["shares"]
+    close, weak = (now["wrong_with"][why] for why in ("two values closer than tol", "a part below a tenth"))
+    assert f"{now['wrong']} wrong answers. In {close} of them" in text
+    assert f"In {weak} others" in text
+    assert f"({shares['0.1']['wrong']} for {shares['1.0']['wrong']}," in text
 
 
 def test_the_page_on_flatness_is_computed_from_its_record():

@@ -1,11 +1,18 @@
 """Eigenvalues against the dense spectrum; residual bounds that hold; loud when not converged."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
 import flatmin
+from benchmarks.spectra import simulated, unit
+from benchmarks.stopping import NOW, follow
 from flatmin import problems
+from flatmin.curvature.eigen import _Search
+from flatmin.curvature.lanczos import Lanczos
+from flatmin.vectors import Vector
 from tests.curvature.nets import NETS, criterion, dense_hessian, make
 
 
@@ -239,3 +246,92 @@ def test_no_ghosts():
     h = torch.cat([torch.tensor([100.0, 50.0]), torch.linspace(0, 1, 400)]).float()
     result = flatmin.top_eigenvalues(objective_with(h), 3, tol=1e-3, max_products=200)
     assert np.allclose(result.values, [100, 50, 1], rtol=2e-3)
+
+
+def spectrum_of(kind, n, rng):
+    """Eigenvalues: power laws, a decay, or a bulk with eight values apart, some of them nearly equal."""
+    i = np.arange(1, n + 1.0)
+    if kind in ("1 / i", "1 / i^2"):
+        return i ** -float(len(kind) - 4 or 1)
+    if kind == "decay":
+        return np.exp(-i * 10 ** rng.uniform(-2, -0.3))
+    if kind == "clusters":
+        return np.concatenate([c + 10 ** rng.uniform(-4, -1.5) * rng.standard_normal(n // 6) for c in rng.random(6)])
+    bulk = 0.1 + 0.3 * (2 * rng.beta(1.5, 1.5, n) - 1)
+    apart = np.sort(rng.uniform(0.5, 1.5, 8))[::-1]
+    if kind == "pairs":
+        apart[1::2] = apart[::2] * (1 - 10 ** rng.uniform(-4, -1, 4))
+    if kind == "fifth and sixth":
+        apart[5] = apart[4] * (1 - 10 ** rng.uniform(-4, -1))
+    bulk[:8] = apart
+    return bulk + 10 if kind == "shifted" else bulk
+
+
+def outcomes(kind, k, seeds):
+    """Relative errors, worst of k, and whether each search says that it is converged; from random starts."""
+    found = []
+    for seed in seeds:
+        h = spectrum_of(kind, (60, 240)[seed % 2], np.random.default_rng(seed))
+        truth = np.sort(h)[::-1][:k]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            result = flatmin.top_eigenvalues(
+                objective_with(torch.tensor(h)), k, start="random", seed=seed, max_products=60
+            )
+        found.append((np.max(np.abs(np.array(result.values) - truth) / np.abs(truth)), result.converged))
+    errors, converged = map(np.array, zip(*found, strict=True))
+    return errors, converged
+
+
+@pytest.mark.parametrize("kind", ["1 / i", "1 / i^2", "decay", "outliers", "pairs", "fifth and sixth", "shifted"])
+@pytest.mark.parametrize("k", [1, 5])
+def test_spectra_of_many_kinds(kind, k):
+    errors, converged = outcomes(kind, k, range(10))
+    assert converged.all()
+    assert (errors <= 1e-3).all()
+
+
+@pytest.mark.parametrize("k", [2, 5])
+def test_a_crowded_spectrum_is_never_wrong_and_converged(k):
+    # Eigenvalues that are not told apart yet: small residuals that do not fall.
+    errors, converged = outcomes("clusters", k, range(20))
+    assert not (converged & (errors > 1e-3)).any()
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_the_benchmark_of_rules_stops_where_the_search_does(k):
+    stopped = 0
+    for seed, (_, spectrum, gradient, chance) in enumerate(simulated(15, seed=7)):
+        start, products = unit(gradient) + chance, 60
+        diagonal = torch.tensor(spectrum)
+        lanczos = Lanczos(
+            lambda v, d=diagonal: Vector(d * part for part in v.present),
+            [diagonal],
+            seed=seed,
+            start=torch.tensor(start),
+        )
+        search = _Search(lanczos, k, 1.0, 1e-3)
+        converged = search.run(products, products + 1)
+        stop = follow(spectrum, start, products, seed).first(k).stop(NOW)
+        assert converged == (stop is not None)
+        if stop is not None:
+            stopped += 1
+            assert stop[0] == lanczos.num_products
+            assert np.allclose(stop[1], search.values, rtol=1e-12)
+    assert stopped > 8
+
+
+@pytest.mark.parametrize("which", ["LA", "SA"])
+def test_errors_are_of_the_right_size(which):
+    ratios = []
+    for name in ("relu", "tanh"):
+        objective, spectrum = setting(name)
+        truth = spectrum[::-1][:3] if which == "LA" else spectrum[:3]
+        for seed in range(3):
+            result = flatmin.top_eigenvalues(objective, 3, which=which, tol=0.02, seed=seed)
+            true = np.abs(np.array(result.values) - truth)
+            seen = true > 1e-9  # the others are exact to rounding
+            ratios += list(np.array(result.errors)[seen] / true[seen])
+    assert len(ratios) >= 5
+    assert min(ratios) > 0.3
+    assert max(ratios) < 2  # the residuals are hundreds of times larger

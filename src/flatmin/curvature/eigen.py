@@ -1,11 +1,18 @@
 """Extreme eigenvalues of the Hessian, or of another curvature operator, by Lanczos iteration (`lanczos.py`).
 
 The residual r = |H y - theta y| of a Ritz pair is known without another product, and an eigenvalue lies within r of
-theta. That it is the *largest* cannot be proved. In a crowded spectrum (1, up to a thousandth, and one value apart) the
-first Ritz values have small residuals and are not the largest. The iteration therefore stops only if
+theta. That it is the *largest*, or that no other one is near, cannot be proved. In a crowded spectrum (1, up to a
+thousandth, and one value apart) the first Ritz values have small residuals and are not the largest; two eigenvalues
+that are not told apart yet look like one between them, whose residual is small but does not fall. The iteration
+therefore stops only if, for every wanted value, after at least 8 products and with
+size = min(|theta|, theta_max - theta_min), since the spread does not change with a shift,
 
-    residual <= tol |theta|   and   residual <= tol (theta_max - theta_min)      the spread does not change with a shift
-    theta has moved by at most tol (theta_max - theta_min) over the last 3 products, after at least 8
+    residual <= tol size
+    theta has moved by at most tol size over the last 3 products
+    the residual fell by 30% or more in each of the last 4 products, or is at most a tenth of tol size
+
+The last one costs nothing where the values stand apart, and finds most of the wrong answers where they do not
+(docs/decisions/0013-stopping.md).
 """
 
 from __future__ import annotations
@@ -27,6 +34,8 @@ from flatmin.vectors import Vector
 
 MIN_PRODUCTS = 8  # before that a start that is nearly orthogonal to the wanted vector shows nothing of it
 STABLE = 3  # products over which a value must stay
+FALLS, FALL = 4, 0.7  # products over which its residual must fall, each time by this factor ...
+TINY = 0.1  # ... unless it is so small a part of what is allowed
 
 
 def top_eigenvalues(
@@ -48,7 +57,8 @@ def top_eigenvalues(
         k: how many.
         which: "LA" or "SA".
         tol: an eigenvalue counts as found when its residual is at most `tol` times its size, and at most `tol` times
-            the spread of the spectrum that was seen, and its value stays within that over 3 products.
+            the spread of the spectrum that was seen, its value stays within that over 3 products, and its residual is
+            falling, or is at most a tenth of that.
         max_products: Hessian-vector products over the whole data, at most.
         max_basis: vectors that are kept at a time, each one copy of the parameters; then the iteration is restarted
             from the best of them. 40, or 2 k + 20 if that is more, if not given; fewer cost more products.
@@ -58,11 +68,11 @@ def top_eigenvalues(
         seed: of the starting vector.
 
     Returns:
-        EigenResult with `values`, `residuals`, `converged`. If not converged, a RuntimeWarning says so too. An
-        eigenvalue lies within the residual of each value (rounding included), and usually within residual^2 / gap.
-        That it is the largest is what the stability is for: it cannot be proved.
+        EigenResult with `values`, `residuals`, `errors`, `converged`. If not converged, a RuntimeWarning says so too.
+        An eigenvalue lies within the residual of each value (rounding included); usually it lies within residual^2 /
+        gap, which `errors` estimates. That it is the largest is what the rest of the rule is for: it cannot be proved.
 
-    Cost: 2 to 3 gradients of the data per product; usually 8 to 20 products, never fewer than 8 (or the number of
+    Cost: 2 to 3 gradients of the data per product; usually 8 to 25 products, never fewer than 8 (or the number of
     parameters). Memory: one copy of the parameters per product, up to `max_basis`; twice that at a restart.
 
     Raises:
@@ -96,6 +106,7 @@ def top_eigenvalues(
         seed=seed,
         values=tuple(float(v) for v in search.values),
         residuals=tuple(float(r) for r in search.residuals),
+        errors=tuple(float(e) for e in search.errors),
         converged=converged,
         which=which,
         vectors=search.vectors(objective.params) if vectors else (),
@@ -141,9 +152,9 @@ class _Search:
 
     def __init__(self, lanczos: Lanczos, k: int, sign: float, tol: float):
         self._lanczos, self._k, self._sign, self._tol = lanczos, k, sign, tol
-        self._history: list[np.ndarray] = []
+        self._history: list[tuple[np.ndarray, np.ndarray]] = []  # values and residuals, without rounding
         self._lowest, self._highest = math.inf, -math.inf  # of the spectrum, as far as it was seen
-        self.values = self.residuals = np.empty(0)  # the wanted end first; residuals with rounding
+        self.values = self.residuals = self.errors = np.empty(0)  # the wanted end first; the latter two with rounding
         self._coordinates = np.empty((0, 0))
 
     def run(self, max_products: int, max_basis: int) -> bool:
@@ -165,18 +176,24 @@ class _Search:
         theta, residuals, coordinates = self._lanczos.ritz()
         self._lowest, self._highest = min(self._lowest, theta[0]), max(self._highest, theta[-1])
         order = np.argsort(-self._sign * theta)
-        theta, bounds, self._coordinates = theta[order], residuals[order], coordinates[:, order]
-        self.values, self.residuals = theta[: self._k], bounds[: self._k] + self._lanczos.rounding
-        self._history = [*self._history[-STABLE:], self.values]
-        return self._lanczos.num_products >= MIN_PRODUCTS and self._found(bounds[: self._k])
+        self._coordinates = coordinates[:, order]
+        values, bounds = theta[order][: self._k], residuals[order][: self._k]
+        ahead = self._sign * np.sort(self._sign * self._lanczos.ahead())[::-1][: len(values)]
+        self.values, self.residuals = values, bounds + self._lanczos.rounding
+        self.errors = np.minimum(np.abs(ahead - values), bounds) + self._lanczos.rounding
+        self._history = [*self._history[-FALLS:], (values, bounds)]
+        return self._lanczos.num_products >= MIN_PRODUCTS and self._found()
 
-    def _found(self, bounds: np.ndarray) -> bool:
-        if any(len(values) < self._k for values in self._history) or len(self._history) <= STABLE:
+    def _found(self) -> bool:
+        if len(self._history) <= FALLS or any(len(values) < self._k for values, _ in self._history):
             return False
-        spread, floor = self._highest - self._lowest, self._lanczos.floor
-        small = bounds <= np.maximum(self._tol * np.minimum(np.abs(self.values), spread), floor)
-        moved = max(float(np.abs(earlier - self.values).max()) for earlier in self._history[:-1])
-        return bool(small.all() and moved <= max(self._tol * spread, 10 * floor))
+        values, bounds = (np.stack(rows) for rows in zip(*self._history, strict=True))
+        floor = self._lanczos.floor
+        allowed = self._tol * np.minimum(np.abs(self.values), self._highest - self._lowest)
+        small = bounds[-1] <= np.maximum(allowed, floor)
+        stays = np.abs(values[-1 - STABLE :] - values[-1]).max(0) <= np.maximum(allowed, 10 * floor)
+        falls = (bounds[1:] <= FALL * bounds[:-1]).all(0) | (bounds[-1] <= np.maximum(TINY * allowed, floor))
+        return bool((small & stays & falls).all())
 
     def _restart(self) -> None:
         # The wanted vectors and half of the others, from the wanted end: the nearest ones slow convergence down most.

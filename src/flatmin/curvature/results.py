@@ -99,14 +99,17 @@ class EigenResult(Measurement):
     Attributes:
         values: eigenvalues, the wanted end first.
         residuals: |H v - value v| for each, |v| = 1, with a bound of rounding: an eigenvalue lies within this distance.
-        converged: whether every residual is small beside its value and beside the spread of the spectrum, and the
-            values have stayed (see `top_eigenvalues`).
+        errors: an estimate of each value's error, about residual^2 / gap, with a bound of rounding: by how much one
+            more product would move it (see `Lanczos.ahead`). Not a bound: an eigenvalue that was not seen is not in it.
+        converged: whether every residual is small beside its value and beside the spread of the spectrum, and falling,
+            and the values have stayed (see `top_eigenvalues`).
         which: "LA" (largest algebraic) or "SA" (smallest).
         vectors: the eigenvectors, of norm 1, if they were asked for; not part of `to_dict`.
     """
 
     values: tuple[float, ...] = ()
     residuals: tuple[float, ...] = ()
+    errors: tuple[float, ...] = ()
     converged: bool = True
     which: str = "LA"
     vectors: tuple[Vector, ...] = field(default=(), repr=False, compare=False)
