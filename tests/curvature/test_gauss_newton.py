@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import flatmin
 from flatmin.curvature import gauss_newton as module
 from flatmin.curvature.gauss_newton import ClassVectors, exact_trace, inspect
+from flatmin.vectors import Vector
 from tests.curvature.nets import NETS, criterion, dense_gauss_newton, dense_hessian, make
 
 SAMPLES = 6
@@ -152,6 +153,29 @@ def test_a_trace_that_is_not_finite_is_refused():
         model.get_parameter("0.weight").zero_()
     with pytest.raises(ValueError, match=r"not finite.*'0\.weight'"):
         exact_trace(objective, split)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+@pytest.mark.parametrize("where", ["in the criterion", "left by the forward pass"])
+def test_a_loss_that_is_more_than_one_of_the_outputs_is_not_split(activation, where):
+    model = net(nn.Linear(4, 5), activation(), nn.Linear(5, 3)).double()
+    x, y = torch.randn(12, 4).double(), torch.randint(3, (12,))
+    left = []
+    model.get_submodule("1").register_forward_hook(lambda _module, _args, hidden: left.append(hidden.square().mean()))
+
+    def penalised(z, y):
+        penalty = sum(p.square().sum() for p in model.parameters()) if where == "in the criterion" else left[-1]
+        return F.cross_entropy(z, y) + 0.1 * penalty
+
+    objective = flatmin.Objective(model, penalised, [(x, y)])
+    truth = dense_hessian(model, lambda: penalised(model(x), y)).trace().item()
+    found = flatmin.trace(objective, max_products=100)
+    assert "not only through the outputs" in found.method
+    assert 0 < abs(found.value - truth) < 4 * found.stderr
+    with pytest.raises(ValueError, match="not only through the outputs"):
+        flatmin.trace(objective, method="gauss-newton")
+    with pytest.raises(ValueError, match="not only through the outputs"):
+        flatmin.GaussNewtonOperator(objective).product(Vector(objective.params))
 
 
 LOSSES = {

@@ -23,6 +23,10 @@ from flatmin.curvature.graph import check_differentiable
 from flatmin.curvature.objective import Objective
 from flatmin.noise import draw_like
 
+BESIDE_OUTPUTS = (
+    "the loss depends on the parameters not only through the outputs (a penalty in the criterion?), and Gauss-Newton "
+    "and Fisher would leave that part out. The Hessian does not: trace(method='hutchinson'), HessianOperator."
+)
 MAX_OUTPUTS = 64  # outputs per sample up to which A is written down
 
 
@@ -41,7 +45,12 @@ class Point:
             self.outputs = outputs.requires_grad_()
             loss = objective.batch_loss(self.outputs, targets, size)
             check_differentiable([loss])
-            self.slope: Tensor = torch.autograd.grad(loss, self.outputs, create_graph=True)[0]
+            inputs = [self.outputs, *objective.params]
+            self.slope, *beside = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
+            if self.slope is None:
+                self.slope = torch.zeros_like(self.outputs)
+        if any(part is not None for part in beside):
+            raise ValueError(BESIDE_OUTPUTS)
 
     def curvature(self, u: Tensor) -> Tensor:
         """A u, of the shape of the outputs."""
