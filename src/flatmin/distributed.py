@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatmin.shards import is_sharded
 
+AVAILABLE = distributed.is_available()
 _DIGIT = 2**12
 
 LOST = (
@@ -51,16 +52,12 @@ def explained() -> Iterator[None]:
 
 def rank() -> int:
     """The number of this process among those of the default group; 0 if there is none."""
-    return distributed.get_rank() if _initialised() else 0
+    return distributed.get_rank() if AVAILABLE and distributed.is_initialized() else 0
 
 
 def several() -> bool:
     """Whether `torch.distributed` runs with more than one process."""
-    return _initialised() and distributed.get_world_size() > 1
-
-
-def _initialised() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
+    return AVAILABLE and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def summed_over(group: Any, tensors: Sequence[Tensor], count: int) -> tuple[list[Tensor], int]:
@@ -118,7 +115,7 @@ class Ranks:
         self._shards: list[weakref.ref[Any]] = []  # the modules that FSDP2 gathers weights for
         self._search_shards = bool(meshes)
         self._exchange = True
-        self._searching = False
+        self._active = False  # there is something to settle
         self._silenced: list[DistributedDataParallel] = []
         named = [] if model is None else list(model.modules())
         # A compiled model would trace the hook that searches.
@@ -133,13 +130,13 @@ class Ranks:
         self._exchange = exchange
         if not (several() or self._shards or self._search_shards):
             return
+        self._active = True
         self.settle()
+        self._active = True
         self.go_on()
         if self._search and not self._replicas:
-            self._searching = True
             _global_forward_pre_hooks[id(self)] = self._meet  # in torch's table itself: see flatmin.quiet
         if self._search_shards:
-            self._searching = True
             _global_forward_pre_hooks[id(self)] = self._meet_shards
 
     def go_on(self) -> None:
@@ -149,13 +146,14 @@ class Ranks:
 
     def settle(self) -> None:
         """After an evaluation, raised or not; may be called again."""
-        if self._searching:
-            _global_forward_pre_hooks.pop(id(self), None)
-            self._searching = False
+        if not self._active:
+            return
+        _global_forward_pre_hooks.pop(id(self), None)
         self._reshard()
         for replica in self._silenced:
             replica.require_backward_grad_sync = True
         self._silenced = []
+        self._active = False
 
     @property
     def reuse_gradients(self) -> bool:

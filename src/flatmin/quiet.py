@@ -31,7 +31,6 @@ from torch.nn.modules.module import _global_forward_pre_hooks
 from flatmin.shape import Shape
 
 RandomState = dict[torch.device, Tensor]
-Owners = dict[weakref.ref[nn.Module], None]  # in order
 CPU = torch.device("cpu")
 
 
@@ -61,7 +60,7 @@ def undisturbed(model: nn.Module, *, eval_mode: bool = True) -> Iterator[None]:
     """
     modes = [(module, module.training) for module in model.modules()]
     states = random_state({p.device for p in model.parameters()})
-    buffers = Buffers(weakref.ref(module) for module in model.modules())
+    buffers = Buffers(model.modules())
     try:
         if eval_mode:
             model.eval()
@@ -88,7 +87,7 @@ class Quiet:
     def __init__(self, devices: Iterable[torch.device], model: nn.Module | None = None):
         self._devices = [d for d in devices if d.type != "cpu"]
         self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._owners: Owners = {}  # the known modules that have buffers
+        self._owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # those of them that have buffers
         self._model = model
         self._has_buffers = False
         if model is not None:
@@ -164,7 +163,7 @@ class Quiet:
             self._enter(module)
         elif self._members is not None and module not in self._members:
             self._members = None  # it calls what it does not list, so it is to be watched every time
-        if module not in self._known or (module._buffers and weakref.ref(module) not in self._owners):
+        if module not in self._known or (module._buffers and module not in self._owners):
             owners = self._learn(module)
             if self._copying and owners:
                 self._copies().copy(owners, inside=True)
@@ -196,30 +195,29 @@ class Quiet:
         self._later = self._later or Buffers()
         return self._later
 
-    def _learn(self, module: nn.Module) -> Owners:
+    def _learn(self, module: nn.Module) -> list[nn.Module]:
         new = [part for part in module.modules() if part not in self._known]
         self._known.update(new)
-        parts = [*new, module]  # which may have got its first buffer since
-        owners = {ref: None for part in parts if part._buffers and (ref := weakref.ref(part)) not in self._owners}
-        self._owners |= owners
-        self._has_buffers |= any(b is not None for part in parts for b in part._buffers.values())
+        parts = new or [module]  # which has got its first buffer since
+        owners = [part for part in parts if part._buffers]
+        self._owners.update(owners)
+        self._has_buffers |= any(b is not None for part in owners for b in part._buffers.values())
         return owners
 
 
 class Buffers:
     """Copies of the buffers of modules."""
 
-    def __init__(self, owners: Iterable[weakref.ref[nn.Module]] = ()):
+    def __init__(self, owners: Iterable[nn.Module] = ()):
         self._kept: list[tuple[nn.Module, str, Tensor | None, Tensor | None, bool]] = []
         self.copy(owners)
 
-    def copy(self, owners: Iterable[weakref.ref[nn.Module]], *, inside: bool = False) -> None:
+    def copy(self, owners: Iterable[nn.Module], *, inside: bool = False) -> None:
         """Adds the buffers of `owners`; `inside` a forward, where a module may wear somebody else's buffers."""
-        for owner in owners:
-            if (module := owner()) is not None:
-                for name, buffer in module._buffers.items():
-                    value = None if buffer is None else buffer.detach().clone()
-                    self._kept.append((module, name, buffer, value, inside))
+        for module in owners:
+            for name, buffer in module._buffers.items():
+                value = None if buffer is None else buffer.detach().clone()
+                self._kept.append((module, name, buffer, value, inside))
 
     def put_back(self) -> None:
         """Restores values, and which tensor is registered; may be called again."""

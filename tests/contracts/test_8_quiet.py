@@ -246,3 +246,18 @@ def test_graphs_that_the_caller_holds_stay_valid(method):
     optimizer.step(closure)  # type: ignore[arg-type]
     critic(fake).mean().backward()
     assert generator[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("method", ["sam", "nso"])
+def test_modules_made_in_every_step_are_forgotten(method):
+    case = Case(method, model_name="batchnorm")
+
+    def closure():
+        case.optimizer.zero_grad()
+        loss = nn.CrossEntropyLoss()(case.model(case.x), case.y)  # it has a buffer, `weight`
+        loss.backward()
+        return loss
+
+    for _ in range(5):
+        case.optimizer.step(closure)
+    assert len(case.optimizer._quiet._owners) <= 2

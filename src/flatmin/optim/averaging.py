@@ -8,7 +8,6 @@ entry, so those of shards (FSDP2) are shards, and nothing is exchanged for them.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -139,7 +138,7 @@ class Averager:
         """
         self._check_outside("applied()")
         self._check_parameters()
-        place, buffers = Place(self._params), Buffers(weakref.ref(part) for part in self._model.modules())
+        place, buffers = Place(self._params), Buffers(self._model.modules())
         try:
             try:
                 self._place = place
