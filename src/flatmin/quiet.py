@@ -198,7 +198,7 @@ class Quiet:
     def _learn(self, module: nn.Module) -> list[nn.Module]:
         new = [part for part in module.modules() if part not in self._known]
         self._known.update(new)
-        parts = new or [module]  # which has got its first buffer since
+        parts = dict.fromkeys([*new, module])  # a known one may have got its first buffer since
         owners = [part for part in parts if part._buffers]
         self._owners.update(owners)
         self._has_buffers |= any(b is not None for part in owners for b in part._buffers.values())
