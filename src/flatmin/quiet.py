@@ -21,7 +21,7 @@ Measuring. Inside `undisturbed(model)` anything may be run; afterwards random st
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -221,16 +221,27 @@ class Buffers:
 
     def put_back(self) -> None:
         """Restores values, and which tensor is registered; may be called again."""
-        for module, name, buffer, value, inside in self._kept:
-            if buffer is not None and value is not None and _can_be_written(buffer):
-                # Without a new version: a graph that saved the buffer finds the value that it saved.
-                with torch.autograd._unsafe_preserve_version_counter(buffer):
-                    buffer.detach().copy_(value)
+        pairs = [(b, v) for _, _, b, v, _ in self._kept if b is not None and v is not None and _can_be_written(b)]
+        if pairs:
+            buffers, values = zip(*pairs, strict=True)
+            # Without a new version: a graph that saved a buffer finds the value that it saved.
+            with torch.autograd._unsafe_preserve_version_counter(buffers):
+                _copy([b.detach() for b in buffers], values)
+        for module, name, buffer, _, inside in self._kept:
             if not inside:  # inside `functional_call` what was registered is not the module's own
                 module._buffers[name] = buffer
 
 
+def _copy(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    if len(set(map(type, buffers))) == 1:
+        torch._foreach_copy_(buffers, values)
+        return
+    for buffer, value in zip(buffers, values, strict=True):  # `foreach` refuses shards beside ordinary tensors
+        buffer.copy_(value)
+
+
 def _can_be_written(buffer: Tensor) -> bool:
     """False for tensors that nobody can have changed in place: made in inference mode, or expanded."""
-    expanded = any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
+    strides = buffer.stride()
+    expanded = 0 in strides and any(n > 1 for n, stride in zip(buffer.shape, strides, strict=True) if stride == 0)
     return not expanded and not buffer.is_inference()
