@@ -175,50 +175,59 @@ class Noise:
 
     def _draws(self) -> Iterator[tuple[int, Tensor]]:
         generators: dict[torch.device, torch.Generator] = {}
-        for unit in _units(self._like, self.support):
-            members, scales = [self._like[i] for i in unit], [self._sigma.values[i] for i in unit]
-            device = members[0].device
+        units = [list(itertools.chain(*unit)) for unit in _joined([[i] for i in self.support], self._like, SMALL)]
+        # Several units lie in one piece of memory where they are held together anyway, and are of one scale.
+        together = self._keep and not self._sharded and len({self._sigma.values[i] for i in self.support}) == 1
+        for slab in _joined(units, self._like, BLOCK if together else 0):
+            device = self._like[slab[0][0]].device
             if device not in generators:
                 generators[device] = torch.Generator(device)
-            draws = _draw_together(members, self._law, self._seed + (unit[0] << 40), generators[device], scales)
-            for i, z in zip(unit, draws, strict=True):
+            order = list(itertools.chain(*slab))
+            for i, z in zip(order, self._draw_together(slab, order, generators[device]), strict=True):
                 if self._norms is not None:
                     z.mul_(self._norms[i])
                 yield i, made_of(z, self._like[i]) if self._sharded else z
 
+    def _draw_together(self, slab: list[list[int]], order: list[int], generator: torch.Generator) -> Sequence[Tensor]:
+        """This process's parts of the draws of the units in `slab`, which follow each other as in `order`."""
+        members, scales = [self._like[i] for i in order], [self._sigma.values[i] for i in order]
+        alike, sharded = len(set(scales)) == 1, any_sharded(members)
+        start, stop = _rows(members[0])[:2] if sharded and len(order) == 1 else (0, _numel(order, self._like))
+        flat = local(members[0]).new_empty(stop - start, requires_grad=False)
+        at = 0
+        for unit in slab:
+            size = _numel(unit, self._like)
+            out = flat if len(slab) == 1 else flat[at : at + size]
+            seed = self._seed + (unit[0] << 40)
+            _draw_range(out, start, size, self._law, seed, generator, scales[0] if alike else 1.0)
+            at += size
+        if not sharded and all(t.is_contiguous() for t in members):
+            draws: Sequence[Tensor] = _unflatten_dense_tensors(flat, members)
+        else:
+            offsets = itertools.accumulate((t.numel() for t in members), initial=-start)
+            draws = [_cut(flat, at, like) for at, like in zip(offsets, members, strict=False)]
+        if not alike:
+            for z, scale in zip(draws, scales, strict=True):
+                z.mul_(scale)
+        return draws
 
-def _units(like: Sequence[Tensor], support: list[int]) -> list[list[int]]:
-    """Neighbours that are drawn together: of one kind, and of no more than SMALL elements if there are several."""
-    units: list[list[int]] = []
+
+def _joined(groups: list[list[int]], like: Sequence[Tensor], limit: int) -> list[list[list[int]]]:
+    """Neighbours that are of one kind, and of no more than `limit` elements together if there are several."""
+    found: list[list[list[int]]] = []
     kind, room = None, 0
-    for i in support:
-        size, own = like[i].numel(), (like[i].device, like[i].dtype)
+    for group in groups:
+        size, own = _numel(group, like), (like[group[0]].device, like[group[0]].dtype)
         if size > room or kind != own:
-            units.append([])
-            kind, room = own, SMALL
-        units[-1].append(i)
+            found.append([])
+            kind, room = own, limit
+        found[-1].append(group)
         room -= size
-    return units
+    return found
 
 
-def _draw_together(
-    members: list[Tensor], law: str, seed: int, generator: torch.Generator, scales: list[float]
-) -> Sequence[Tensor]:
-    """This process's parts of one draw in which the `members` follow each other."""
-    alike, sharded = len(set(scales)) == 1, any_sharded(members)
-    size = sum([t.numel() for t in members])
-    start, stop = _rows(members[0])[:2] if sharded and len(members) == 1 else (0, size)
-    flat = local(members[0]).new_empty(stop - start, requires_grad=False)
-    _draw_range(flat, start, size, law, seed, generator, scales[0] if alike else 1.0)
-    if not sharded and all(t.is_contiguous() for t in members):
-        draws: Sequence[Tensor] = _unflatten_dense_tensors(flat, members)
-    else:
-        offsets = itertools.accumulate((t.numel() for t in members), initial=-start)
-        draws = [_cut(flat, at, like) for at, like in zip(offsets, members, strict=False)]
-    if not alike:
-        for z, scale in zip(draws, scales, strict=True):
-            z.mul_(scale)
-    return draws
+def _numel(indices: list[int], like: Sequence[Tensor]) -> int:
+    return sum([like[i].numel() for i in indices])
 
 
 def _rows(like: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
