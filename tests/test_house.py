@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "distributed": {"shards"},
     "noise": {"radii", "vectors", "shards"},
     "shape": set(),
-    "quiet": {"shape"},
+    "quiet": set(),
     "place": {"vectors", "shards"},
     "problems": set(),
     "optim": {"radii", "shape", "vectors", "noise", "quiet", "place", "shards", "distributed"},

@@ -115,3 +115,9 @@ def test_copying_and_adding_in_place():
 def test_a_bad_radius_is_named(value):
     with pytest.raises(ValueError, match="sigma must be a finite number >= 0"):
         check_radius("sigma", value)
+
+
+def test_the_norm_of_complex_beside_real_entries_is_real():
+    v = Vector([torch.tensor([3.0 + 4.0j]), torch.tensor([12.0])])
+    assert v.norm() == 13.0
+    assert v.norm().dtype == torch.float32

@@ -21,14 +21,12 @@ Measuring. Inside `undisturbed(model)` anything may be run; afterwards random st
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_pre_hooks
-
-from flatmin.shape import Shape
 
 RandomState = dict[torch.device, Tensor]
 CPU = torch.device("cpu")
@@ -87,14 +85,12 @@ class Quiet:
     def __init__(self, devices: Iterable[torch.device], model: nn.Module | None = None):
         self._devices = [d for d in devices if d.type != "cpu"]
         self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._new: list[nn.Module] = []  # met in the present evaluation
         self._owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # those of them that have buffers
         self._model = model
         self._has_buffers = False
         if model is not None:
             self._learn(model)
-        self._shapes: weakref.WeakKeyDictionary[nn.Module, Shape] = weakref.WeakKeyDictionary()
-        self._outer: nn.Module | None = None  # the module in whose forward we are
-        self._members: set[nn.Module] | None = None  # its parts, while it is watched
         self._first = True
         self._copying = False
         self._start: Buffers | None = None  # before the first probe: for a step that is skipped
@@ -129,9 +125,6 @@ class Quiet:
     def settle(self) -> None:
         """After an evaluation, raised or not; may be called again."""
         _global_forward_pre_hooks.pop(id(self), None)
-        if self._outer is not None:
-            self._outer._forward_hooks.pop(id(self), None)
-            self._outer = self._members = None
         if self._later is not None:
             self._later.put_back()
 
@@ -140,6 +133,9 @@ class Quiet:
         if self._first:
             self._after = random_state(self._devices)
             self._first = False
+            for module in self._new:
+                self._learn(module)  # it may have got a buffer in its first forward
+            self._new = []
 
     def end(self) -> None:
         """Leaves the random state where the first probe left it, and no hook behind."""
@@ -159,33 +155,10 @@ class Quiet:
         self._start = None
 
     def _meet(self, module: nn.Module, _args: object) -> None:
-        if self._outer is None and module._modules:
-            self._enter(module)
-        elif self._members is not None and module not in self._members:
-            self._members = None  # it calls what it does not list, so it is to be watched every time
         if module not in self._known or (module._buffers and module not in self._owners):
             owners = self._learn(module)
             if self._copying and owners:
                 self._copies().copy(owners, inside=True)
-
-    def _enter(self, outer: nn.Module) -> None:
-        """At the beginning of a forward. The hook makes calls of parts slow; if all are known, it waits outside."""
-        self._outer = outer  # first: `settle` removes what the next line adds
-        outer._forward_hooks[id(self)] = self._come_out
-        shape = self._shapes.get(outer)
-        if shape is not None and shape.holds():
-            _global_forward_pre_hooks.pop(id(self), None)
-        else:
-            self._members = set(outer.modules())
-
-    def _come_out(self, outer: nn.Module, _args: object, _output: object) -> None:
-        outer._forward_hooks.pop(id(self), None)
-        if self._members is not None:
-            self._shapes[outer] = Shape(outer)
-        elif id(self) in _global_forward_pre_hooks:
-            self._shapes.pop(outer, None)
-        self._outer = self._members = None
-        _global_forward_pre_hooks[id(self)] = self._meet
 
     def _copies(self) -> Buffers:
         """Of the present evaluation."""
@@ -198,6 +171,7 @@ class Quiet:
     def _learn(self, module: nn.Module) -> list[nn.Module]:
         new = [part for part in module.modules() if part not in self._known]
         self._known.update(new)
+        self._new += new
         parts = dict.fromkeys([*new, module])  # a known one may have got its first buffer since
         owners = [part for part in parts if part._buffers]
         self._owners.update(owners)
@@ -226,13 +200,13 @@ class Buffers:
             buffers, values = zip(*pairs, strict=True)
             # Without a new version: a graph that saved a buffer finds the value that it saved.
             with torch.autograd._unsafe_preserve_version_counter(buffers):
-                _copy([b.detach() for b in buffers], values)
+                _copy([b.detach() for b in buffers], list(values))
         for module, name, buffer, _, inside in self._kept:
             if not inside:  # inside `functional_call` what was registered is not the module's own
                 module._buffers[name] = buffer
 
 
-def _copy(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+def _copy(buffers: list[Tensor], values: list[Tensor]) -> None:
     if len(set(map(type, buffers))) == 1:
         torch._foreach_copy_(buffers, values)
         return

@@ -230,7 +230,9 @@ def _any_sparse(tensors: Sequence[Tensor]) -> bool:
 
 
 def _values(tensor: Tensor) -> Tensor:
-    return tensor.coalesce().values() if tensor.is_sparse else tensor
+    """What there is to add up: the entries of a sparse tensor, two numbers for a complex one."""
+    values = tensor.coalesce().values() if tensor.is_sparse else tensor
+    return torch.view_as_real(values) if values.is_complex() else values
 
 
 def _widened(tensor: Tensor) -> Tensor:

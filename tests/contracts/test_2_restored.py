@@ -168,7 +168,6 @@ def test_an_interrupt_at_any_line_leaves_whole_weights(method, form):
         if trace.remaining > 0:
             break
         assert len(_global_forward_pre_hooks) == hooks, f"a forward hook is left behind after line {line}"
-        assert not any(part._forward_hooks for part in case.model.modules()), f"a hook stays after line {line}"
         allowed = after if case.optimizer.base.state else [before]  # whether the base optimizer had stepped
         found = dict(case.model.named_parameters())
         whole = [all(torch.allclose(found[k], end[k], rtol=0, atol=1e-7) for k in found) for end in allowed]

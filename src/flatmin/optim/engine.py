@@ -196,8 +196,6 @@ class FlatOptimizer(Session):
     @staticmethod
     def _evaluate(closure: Callable[[], Any]) -> Any:
         try:
-            if torch.is_grad_enabled():
-                return closure()
             with torch.enable_grad():
                 return closure()
         except RuntimeError as error:
