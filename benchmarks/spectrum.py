@@ -138,13 +138,13 @@ def eigenvalues(
 
 
 def num_seeds(case: Case, name: str, k: int) -> int:
-    """Other tools: a fifth of the seeds on the small networks; on the large ones PyHessian's five values alone."""
+    """Other tools: a fifth of the seeds on the small networks; on the ResNet PyHessian's five values alone."""
     seeds = next(n for start, n in SEEDS.items() if case.name.startswith(start))
     if name == "flatmin":
         return seeds
     if case.name.startswith("MLP"):
         return seeds // 5
-    return seeds if name.startswith("PyHessian") and k == 5 else 0
+    return seeds if case.name.startswith("ResNet") and name.startswith("PyHessian") and k == 5 else 0
 
 
 def one(

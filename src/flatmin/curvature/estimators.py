@@ -121,12 +121,19 @@ class Work:
         if there are local probes of H - G.
         """
         split, why = self._inspect()
-        if split is not None and split.piecewise_linear:
-            return self.split(split)
-        if split is None or not split.exact:
-            found = self._go_on(self._pilot(self._vectors(HessianOperator)))
-            found.method += f" (auto: {why or split.reason})"  # type: ignore[union-attr]
-            return found
+        try:
+            if split is not None and split.piecewise_linear:
+                return self.split(split)
+            if split is not None and split.exact:
+                return self._by_variance(split)
+        except Uncovered as error:  # the first batch said otherwise
+            why = str(error)
+        found = self._go_on(self._pilot(self._vectors(HessianOperator)))
+        found.method += f" (auto: {why or split.reason})"  # type: ignore[union-attr]
+        return found
+
+    def _by_variance(self, split: Split) -> Found:
+        """Probes of H - G or of H, by what pilots say."""
         cheap = split.cost <= 2 * PILOT
         if cheap:
             first, entry = self._with_constant(self._pilot_of_rest(split), split), 0.0

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from flatmin.curvature.differences import dots
-from flatmin.curvature.graph import curved
+from flatmin.curvature.graph import check_whole, curved
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.outputs import MAX_OUTPUTS, Kind, OutputLoss
 from flatmin.curvature.persample import PerSample
@@ -67,7 +67,7 @@ class Split:
     @property
     def cost(self) -> float:
         """Gradients of the data for an exact tr G, about."""
-        return (1 + 2 * self.num_vectors) / 3 if self.exact else math.inf
+        return (1 + 2 * (self.num_vectors + 1)) / 3 if self.exact else math.inf
 
 
 def inspect(objective: Objective, *, seed: int = 0) -> Split:
@@ -81,6 +81,7 @@ def inspect(objective: Objective, *, seed: int = 0) -> Split:
     with objective.quiet(), torch.enable_grad():
         batch = next(iter(objective.batches()))
         loss = OutputLoss.of(objective, batch)
+        check_whole([loss.outputs])
         bent = curved(loss.outputs, objective.params)
         layouts, reason, number = None, "", 0
         if not loss.rows:
@@ -129,6 +130,12 @@ def _verify(objective: Objective, seed: int) -> tuple[list[str], list[str]]:
     return wrong, [objective.names[i] for i in tried]
 
 
+def _check_linear(loss: OutputLoss, split: Split, params: Sequence[Tensor]) -> None:
+    """Refuses a batch that is computed otherwise than the first one, if that was piecewise linear."""
+    if split.piecewise_linear and curved(loss.outputs, params):
+        raise Uncovered("another batch is not piecewise linear")
+
+
 def exact_trace(objective: Objective, split: Split) -> Tensor:
     """Tr G for each parameter tensor, float64. The layouts of `split` hold for batches of the same model.
 
@@ -139,8 +146,10 @@ def exact_trace(objective: Objective, split: Split) -> Tensor:
     with objective.quiet(), torch.enable_grad():
         for batch in objective.batches():
             loss = OutputLoss.of(objective, batch, split.kind)
+            _check_linear(loss, split, params)
             factors = loss.factors()
-            assert factors is not None
+            if factors is None:
+                raise Uncovered("another batch has more outputs, or a loss that couples samples")
             total += batch.size * PerSample(loss.outputs, params, split.layouts).squared_norms(*factors).sum(0)
             count += batch.size
             del loss, factors
@@ -170,6 +179,7 @@ class ClassVectors:
         with objective.quiet(), torch.enable_grad():
             for index, batch in enumerate(objective.batches()):
                 loss = OutputLoss.of(objective, batch, self._split.kind)
+                _check_linear(loss, self._split, objective.params)
                 norms = self._norms(loss)
                 for row in range(size):
                     seed = mix_seeds(self._seed, first + row, index, 2)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import CheckpointFunction
 
 Node = Any  # torch.autograd.graph.Node
 
@@ -25,7 +26,9 @@ BILINEAR = {"Mul", "Mm", "Bmm", "Mv", "Dot", "Convolution", "NativeBatchNorm", "
 
 
 def kind(node: Node) -> str:
-    """The name of an operation, without namespace, number or "Backward"."""
+    """The name of an operation, without namespace, number or "Backward"; of a Python function "custom"."""
+    if hasattr(node, "_forward_cls"):
+        return "custom"  # whatever it is called
     return node.name().rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
 
 
@@ -40,6 +43,15 @@ def nodes(results: Iterable[Tensor]) -> Iterator[Node]:
             if child is not None and child not in seen:
                 seen.add(child)
                 waiting.append(child)
+
+
+def check_whole(results: Iterable[Tensor]) -> None:
+    """Raises a ValueError where parameters are hidden: reentrant checkpointing does not show what is inside."""
+    if any(getattr(node, "_forward_cls", None) is CheckpointFunction for node in nodes(results)):
+        raise ValueError(
+            "the model uses reentrant checkpointing, which hides its parameters from torch.autograd.grad: their "
+            "derivatives would be taken for zero. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+        )
 
 
 def check_differentiable(results: Iterable[Tensor]) -> None:

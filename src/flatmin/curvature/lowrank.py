@@ -42,8 +42,8 @@ class LowRank:
 
 
 def fits(operator: Operator, memory: int) -> bool:
-    """Whether 64 test vectors and what belongs to them fit into so many bytes; never where they would be sharded."""
-    if operator.objective.sharded:
+    """Whether 64 test vectors and what belongs to them fit into so many bytes; never sharded ones, or without products."""
+    if operator.objective.sharded or operator.way.name == "loss":
         return False
     return 4 * 64 * sum(p.numel() * p.element_size() for p in operator.objective.params) <= memory
 

@@ -111,8 +111,15 @@ class Objective:
             raise ValueError(NOT_POSSIBLE.format(what=what))
 
     def only(self, names: Iterable[str]) -> Objective:
-        """The same loss as a function of these parameters alone, by name."""
+        """The same loss as a function of these parameters alone, by name.
+
+        Raises:
+            ValueError: for a name that is not among `names`, or none at all.
+        """
         keep = set(names)
+        if not keep or not keep <= set(self.names):
+            wrong = next(iter(sorted(keep - set(self.names))), None)
+            raise ValueError(f"{wrong!r} is not a parameter of this objective. It has: {', '.join(self.names)}.")
         chosen = [(n, p) for n, p in zip(self.names, self.params, strict=True) if n in keep]
         other = copy.copy(self)
         other.names, other.params = tuple(n for n, _ in chosen), tuple(p for _, p in chosen)

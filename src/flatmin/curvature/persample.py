@@ -11,7 +11,7 @@ half must be zero. If there is no such place, the samples are mixed (batch norm 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge
 
 from flatmin.curvature.graph import Node, kind, nodes
 from flatmin.curvature.recorded import TRANSPOSED, uses_of
-from flatmin.curvature.uses import Layout, Uncovered, Use, squared
+from flatmin.curvature.uses import Layout, Uncovered, Use, refusing, squared
 from flatmin.noise import draw_like
 
 CHUNK = 2**28  # bytes of gradients that wait to be processed together
@@ -31,7 +31,9 @@ class PerSample:
     Args:
         outputs: (samples, ...), with their graph.
         params: the parameters.
-        layouts: of another batch of the same model, to save the pass that finds them; not used if there are none.
+        layouts: of another batch of the same model, to save the passes that find them. They are verified, as all is
+            that the operations claim: for one sample, drawn at random, the squared norms must be those of its gradient,
+            and those of the others zero.
 
     Attributes:
         uses: of all parameters.
@@ -41,8 +43,11 @@ class PerSample:
 
     Raises:
         Uncovered: if a parameter is used in a way that is not known, or samples are mixed.
+
+    Cost: two thirds of a gradient, and twice that to find layouts.
     """
 
+    @refusing
     @torch.no_grad()
     def __init__(self, outputs: Tensor, params: Sequence[Tensor], layouts: Sequence[Layout] | None = None):
         self._outputs, self._params = outputs, params
@@ -51,12 +56,13 @@ class PerSample:
         by_node: dict[object, int] = {}
         self.at = [by_node.setdefault(use.node, len(by_node)) for use in self.uses]  # use -> its delta
         self.edges = [GradientEdge(node, 0) for node in by_node]  # type: ignore[arg-type]
-        if layouts is None or len(layouts) != len(self.uses):
+        if layouts is None or len(layouts) != len(self.uses) or not self._holds(layouts):
             layouts = self._find_layouts()
+            if not self._holds(layouts):
+                raise Uncovered("an operation is not what its name says, or its samples are not told apart")
         self.layouts = layouts if self._samples > 1 else []  # a single sample is at either place
-        for use, layout in zip(self.uses, layouts, strict=True):
-            use.layout, use.samples = layout, self._samples
 
+    @refusing
     @torch.no_grad()
     def squared_norms(self, vectors: Tensor, signs: Tensor) -> Tensor:
         """sum_i s_ki |J_i' u_ki|^2 for each k and each parameter: (k, parameters), float64.
@@ -86,16 +92,20 @@ class PerSample:
         )
 
     def _add(self, totals: Tensor, waiting: list[list[Tensor]], signs: Tensor) -> None:
+        for param, norms in self._norms(waiting):
+            totals[:, param] = (signs * norms).sum(1)
+
+    def _norms(self, waiting: list[list[Tensor]]) -> Iterator[tuple[int, Tensor]]:
+        """Each parameter, and |gradient|^2 by it for each class and sample: (classes, samples)."""
         count = Counter(use.param for use in self.uses)
         stacked: dict[int, Tensor] = {}  # the latest: uses by one operation follow each other
         for use, at in zip(self.uses, self.at, strict=True):
             if count[use.param] == 1:
                 if at not in stacked:
                     stacked = {at: torch.stack([deltas[at] for deltas in waiting])}
-                totals[:, use.param] = (signs * use.norms(stacked[at])).sum(1)
+                yield use.param, use.norms(stacked[at])
         for param in (param for param, uses in count.items() if uses > 1):
-            norms = torch.cat([self._norms_of_sum(param, deltas) for deltas in waiting])
-            totals[:, param] = (signs * norms).sum(1)
+            yield param, torch.cat([self._norms_of_sum(param, deltas) for deltas in waiting])
 
     def _norms_of_sum(self, param: int, deltas: list[Tensor]) -> Tensor:
         """For a parameter with several uses the gradients themselves are needed: one class at a time."""
@@ -105,6 +115,29 @@ class PerSample:
             if use.param == param
         ]
         return squared(sum(parts[1:], parts[0]).flatten(2))
+
+    def _holds(self, layouts: Sequence[Layout]) -> bool:
+        """Whether with these layouts the norms of a random sample are those of its gradient, and the others zero."""
+        for use, layout in zip(self.uses, layouts, strict=True):
+            use.layout, use.samples = layout, self._samples
+        generator = torch.Generator(self._outputs.device).manual_seed(self._samples)
+        sample = int(torch.randint(self._samples, (), generator=generator, device=self._outputs.device))
+        vector = torch.zeros_like(self._outputs)
+        vector[sample] = draw_like(self._outputs[sample], "normal", generator)
+        used = sorted({use.param for use in self.uses})
+        inputs = [*self.edges, *(self._params[i] for i in used)]
+        if not inputs:
+            return True
+        found = torch.autograd.grad(self._outputs, inputs, grad_outputs=vector, retain_graph=True)
+        gradients = dict(zip(used, found[len(self.edges) :], strict=True))
+        sizes = {param: float(torch.linalg.vector_norm(g.double())) for param, g in gradients.items()}
+        eps, largest = torch.finfo(vector.dtype).eps, max(sizes.values())
+        for param, squares in self._norms([list(found[: len(self.edges)])]):
+            norms = squares[0].clamp(min=0).sqrt()
+            wrong = (norms[sample] - sizes[param]).abs() + norms.sum() - norms[sample]
+            if wrong > 1e3 * eps * sizes[param] + 1e2 * eps * largest and wrong.isfinite():  # else: `check_finite`
+                return False
+        return True
 
     def _find_layouts(self) -> list[Layout]:
         if self._samples == 1:

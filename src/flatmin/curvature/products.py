@@ -30,7 +30,7 @@ from flatmin.curvature.differences import (
     lengths,
     relative_difference,
 )
-from flatmin.curvature.graph import check_differentiable
+from flatmin.curvature.graph import check_differentiable, check_whole
 from flatmin.curvature.objective import Objective
 from flatmin.noise import draw_like, mix_seeds
 from flatmin.shards import local, summed_apart
@@ -142,6 +142,8 @@ def choose_way(objective: Objective, products: str = "auto", *, seed: int = 0) -
         objective.refuse_sharded("double backward")
     names = list(NAMES) if products == "auto" else [products]
     reason = ""
+    with objective.quiet(), torch.enable_grad():
+        check_whole([next(iter(objective.batches())).evaluate().loss])
     if objective.sharded:
         names, reason = [name for name in names if name != "autograd"], SHARDED
     for name in names:

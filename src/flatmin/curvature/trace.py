@@ -58,7 +58,7 @@ def trace(
         TraceResult with `value`, `stderr`, `per_layer`, `samples`, `num_products`, `num_gradients`, `method`.
 
     Cost: Hutchinson: 1 + 2 m gradients of the data for a round of m probes (2 m where graphs are kept). Exact
-    Gauss-Newton: (1 + 2 (classes - 1)) / 3 gradients. Local probes: as Hutchinson's, but fewer are needed; and about
+    Gauss-Newton: (1 + 2 classes) / 3 gradients. Local probes: as Hutchinson's, but fewer are needed; and about
     five gradients of the first batch to try them. Memory: the graph of one batch, and the graphs kept.
 
     Raises:

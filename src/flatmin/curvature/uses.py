@@ -21,7 +21,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,8 @@ from torch import Tensor
 from flatmin.curvature.graph import Node
 from flatmin.noise import draw_like
 
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 PATCHES = 2**22  # numbers that the patches of a convolution may have, at a time
 Layout = str  # of the rows of a delta: "first", sample by sample, or "second", position by position
 
@@ -269,6 +272,21 @@ class EmbeddingUse(Use):
 
 class Uncovered(ValueError):
     """A parameter is used in a way whose per-sample gradient is not known here."""
+
+
+def refusing(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Turns the errors of an operation that is not shaped as its name says into `Uncovered`."""
+
+    @wraps(function)
+    def refused(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        try:
+            return function(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, RuntimeError) as error:
+            raise Uncovered(f"an operation is not as its name says ({str(error).splitlines()[0][:80]})") from error
+
+    return refused
 
 
 def outer(delta: Tensor, a: Tensor) -> Tensor:
