@@ -42,7 +42,7 @@ class LowRank:
 
 
 def fits(operator: Operator, memory: int) -> bool:
-    """Whether 64 test vectors and what belongs to them fit into so many bytes; never sharded ones, or without products."""
+    """Whether there are products, and 64 test vectors and what belongs to them fit into so many bytes; never shards."""
     if operator.objective.sharded or operator.way.name == "loss":
         return False
     return 4 * 64 * sum(p.numel() * p.element_size() for p in operator.objective.params) <= memory
