@@ -42,6 +42,7 @@ from flatmin.vectors import Vector
 
 RESULTS = Path(__file__).parent / "results" / "measuring.json"
 OURS = {"flatmin, graphs kept": 2**31, "flatmin, fresh graphs": 0}
+BY_HAND = {"by hand, graphs kept": True, "by hand, fresh graphs": False}
 QUANTILE = 1.645  # of the normal distribution: |x| is below in 90% of cases
 GOALS = {"5%": 0.05, "1%": 0.01}
 RUNS = {("5%", True): 21, ("1%", True): 21, ("5%", False): 6, ("1%", False): 1}  # (goal, small model)
@@ -69,6 +70,7 @@ def products_of(model: nn.Module, batches: Batches) -> dict[str, Product]:
         found[name] = lambda v, operator=operator: flat(
             operator.product(Vector(unflat(v, operator.objective.params))).present
         )
+    found |= {name: in_math_mode(lambda keep=keep: by_hand(model, batches, keep)) for name, keep in BY_HAND.items()}
     for name, (make, package) in PEERS.items():
         try:
             metadata.version(package)
@@ -76,6 +78,25 @@ def products_of(model: nn.Module, batches: Batches) -> dict[str, Product]:
             continue
         found[name] = in_math_mode(lambda make=make: make(model, batches))
     return found
+
+
+def by_hand(model: nn.Module, batches: Batches, keep: bool) -> Product:
+    """Reverse over reverse with nothing around it: what any library has to do."""
+    params = list(model.parameters())
+
+    def graph(inputs: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(nn.functional.cross_entropy(model(inputs), labels), params, create_graph=True)
+
+    kept = [graph(*batch) for batch in batches] if keep else []
+
+    def product(v: Tensor) -> Tensor:
+        total = [torch.zeros_like(p) for p in params]
+        for i, batch in enumerate(batches):
+            grads = kept[i] if keep else graph(*batch)
+            torch._foreach_add_(total, torch.autograd.grad(grads, params, unflat(v, params), retain_graph=keep))
+        return flat(total) / len(batches)
+
+    return product
 
 
 def in_math_mode(make: Callable[[], Product]) -> Product:
@@ -162,7 +183,11 @@ def cost_of_trace(case: Case, model: nn.Module, batches: Batches, products: dict
     found: dict[str, Any] = {"truth": truth, "truth_from": how, "spread_of_one_probe": spread, "costs": {}}
     for goal, size in GOALS.items():
         needed = max((QUANTILE * spread / size) ** 2, 2)
-        costs = {name: needed * row["median"] for name, row in products.items() if "flatmin" not in name}
+        costs = {
+            name: needed * row["median"]
+            for name, row in products.items()
+            if "flatmin" not in name and "by hand" not in name
+        }
         costs["flatmin"], ours = our_cost(objective, gradient, size, truth, RUNS[goal, small])
         found["costs"][goal] = costs
         found[f"flatmin, {goal}"] = ours

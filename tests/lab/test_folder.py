@@ -104,8 +104,9 @@ def begin(tmp_path, jobs):
     command = [sys.executable, "-m", "flatmin", "compare", "--out", str(tmp_path), "--name", "c", "--jobs", jobs]
     command += ["--num-gradients", "100000", "--num-seeds", "1", "--methods", "base", "nso"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while len(list((tmp_path / "c" / "records").glob("*.partial"))) < int(jobs) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 150  # on a busy machine importing takes long
+    while (begun := len(list((tmp_path / "c" / "records").glob("*.partial")))) < int(jobs):
+        assert time.monotonic() < deadline, f"{begun} of {jobs} runs have begun"
         time.sleep(0.05)
     time.sleep(0.5)
     assert process.poll() is None
