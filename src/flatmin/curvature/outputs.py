@@ -202,12 +202,17 @@ class OutputLoss:
         """A random vector u."""
         return draw_like(self.outputs, "normal", torch.Generator(self.outputs.device).manual_seed(0))
 
+    @cached_property
+    def _elsewhere(self) -> Tensor:
+        """A u at random outputs."""
+        return self._there.curvature(self._probe)
+
     def _acts_as(self, kind: Kind, point: Point) -> bool:
         """Whether A at `point` does to the random vector what `kind` says, to rounding."""
         u = self._probe
-        truth = point.curvature(u)
         if kind.name == "coupled":
             return False
+        truth = self._elsewhere if point is self._there else point.curvature(u)
         if kind.name == "diagonal":
             found = point.diagonal * u
         elif kind.name == "blocks":
@@ -216,9 +221,9 @@ class OutputLoss:
             p = point.outputs.detach().softmax(kind.dim)
             found = self._scale(kind.dim) * p * (u - (p * u).sum(kind.dim, keepdim=True))
         eps = torch.finfo(truth.dtype).eps
+        gap = (found - truth).norm() - min(1e3 * eps, 1e-2) * truth.norm()
         # Of a well-trained model A is nearly zero, and all rounding beside what it is elsewhere.
-        rounding = 10 * eps * self._there.curvature(u).norm()
-        return bool((found - truth).norm() <= min(1e3 * eps, 1e-2) * truth.norm() + rounding)
+        return bool(gap <= 0) or bool(gap <= 10 * eps * self._elsewhere.norm())
 
     @property
     def _softmax(self) -> tuple[Tensor, Tensor, int]:
@@ -228,8 +233,7 @@ class OutputLoss:
 
     def _scale(self, dim: int) -> Tensor:
         """The factors s, which do not depend on the outputs."""
-        u = self._probe
-        truth = self._there.curvature(u)
+        u, truth = self._probe, self._elsewhere
         p = self._there.outputs.detach().softmax(dim)
         centred = p * (u - (p * u).sum(dim, keepdim=True))
         scale = (truth * centred).sum(dim, keepdim=True) / centred.square().sum(dim, keepdim=True)
