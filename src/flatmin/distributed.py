@@ -131,8 +131,7 @@ class Ranks:
         if not (several() or self._shards or self._search_shards):
             return
         self._active = True
-        self.settle()
-        self._active = True
+        self._put_back()
         self.go_on()
         if self._search and not self._replicas:
             _global_forward_pre_hooks[id(self)] = self._meet  # in torch's table itself: see flatmin.quiet
@@ -146,14 +145,16 @@ class Ranks:
 
     def settle(self) -> None:
         """After an evaluation, raised or not; may be called again."""
-        if not self._active:
-            return
+        if self._active:
+            self._put_back()
+            self._active = False
+
+    def _put_back(self) -> None:
         _global_forward_pre_hooks.pop(id(self), None)
         self._reshard()
         for replica in self._silenced:
             replica.require_backward_grad_sync = True
         self._silenced = []
-        self._active = False
 
     @property
     def reuse_gradients(self) -> bool:

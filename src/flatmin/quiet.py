@@ -85,7 +85,7 @@ class Quiet:
     def __init__(self, devices: Iterable[torch.device], model: nn.Module | None = None):
         self._devices = [d for d in devices if d.type != "cpu"]
         self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._new: list[nn.Module] = []  # met in the present evaluation
+        self._new: list[nn.Module] = []  # met in the present step
         self._owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # those of them that have buffers
         self._model = model
         self._has_buffers = False
@@ -135,12 +135,11 @@ class Quiet:
             self._first = False
             for module in self._new:
                 self._learn(module)  # it may have got a buffer in its first forward
-            self._new = []
 
     def end(self) -> None:
         """Leaves the random state where the first probe left it, and no hook behind."""
         self.settle()
-        self._later = None
+        self._later, self._new = None, []
         if self._after is not None:
             set_random_state(self._after)
             self._after = None

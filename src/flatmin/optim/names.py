@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from flatmin.shape import Shape
-
 CHANGED = (
     "the parameters of the model are not those that it had when the Averager was made ({how}). An average belongs to "
     "one set of parameters: make the Averager once the model has its final shape, or a new one now."
@@ -23,13 +21,18 @@ class Known:
     def __init__(self, model: nn.Module):
         self.parameters = dict(model.named_parameters())
         self._model = model
-        self._shape = Shape(model, parameters=True)
+        self._look()
 
     def check(self) -> None:
         """Raises a `ValueError` if parameters were added, removed or replaced."""
-        if not self._shape.holds():
+        if _parts(self._modules) != self._parts:
             self._compare()
-            self._shape = Shape(self._model, parameters=True)  # a module without parameters has come or gone
+            self._look()  # a module without parameters has come or gone
+
+    def _look(self) -> None:
+        # Walking a model takes as long as averaging a small one; looking at what its modules hold does not.
+        self._modules = list(self._model.modules())
+        self._parts = _parts(self._modules)
 
     def _compare(self) -> None:
         before, after = self.parameters, dict(self._model.named_parameters())
@@ -52,3 +55,8 @@ def matched(loaded: dict[str, Tensor], mine: dict[str, Tensor]) -> list[tuple[Te
     if strange:
         raise ValueError(OTHER_MODEL.format(names=", ".join(sorted(strange))))
     return [(mine[name], tensor) for name, tensor in loaded.items()]
+
+
+def _parts(modules: list[nn.Module]) -> list[int]:
+    """Which parameters and modules these modules hold; they are all kept alive, so that no id is used again."""
+    return [id(part) for module in modules for held in (module._parameters, module._modules) for part in held.values()]
