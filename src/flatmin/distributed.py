@@ -125,6 +125,11 @@ class Ranks:
         if model is not None and meshes:
             self._meet_shards(model)
 
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process, and nothing that was made for several."""
+        return not (self._groups or self._replicas or self._shards or self._search_shards or several())
+
     def probe(self, exchange: bool) -> None:
         """Before an evaluation: whether its backward may average gradients over the processes."""
         self._exchange = exchange

@@ -7,14 +7,12 @@ Every law here is symmetric about 0 with unit variance, so that with U = sigma z
 whatever the law. A draw is a pure function of (seed, step, index): a resumed run continues the same stream from a
 step count alone, the global random state is never touched, and `-u` is the same draw with the other sign.
 
-Which number an element of a parameter gets does not depend on how many processes share the parameter out among them.
-Small parameters are drawn together, large ones in blocks, from the whole tensors and with a seed for each; a process
-draws what it needs a part of, and keeps its part.
+Which number an element of a parameter gets does not depend on how many processes share the parameter out among them
+(flatmin.slabs): a process draws what it needs a part of, and keeps its part.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
@@ -24,11 +22,9 @@ from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
 from flatmin.radii import Radii
-from flatmin.shards import any_sharded, is_sharded, local, made_of, part_of, place_of, summed_apart, whole_rows
+from flatmin.shards import any_sharded, is_sharded, local, made_of, part_of, summed_apart, whole_rows
+from flatmin.slabs import BLOCK, SMALL, Piece, Slab, cut, kinds, slabs
 from flatmin.vectors import Vector
-
-BLOCK = 2**20  # elements of a large tensor with one seed: many, for its cost; few, for who needs a part of them only
-SMALL = 2**12  # elements of small tensors with one seed: many, for its cost; few, as they take memory together
 
 Law = Literal["normal", "uniform", "laplace", "rademacher", "binomial"]
 
@@ -61,7 +57,8 @@ def _binomial(out: Tensor, scale: float, generator: torch.Generator) -> Tensor:
     return out.copy_(ones - 2).mul_(scale)  # type: ignore[operator]
 
 
-_DRAW: dict[str, Callable[[Tensor, float, torch.Generator], Tensor]] = {
+Draw = Callable[[Tensor, float, torch.Generator], Tensor]
+_DRAW: dict[str, Draw] = {
     "normal": _normal,
     "uniform": _uniform,
     "laplace": _laplace,
@@ -174,95 +171,43 @@ class Noise:
         return vector
 
     def _draws(self) -> Iterator[tuple[int, Tensor]]:
-        generators: dict[torch.device, torch.Generator] = {}
-        units = [list(itertools.chain(*unit)) for unit in _joined([[i] for i in self.support], self._like, SMALL)]
+        support, values = self.support, self._sigma.values
         # Several units lie in one piece of memory where they are held together anyway, and are of one scale.
-        together = self._keep and not self._sharded and len({self._sigma.values[i] for i in self.support}) == 1
-        for slab in _joined(units, self._like, BLOCK if together else 0):
-            device = self._like[slab[0][0]].device
+        together = self._keep and not self._sharded and len(set(map(values.__getitem__, support))) == 1
+        like = kinds(self._like, sharded=self._sharded)
+        generators: dict[torch.device, torch.Generator] = {}
+        for slab in slabs(like, tuple(support), together=together, small=SMALL, block=BLOCK):
+            device = self._like[slab.order[0]].device
             if device not in generators:
                 generators[device] = torch.Generator(device)
-            order = list(itertools.chain(*slab))
-            for i, z in zip(order, self._draw_together(slab, order, generators[device]), strict=True):
+            for i, z in zip(slab.order, self._draw_together(slab, generators[device]), strict=True):
                 if self._norms is not None:
                     z.mul_(self._norms[i])
                 yield i, made_of(z, self._like[i]) if self._sharded else z
 
-    def _draw_together(self, slab: list[list[int]], order: list[int], generator: torch.Generator) -> Sequence[Tensor]:
-        """This process's parts of the draws of the units in `slab`, which follow each other as in `order`."""
-        members, scales = [self._like[i] for i in order], [self._sigma.values[i] for i in order]
-        alike, sharded = len(set(scales)) == 1, any_sharded(members)
-        start, stop = _rows(members[0])[:2] if sharded and len(order) == 1 else (0, _numel(order, self._like))
-        flat = local(members[0]).new_empty(stop - start, requires_grad=False)
-        at = 0
-        for unit in slab:
-            size = _numel(unit, self._like)
-            out = flat if len(slab) == 1 else flat[at : at + size]
-            seed = self._seed + (unit[0] << 40)
-            _draw_range(out, start, size, self._law, seed, generator, scales[0] if alike else 1.0)
-            at += size
-        if not sharded and all(t.is_contiguous() for t in members):
+    def _draw_together(self, slab: Slab, generator: torch.Generator) -> Sequence[Tensor]:
+        """This process's parts of the draws in `slab`."""
+        members, scales = [self._like[i] for i in slab.order], [self._sigma.values[i] for i in slab.order]
+        alike = len(set(scales)) == 1
+        flat = local(members[0]).new_empty(sum(slab.sizes), requires_grad=False)
+        for piece, out in zip(slab.pieces, flat.split_with_sizes(slab.sizes), strict=True):
+            generator.manual_seed(mix_seeds(self._seed + piece.key))
+            _draw_piece(out, piece, _DRAW[self._law], scales[0] if alike else 1.0, generator)
+        if slab.in_order:
             draws: Sequence[Tensor] = _unflatten_dense_tensors(flat, members)
         else:
-            offsets = itertools.accumulate((t.numel() for t in members), initial=-start)
-            draws = [_cut(flat, at, like) for at, like in zip(offsets, members, strict=False)]
+            draws = [cut(flat, at, like) for at, like in zip(slab.offsets, members, strict=True)]
         if not alike:
             for z, scale in zip(draws, scales, strict=True):
                 z.mul_(scale)
         return draws
 
 
-def _joined(groups: list[list[int]], like: Sequence[Tensor], limit: int) -> list[list[list[int]]]:
-    """Neighbours that are of one kind, and of no more than `limit` elements together if there are several."""
-    found: list[list[list[int]]] = []
-    kind, room = None, 0
-    for group in groups:
-        size, own = _numel(group, like), (like[group[0]].device, like[group[0]].dtype)
-        if size > room or kind != own:
-            found.append([])
-            kind, room = own, limit
-        found[-1].append(group)
-        room -= size
-    return found
-
-
-def _numel(indices: list[int], like: Sequence[Tensor]) -> int:
-    return sum([like[i].numel() for i in indices])
-
-
-def _rows(like: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
-    """The elements of all of `like` between which this process's rows lie, and shape and offset of its part."""
-    shape, offset = place_of(like)
-    if not shape:
-        return 0, 1, shape, offset
-    row = math.prod(like.shape[1:])
-    return offset[0] * row, (offset[0] + shape[0]) * row, shape, offset
-
-
-def _cut(flat: Tensor, at: int, like: Tensor) -> Tensor:
-    """This process's part of `like`, from a draw in which all of `like` would begin at `at`."""
-    first, last, shape, offset = _rows(like)
-    z = flat[at + first : at + last].view(shape[:1] + like.shape[1:])
-    for dim in range(1, len(shape)):
-        z = z.narrow(dim, offset[dim], shape[dim])
-    part = local(like)
-    return z if z.stride() == part.stride() else torch.empty_like(part, requires_grad=False).copy_(z)
-
-
-def _draw_range(
-    out: Tensor, start: int, size: int, law: str, seed: int, generator: torch.Generator, scale: float
-) -> None:
-    """Fills `out` with the elements from `start` on of a draw of `size` elements, block by block."""
-    stop = start + out.numel()
-    for block in range(start // BLOCK, -(-stop // BLOCK)):
-        low, high = block * BLOCK, min((block + 1) * BLOCK, size)
-        generator.manual_seed(mix_seeds(seed + block))
-        wanted = out[max(low, start) - start : min(high, stop) - start]
-        if wanted.numel() == high - low:
-            _DRAW[law](wanted, scale, generator)
-        else:
-            whole = _DRAW[law](out.new_empty(high - low), scale, generator)
-            wanted.copy_(whole[max(low, start) - low : min(high, stop) - low])
+def _draw_piece(out: Tensor, piece: Piece, draw: Draw, scale: float, generator: torch.Generator) -> None:
+    if out.numel() == piece.numel:
+        draw(out, scale, generator)
+    else:
+        out.copy_(draw(out.new_empty(piece.numel), scale, generator)[piece.first : piece.last])
 
 
 def filter_norms(weights: Sequence[Tensor]) -> list[Tensor]:

@@ -13,6 +13,7 @@ happened in between. Two ways, one choice:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import methodcaller
 from typing import Literal, get_args
 
 import torch
@@ -20,6 +21,9 @@ from torch import Tensor
 
 from flatmin.shards import parts
 from flatmin.vectors import Displacement, Vector
+
+_detached = methodcaller("detach")
+_copied = methodcaller("clone")
 
 Restore = Literal["exact", "recompute"]
 
@@ -57,7 +61,8 @@ class Place:
     def _leave(self, displacement: Displacement) -> None:
         values = self._values()
         if self._exact:
-            self._save(values, displacement.support)
+            if len(self._saved) < len(values):
+                self._save(values, displacement.support)
         else:
             self._away = displacement = _finite(displacement)
         self._moved = True  # first: whatever happens during the next line, home() undoes it
@@ -66,19 +71,19 @@ class Place:
 
     def _values(self) -> list[Tensor]:
         # Without a history. An interrupt at the end of `no_grad` could leave gradients switched off.
-        return [p.detach() for p in self._params]
+        return list(map(_detached, self._params))
 
     def _save(self, values: list[Tensor], support: list[int]) -> None:
-        new = [i for i in support if i not in self._saved]
-        for i, part in zip(new, parts([values[i] for i in new]), strict=True):
-            self._saved[i] = part.clone()
+        new = [i for i in support if i not in self._saved] if self._saved else support
+        moved = values if len(new) == len(values) else [values[i] for i in new]
+        self._saved.update(zip(new, map(_copied, parts(moved)), strict=True))
 
     def _return(self) -> None:
         if self._away is not None:
             self._away.add_to(self._values(), sign=-1.0)
         elif self._saved:
-            away = [self._params[i].detach() for i in self._saved]
-            torch._foreach_copy_(parts(away), list(self._saved.values()))
+            away = map(_detached, map(self._params.__getitem__, self._saved))
+            torch._foreach_copy_(parts(list(away)), list(self._saved.values()))
         self._moved, self._away = False, None
         torch.clear_autocast_cache()
 

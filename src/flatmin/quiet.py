@@ -88,10 +88,11 @@ class Quiet:
         self._new: list[nn.Module] = []  # met in the present step
         self._owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # those of them that have buffers
         self._model = model
-        self._has_buffers = False
+        self._has_owners = self._has_buffers = False
         if model is not None:
             self._learn(model)
         self._first = True
+        self._hooked = False
         self._copying = False
         self._start: Buffers | None = None  # before the first probe: for a step that is skipped
         self._later: Buffers | None = None  # before a later probe
@@ -104,10 +105,10 @@ class Quiet:
         If it `goes_on` it is the next micro-batch of the same step, and everything since its start can be.
         """
         self.end()
-        self._first, self._before = True, None
+        self._first = True
         self._copying = undoable
         if not goes_on:
-            self._start = Buffers(self._owners) if undoable and self._owners else None
+            self._start = Buffers(self._owners) if undoable and self._has_owners else None
 
     def probe(self) -> None:
         """Before an evaluation. The first one passes through; later ones are undone by `settle`."""
@@ -115,16 +116,19 @@ class Quiet:
             self._before = random_state(self._devices)
         else:
             set_random_state(self._before or {})
-            self._later = Buffers(self._owners) if self._owners else None
+            self._later = Buffers(self._owners) if self._has_owners else None
             self._copying = True
         if self._model is None and (self._first or self._has_buffers):
             # In torch's table under a key of our own: an interrupt between its function and the assignment of the
             # handle would leave the hook there for good.
+            self._hooked = True
             _global_forward_pre_hooks[id(self)] = self._meet
 
     def settle(self) -> None:
         """After an evaluation, raised or not; may be called again."""
-        _global_forward_pre_hooks.pop(id(self), None)
+        if self._hooked:
+            _global_forward_pre_hooks.pop(id(self), None)
+            self._hooked = False
         if self._later is not None:
             self._later.put_back()
 
@@ -138,7 +142,8 @@ class Quiet:
 
     def end(self) -> None:
         """Leaves the random state where the first probe left it, and no hook behind."""
-        self.settle()
+        if self._hooked or self._later is not None:
+            self.settle()
         self._later, self._new = None, []
         if self._after is not None:
             set_random_state(self._after)
@@ -174,6 +179,7 @@ class Quiet:
         parts = dict.fromkeys([*new, module])  # a known one may have got its first buffer since
         owners = [part for part in parts if part._buffers]
         self._owners.update(owners)
+        self._has_owners |= bool(owners)
         self._has_buffers |= any(b is not None for part in owners for b in part._buffers.values())
         return owners
 

@@ -92,13 +92,18 @@ class Step:
     @property
     def support(self) -> list[int]:
         """The indices of the parameters that are moved."""
-        return [i for i in self.vector.support if self.factors[i]]
+        support = self.vector.support
+        return support if all(self.factors) else [i for i in support if self.factors[i]]
 
     def __neg__(self) -> Step:
         return Step(self.vector, [-f for f in self.factors])
 
     def add_to(self, params: Sequence[Tensor], sign: float = 1.0) -> None:
         """Adds `sign` times the displacement to `params` in place."""
+        if len(set(self.factors)) == 1:
+            if self.factors[0]:
+                self.vector.add_to(params, sign * self.factors[0])
+            return
         tensors, support = self.vector.tensors, self.support
         for factor in {self.factors[i] for i in support}:
             same = [i for i in support if self.factors[i] == factor]

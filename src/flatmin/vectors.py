@@ -14,16 +14,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
+from operator import methodcaller
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from flatmin.shards import any_sharded, is_sharded, local, parts, summed
+from flatmin.traits import Traits, traits_of
 
 STRIDED = {torch.strided}
-# (is_cpu, dtype, is_sparse) of tensors whose norm can be had as a number without cost
-CHEAP = {(True, torch.float32, False), (True, torch.float64, False)}
+
+_number = methodcaller("item")
 
 
 class Displacement(Protocol):
@@ -47,10 +49,11 @@ class Vector:
     one operand lacks may be shared with the other); methods that end in an underscore do not.
     """
 
-    __slots__ = ("tensors",)
+    __slots__ = ("_found", "tensors")
 
     def __init__(self, tensors: Iterable[Tensor | None]):
         self.tensors: tuple[Tensor | None, ...] = tuple(tensors)
+        self._found: Traits | None = None
 
     def __len__(self) -> int:
         return len(self.tensors)
@@ -60,19 +63,30 @@ class Vector:
         return f"Vector({shapes})"
 
     @property
+    def traits(self) -> Traits:
+        """What its entries are like; asked of them once."""
+        if self._found is None:
+            self._found = traits_of(self.tensors)
+        return self._found
+
+    @property
     def support(self) -> list[int]:
         """The indices of the entries that are present."""
+        if self.traits.plain:
+            return list(range(len(self.tensors)))
         return [i for i, t in enumerate(self.tensors) if t is not None]
 
     @property
     def present(self) -> list[Tensor]:
         """The entries that are present, in order."""
+        if self.traits.plain:
+            return list(self.tensors)  # type: ignore[arg-type]
         return [t for t in self.tensors if t is not None]
 
     @property
     def complete(self) -> bool:
         """Whether no entry is missing."""
-        return len(self.present) == len(self.tensors)
+        return self.traits.plain or all(t is not None for t in self.tensors)
 
     def with_present(self, tensors: Iterable[Tensor]) -> Vector:
         """A vector with the same support as this one and the given entries."""
@@ -144,12 +158,13 @@ class Vector:
 
     def size(self) -> float | Tensor:
         """`norm()`, as a number where that costs nothing (on the CPU), and else as a tensor on its device."""
-        tensors = self.present
-        if not {(t.is_cpu, t.dtype, t.is_sparse) for t in tensors} <= CHEAP:
+        traits = self.traits
+        if not traits.countable:
             return self.norm()
-        if any_sharded(tensors):
+        tensors = self.present
+        if not traits.plain and any_sharded(tensors):
             return self.norm().item()
-        return math.hypot(*[n.item() for n in torch._foreach_norm(tensors)]) if tensors else 0.0
+        return math.hypot(*map(_number, torch._foreach_norm(tensors))) if tensors else 0.0
 
     def isfinite(self) -> bool:
         """Whether every entry is finite. One host synchronisation; a second look if the norm overflows."""
@@ -160,8 +175,11 @@ class Vector:
 
     def add_to(self, params: Sequence[Tensor], sign: float = 1.0) -> None:
         """Adds `sign` times this vector to `params` in place (the Displacement protocol)."""
-        moved = params if self.complete else [params[i] for i in self.support]
-        _add_in_place(moved, self.present, sign)
+        if self.traits.plain:
+            if self.tensors:
+                torch._foreach_add_(list(params), self.present, alpha=sign)
+        else:
+            _add_in_place([params[i] for i in self.support], self.present, sign)
 
     def copy_to(self, params: Sequence[Tensor]) -> None:
         """Overwrites `params` with this vector in place, where it has an entry."""

@@ -7,6 +7,8 @@ closure (which does) the running sum is set aside instead, in memory of its own.
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 from torch import Tensor
 
 from flatmin.distributed import Ranks
@@ -15,27 +17,32 @@ from flatmin.optim.rule import NOTHING, Probe
 from flatmin.shards import local
 from flatmin.vectors import Vector
 
+_grad = attrgetter("grad")
+
 
 class Collector:
     """Takes gradients out of `.grad`, or lets weighted ones add up there, and installs the direction."""
 
-    def __init__(self, params: list[Tensor], keep_sum_in_grad: bool, ranks: Ranks):
+    def __init__(self, params: list[Tensor], keep_sum_in_grad: bool, others: Ranks | None):
         self._params = params
-        self._ranks = ranks
+        self._others = others
         self._in_grad = keep_sum_in_grad
         self._weight: float | None = None  # of the running sum that stands in .grad
         self._sum: Vector | None = None
         self._before: list[tuple[Tensor | None, int]] = []
         self.handed_out = False  # whether the rule has seen a gradient
+        self._clear()  # what stands there belongs to nobody
 
     def before(self, probe: Probe) -> None:
         """Makes `.grad` ready for the evaluation of `probe`."""
+        if self._weight is None:
+            return  # there is nothing: what stood there has been handed out or set aside
         if self._in_grad and self._weight and probe.weight:
             if self._weight != probe.weight:  # .grad holds the sum divided by the weight of the next probe
                 self._grads().scale_(self._weight / probe.weight)
+            self._before = [_mark(p.grad) for p in self._params]
         else:
             self._set_aside()
-        self._before = [_mark(p.grad) for p in self._params] if self._weight is not None else []
 
     def is_part(self, probe: Probe, following: Probe | None) -> bool:
         """Whether the gradient of `probe` stays in `.grad` for the following one to add to."""
@@ -43,15 +50,17 @@ class Collector:
 
     def after(self, probe: Probe) -> Vector:
         """Hands out the gradient of `probe`, or adds it to the running sum."""
-        self._check()
+        grads = self._grads()
+        if self._before or not grads.traits.plain:
+            self._check(grads)
         self._weight = probe.weight
-        if probe.weight is None:
-            self.handed_out = True
-            grads = self._take()
-            if self._ranks.reuse_gradients:
-                return grads.apply(_copied)
-            return grads.apply(_without_graph) if True in [g.requires_grad for g in grads.present] else grads
-        return NOTHING
+        if self._weight is not None:
+            return NOTHING
+        self._clear()
+        self.handed_out = True
+        if self._others is not None and self._others.reuse_gradients:
+            return grads.apply(_copied)
+        return grads.apply(_without_graph) if grads.traits.historic else grads
 
     def install(self, direction: Vector | None) -> None:
         """Puts the direction (`None`: the running sum) where the base optimizer reads it."""
@@ -59,7 +68,8 @@ class Collector:
             if self._sum is None and self._weight is not None:
                 self._grads().scale_(self._weight)
                 return
-            self._set_aside()
+            if self._weight is not None:
+                self._set_aside()
             direction = self._sum
         assert direction is not None, "the rule returned None but weighted no probe"
         for p, d in zip(self._params, direction.tensors, strict=True):
@@ -67,44 +77,38 @@ class Collector:
 
     def combine(self, share: float, earlier: Vector | None) -> None:
         """Adds `share` times what stands in `.grad` to what `earlier` micro-batches have given, and installs that."""
-        part = self._take()
+        part = self._grads()
         # Not in place: a rule may have kept what it returned.
         total = part * share if earlier is None else earlier.add_(part, share)
         for p, d in zip(self._params, total.tensors, strict=True):
             p.grad = d
 
     def _set_aside(self) -> None:
-        """Moves what stands in `.grad` to the sum; without a weight it belongs to nobody."""
-        if self._weight is None:
-            self._clear()
-            return
-        part = self._take()
+        """Moves what stands in `.grad` to the sum."""
+        part, weight = self._grads(), self._weight
+        assert weight is not None
+        self._clear()
         # Not in place: the memory may be the caller's, who writes the next gradient into it.
-        self._sum = part * self._weight if self._sum is None else self._sum.add_(part, self._weight)
-        self._weight = None
+        self._sum = part * weight if self._sum is None else self._sum.add_(part, weight)
+        self._weight, self._before = None, []
 
     def _grads(self) -> Vector:
-        return Vector([p.grad for p in self._params])
-
-    def _take(self) -> Vector:
-        grads = self._grads()
-        self._clear()
-        return grads
+        return Vector(map(_grad, self._params))
 
     def _clear(self) -> None:
         for p in self._params:
             p.grad = None
 
-    def _check(self) -> None:
+    def _check(self, grads: Vector) -> None:
         if not self._before:
-            if not [p for p in self._params if p.grad is not None]:
+            if not grads.present:
                 raise ValueError(NO_BACKWARD)
             return
-        changed = False
+        changed, reused = False, self._others is not None and self._others.reuse_gradients
         for p, (grad, version) in zip(self._params, self._before, strict=True):
             if p.grad is not grad:
                 changed = True
-                if grad is not None and not _replaced_by_autograd(p) and not self._ranks.reuse_gradients:
+                if grad is not None and not _replaced_by_autograd(p) and not reused:
                     raise ValueError(CLEARED_IN_LOOP)
             elif grad is not None and local(grad)._version != version:
                 changed = True

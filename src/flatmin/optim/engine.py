@@ -34,7 +34,7 @@ from flatmin.optim.misuse import (
     check_window,
 )
 from flatmin.optim.rule import Probe
-from flatmin.optim.scaling import Scaling
+from flatmin.optim.scaling import UNSCALED, Scaling
 from flatmin.optim.session import Session
 from flatmin.place import Restore, check_restore
 
@@ -156,15 +156,20 @@ class FlatOptimizer(Session):
         if self._stage == "window" and self._under_way:
             return self._step_along_window(closure)
         check_closure(closure)
+        if not torch.is_grad_enabled():
+            closure = torch.enable_grad()(closure)
         losses: list[tuple[Any, bool]] = []
-        for probe in self._open("closure", self._scaled_by(scaler)):
-            loss = self._evaluate(closure)
-            if loss is None:
-                raise ValueError(NO_LOSS)
-            # A clone: the caller may write the next loss into the same tensor.
-            losses.append(
-                (loss.detach().clone() if isinstance(loss, Tensor) else loss, probe.at_weights and probe.part is None)
-            )
+        try:
+            for probe in self._open("closure", self._scaled_by(scaler)):
+                loss = closure()
+                if loss is None:
+                    raise ValueError(NO_LOSS)
+                # A clone: the caller may write the next loss into the same tensor.
+                value = loss.detach().clone() if isinstance(loss, Tensor) else loss
+                losses.append((value, probe.at_weights and probe.part is None))
+        except RuntimeError as error:
+            explain(error)
+            raise
         self._finish([value for value, _ in losses])
         return reported(losses)
 
@@ -191,24 +196,15 @@ class FlatOptimizer(Session):
         return (self._probe or Probe()).mean(losses)
 
     def _scaled_by(self, scaler: Any, *, rescale: bool = False) -> Scaling:
-        return Scaling(scaler, [] if scaler is None else self.params, rescale=rescale)
-
-    @staticmethod
-    def _evaluate(closure: Callable[[], Any]) -> Any:
-        try:
-            with torch.enable_grad():
-                return closure()
-        except RuntimeError as error:
-            explain(error)
-            raise
+        return UNSCALED if scaler is None and not rescale else Scaling(scaler, self.params, rescale=rescale)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, and drops the direction of a finished or abandoned loop."""
-        if self._stage == "window" and self._under_way:
-            return  # a framework's loop clears at the first micro-batch, whose gradients are being collected
-        self._heal()
         if not self._under_way:
+            self._heal()
             self._stage = "idle"
+        elif self._stage == "window":
+            return  # a framework's loop clears at the first micro-batch, whose gradients are being collected
         elif self._stage == "loop":
             raise ValueError(CLEARED_IN_LOOP)
         if set_to_none:

@@ -17,11 +17,22 @@ from flatmin.optim.misuse import check_names
 from flatmin.radii import check_radius
 
 
+class OfTheBase:
+    """An attribute that exists exactly if the base optimizer has it."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __get__(self, instance: Host | None, owner: type[Host]) -> Any:
+        return self if instance is None else getattr(instance.base, self._name)
+
+
 class Host(Migration, Optimizer):
     """Delegates torch's optimizer protocol to `base`; the base's own hooks stay with the base."""
 
     radius_name: str = "radius"
     base: Optimizer
+    train, eval = OfTheBase("train"), OfTheBase("eval")  # trainers ask for them: schedule-free optimizers have modes
     remembers: tuple[str, ...] = ()  # the vectors that the method keeps between steps (flatmin.optim.memory)
     replaces_momentum: bool = False  # whether the base should be plain SGD
     takes_sparse: bool = True  # whether its formula can be evaluated on sparse gradients
@@ -72,12 +83,6 @@ class Host(Migration, Optimizer):
     def num_skipped(self) -> int:
         """Steps skipped because a loss or the direction was not finite."""
         return self.param_groups[0].get("num_skipped", 0)
-
-    def __getattr__(self, name: str) -> Any:
-        # `train` and `eval` exist exactly if the base has them: trainers ask (schedule-free bases have).
-        if name in ("train", "eval"):
-            return getattr(self.base, name)
-        return super().__getattr__(name)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the base optimizer; it may set its own radius."""

@@ -75,10 +75,24 @@ class Migration:
             raise ValueError(_as_here(cls, base, {k: v for k, v in kwargs.items() if k != "base_optimizer"}))
         return super().__new__(cls)
 
-    def __getattr__(self, name: str) -> Any:
-        cls = type(self)
-        answer = ELSEWHERE.get(name, "'{name}' object has no attribute '{call}'")
-        raise AttributeError(answer.format(name=cls.__name__, call=name, radius=cls.radius_name), name=name, obj=self)
+
+class NotHere:
+    """A name that another package has: asking for it says what to write here.
+
+    As an attribute of the class, since a `__getattr__` makes every look-up on an instance slower, found or not.
+    """
+
+    def __init__(self, name: str, answer: str):
+        self._name = name
+        self._answer = answer
+
+    def __get__(self, instance: Any, owner: type[Migration]) -> Any:
+        answer = self._answer.format(name=owner.__name__, call=self._name, radius=owner.radius_name)
+        raise AttributeError(answer, name=self._name, obj=instance)
+
+
+for _name, _answer in ELSEWHERE.items():
+    setattr(Migration, _name, NotHere(_name, _answer))
 
 
 def _as_here(cls: type, base: type, options: Mapping[str, Any]) -> str:

@@ -95,3 +95,6 @@ class Scaling:
         if self._scaler is not None and self._done and not self.rescale:
             self._scaler.update()
         self._done = []
+
+
+UNSCALED = Scaling(None, [])

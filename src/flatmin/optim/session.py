@@ -18,9 +18,10 @@ from flatmin.optim.ending import Ending
 from flatmin.optim.memory import Memory
 from flatmin.optim.misuse import ALREADY_UNDER_WAY, DIRECTION_LOST, check_dense
 from flatmin.optim.rule import Probe, Requests, Rule, Update, plain
-from flatmin.optim.scaling import Scaling
+from flatmin.optim.scaling import UNSCALED, Scaling
 from flatmin.place import Place
 from flatmin.quiet import Quiet
+from flatmin.radii import Radii
 from flatmin.vectors import Vector
 
 # What a step is doing: nothing, evaluating by a closure, in a loop or in a framework's loop (flatmin.optim.window), or
@@ -47,13 +48,14 @@ class Session(Ending):
         self._place: Place | None = None
         self._quiet: Quiet | None = None
         self._ranks: Ranks | None = None
-        self._scaling = Scaling(None, [])
+        self._scaling = UNSCALED
         self._memory: Memory | None = None
         self._drift: Vector | None = None
         self._probe: Probe | None = None
         self._rule_saw_gradients = False
         self._micro_share: float | None = None
         self._num_draws = 0
+        self._radii: Radii | None = None
 
     def rule(self) -> Rule:
         """The method, as a fresh generator for one step."""
@@ -68,12 +70,11 @@ class Session(Ending):
     def _guarded_session(self, stage: Stage, scaling: Scaling, share: float | None) -> Generator[Probe, None, None]:
         params = self.params
         earlier = self._begin(stage, scaling, share, params)
-        quiet = self._quiet
-        assert quiet is not None
         place = self._place = Place(params, self._restore)
-        collector, active = Collector(params, stage != "closure", self.ranks), self._active()
+        others = None if self.ranks.alone else self.ranks
+        collector, active = Collector(params, stage != "closure", others), self._active()
         try:
-            yield from self._probe_by_probe(self.rule() if active else plain(), place, quiet, collector)
+            yield from self._probe_by_probe(self.rule() if active else plain(), place, collector, others)
             if share is not None:
                 collector.combine(share, earlier)
             self._rule_saw_gradients |= collector.handed_out and active
@@ -83,12 +84,13 @@ class Session(Ending):
             raise
         finally:
             place.home()  # a second time: an interrupt may have cut the first one off
-            self._place = self._probe = None
+            self._place = self._probe = self._radii = None
 
     def _probe_by_probe(
-        self, rule: Rule, place: Place, quiet: Quiet, collector: Collector
+        self, rule: Rule, place: Place, collector: Collector, others: Ranks | None
     ) -> Generator[Probe, None, None]:
-        ranks, requests = self.ranks, Requests(rule)
+        quiet, requests = self._quiet, Requests(rule)
+        assert quiet is not None
         try:
             probe = requests.next(None)
             while probe is not None:
@@ -97,12 +99,14 @@ class Session(Ending):
                 place.move(probe.displacement if self._stage == "window" else probe.release())
                 collector.before(probe)
                 try:
-                    ranks.probe(self._exchanges(probe) and not collector.is_part(probe, requests.ahead))
+                    if others is not None:
+                        others.probe(self._exchanges(probe) and not collector.is_part(probe, requests.ahead))
                     quiet.probe()
                     yield probe
                 finally:
                     quiet.settle()
-                    ranks.settle()
+                    if others is not None:
+                        others.settle()
                 quiet.leave()
                 probe.check_used()
                 if probe.weight is None:
@@ -131,7 +135,10 @@ class Session(Ending):
     def _active(self) -> bool:
         t = self.num_steps
         due = t >= self._start and (t - self._start) % self._every == 0
-        return due and (self._stop is None or t < self._stop) and self.radii().any
+        if not due or (self._stop is not None and t >= self._stop):
+            return False
+        self._radii = self.radii()  # nobody changes them within a step
+        return self._radii.any
 
     def _begin(self, stage: Stage, scaling: Scaling, share: float | None, params: list[Tensor]) -> Vector | None:
         """Makes ready for a loop. Returns what earlier loops of the same step have given."""

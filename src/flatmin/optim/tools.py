@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import chain
+from operator import attrgetter, itemgetter
+
 from torch import Tensor, nn
 
 from flatmin.distributed import Ranks, rank
@@ -11,6 +14,9 @@ from flatmin.optim.memory import Memory
 from flatmin.radii import Radii
 from flatmin.shards import any_sharded
 from flatmin.vectors import Vector
+
+_params = itemgetter("params")
+_movable = attrgetter("requires_grad")
 
 ONE_PLACE = (
     "noise_per_rank=True needs a place for each process, but the parameters are sharded (FSDP2), so that all processes "
@@ -26,12 +32,13 @@ class Tools(Host):
     _model: nn.Module | None
     _num_draws: int
     _perturbed: list[Tensor] | None
+    _radii: Radii | None  # those of the step under way
     _ranks: Ranks | None
 
     @property
     def params(self) -> list[Tensor]:
         """All parameters, in group order."""
-        return [p for group in self.param_groups for p in group["params"]]
+        return list(chain.from_iterable(map(_params, self.base.param_groups)))
 
     def weights(self) -> Vector:
         """The weights themselves, not a copy: to read, while the rule is not waiting for a gradient."""
@@ -39,11 +46,16 @@ class Tools(Host):
 
     def radii(self) -> Radii:
         """The radius of each parameter, read from the groups (0 where it is frozen, or not to be perturbed)."""
+        if self._radii is not None:
+            return self._radii
         name, moved = self.radius_name, self._perturbed
         values: list[float] = []
         for group in self.param_groups:
-            radius = float(group[name])
-            values += [radius if p.requires_grad else 0.0 for p in group["params"]]
+            radius, params = float(group[name]), group["params"]
+            if all(map(_movable, params)):
+                values += [radius] * len(params)
+            else:
+                values += [radius if p.requires_grad else 0.0 for p in params]
         if moved is not None:
             chosen = {id(p) for p in moved}
             values = [r if id(p) in chosen else 0.0 for r, p in zip(values, self.params, strict=True)]

@@ -1,0 +1,165 @@
+"""How one draw for many parameters is divided: which elements come from one seed, and which lie in one piece of memory.
+
+    piece    elements that come from one seed: neighbouring small parameters together, a large one block by block
+    slab     pieces that lie in one piece of memory
+
+Which number an element gets depends on the whole parameters alone, not on which part of them this process holds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from operator import attrgetter, methodcaller
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flatmin.shards import is_sharded, local, place_of
+
+BLOCK = 2**20  # elements of a large tensor with one seed: many, for its cost; few, for who needs a part of them only
+SMALL = 2**12  # elements of small tensors with one seed: many, for its cost; few, as they take memory together
+
+_shape_dtype_device = attrgetter("shape", "dtype", "device")
+_is_contiguous = methodcaller("is_contiguous")
+
+
+class Kind(NamedTuple):
+    """What has to be known of a parameter to lay out a draw for it.
+
+    Attributes:
+        tensor: shape (of the whole), dtype and device.
+        contiguous: whether its elements lie in order.
+        rows: the elements of the whole between which the rows of this process lie; `None` if it is not sharded.
+    """
+
+    tensor: tuple[torch.Size, torch.dtype, torch.device]
+    contiguous: bool
+    rows: tuple[int, int] | None
+
+    @property
+    def numel(self) -> int:
+        """The number of elements of the whole."""
+        return math.prod(self.tensor[0])
+
+
+class Piece(NamedTuple):
+    """Elements with one seed.
+
+    Attributes:
+        key: to be added to the seed of the draw.
+        numel: how many elements the seed is for.
+        first: the first of them that is wanted here.
+        last: the last one that is wanted here, and one.
+    """
+
+    key: int
+    numel: int
+    first: int
+    last: int
+
+
+class Slab(NamedTuple):
+    """One piece of memory.
+
+    Attributes:
+        order: the parameters that lie in it, by index, one after the other.
+        pieces: what it is filled with.
+        sizes: their sizes in memory.
+        offsets: where each parameter would begin in it, if all of it were there.
+        in_order: whether every parameter is whole and contiguous.
+    """
+
+    order: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    sizes: tuple[int, ...]
+    offsets: tuple[int, ...]
+    in_order: bool
+
+
+def kinds(like: Sequence[Tensor], *, sharded: bool) -> tuple[Kind, ...]:
+    """What `slabs` has to know of the parameters; `sharded` if one of them may be."""
+    rows: Iterable[tuple[int, int] | None] = itertools.repeat(None)
+    if sharded:
+        rows = [rows_of(t)[:2] if is_sharded(t) else None for t in like]
+    found = zip(map(_shape_dtype_device, like), map(_is_contiguous, like), rows, strict=False)
+    return tuple(itertools.starmap(Kind, found))
+
+
+@lru_cache(maxsize=64)
+def slabs(
+    like: tuple[Kind, ...], support: tuple[int, ...], *, together: bool, small: int, block: int
+) -> tuple[Slab, ...]:
+    """The slabs of a draw for the parameters in `support`, made once for parameters of these kinds.
+
+    Args:
+        like: the kinds of all parameters.
+        support: those that are drawn for, by index.
+        together: lay several units into one piece of memory, of up to `block` elements.
+        small: elements of neighbours that have one seed together.
+        block: elements of one parameter that have one seed.
+    """
+    units = [list(itertools.chain(*unit)) for unit in _joined([[i] for i in support], like, small)]
+    return tuple(_slab(slab, like, block) for slab in _joined(units, like, block if together else 0))
+
+
+def _slab(units: list[list[int]], like: Sequence[Kind], block: int) -> Slab:
+    order = tuple(itertools.chain(*units))
+    rows = like[order[0]].rows if len(order) == 1 else None
+    if rows is not None:
+        # Of a large parameter only what this process holds; small ones are drawn together and cut afterwards.
+        pieces = tuple(_pieces(order[0], *rows, like[order[0]].numel, block))
+    else:
+        sizes = [(unit[0], sum(like[i].numel for i in unit)) for unit in units]
+        pieces = tuple(itertools.chain(*(_pieces(first, 0, size, size, block) for first, size in sizes)))
+    start = 0 if rows is None else rows[0]
+    return Slab(
+        order,
+        pieces,
+        sizes=tuple(piece.last - piece.first for piece in pieces),
+        offsets=tuple(itertools.accumulate((like[i].numel for i in order[:-1]), initial=-start)),
+        in_order=all(like[i].contiguous and like[i].rows is None for i in order),
+    )
+
+
+def _pieces(unit: int, start: int, stop: int, size: int, block: int) -> Iterator[Piece]:
+    """The elements from `start` to `stop` of a unit of `size` elements."""
+    for number in range(start // block, -(-stop // block)):
+        low, high = number * block, min((number + 1) * block, size)
+        yield Piece((unit << 40) + number, high - low, max(low, start) - low, min(high, stop) - low)
+
+
+def _joined(groups: list[list[int]], like: Sequence[Kind], limit: int) -> list[list[list[int]]]:
+    """Neighbours that are of one kind, and of no more than `limit` elements together if there are several."""
+    found: list[list[list[int]]] = []
+    kind, room = None, 0
+    for group in groups:
+        size, own = sum(like[i].numel for i in group), like[group[0]].tensor[1:]
+        if size > room or kind != own:
+            found.append([])
+            kind, room = own, limit
+        found[-1].append(group)
+        room -= size
+    return found
+
+
+def rows_of(like: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+    """The elements of all of `like` between which this process's rows lie, and shape and offset of its part."""
+    shape, offset = place_of(like)
+    if not shape:
+        return 0, 1, shape, offset
+    row = math.prod(like.shape[1:])
+    return offset[0] * row, (offset[0] + shape[0]) * row, shape, offset
+
+
+def cut(flat: Tensor, at: int, like: Tensor) -> Tensor:
+    """This process's part of `like`, from a draw in which all of `like` would begin at `at`."""
+    first, last, shape, offset = rows_of(like)
+    z = flat[at + first : at + last].view(shape[:1] + like.shape[1:])
+    for dim in range(1, len(shape)):
+        z = z.narrow(dim, offset[dim], shape[dim])
+    part = local(like)
+    return z if z.stride() == part.stride() else torch.empty_like(part, requires_grad=False).copy_(z)
