@@ -22,9 +22,8 @@ SOURCE = ROOT / "src" / "flatmin"
 MAY_IMPORT = {
     "extras": set(),
     "shards": set(),
-    "traits": {"shards"},
     "slabs": {"shards"},
-    "vectors": {"shards", "traits"},
+    "vectors": {"shards"},
     "radii": {"vectors"},
     "distributed": {"shards"},
     "noise": {"radii", "vectors", "shards", "slabs"},

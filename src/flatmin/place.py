@@ -13,7 +13,6 @@ happened in between. Two ways, one choice:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import methodcaller
 from typing import Literal, get_args
 
 import torch
@@ -21,9 +20,6 @@ from torch import Tensor
 
 from flatmin.shards import parts
 from flatmin.vectors import Displacement, Vector
-
-_detached = methodcaller("detach")
-_copied = methodcaller("clone")
 
 Restore = Literal["exact", "recompute"]
 
@@ -49,8 +45,16 @@ class Place:
         """Puts the parameters at `W + displacement`, wherever they were (`None`: at W)."""
         if self._moved:
             self._return()
-        if displacement is not None:
-            self._leave(displacement)
+        if displacement is None:
+            return
+        values = self._values()
+        if not self._exact:
+            self._away = displacement = _finite(displacement)
+        elif len(self._saved) < len(values):
+            self._save(values, displacement.support)
+        self._moved = True  # first: whatever happens during the next line, home() undoes it
+        displacement.add_to(values)
+        torch.clear_autocast_cache()
 
     def home(self) -> None:
         """Puts the parameters back at W and forgets the copy."""
@@ -58,32 +62,22 @@ class Place:
             self._return()
         self._saved = {}
 
-    def _leave(self, displacement: Displacement) -> None:
-        values = self._values()
-        if self._exact:
-            if len(self._saved) < len(values):
-                self._save(values, displacement.support)
-        else:
-            self._away = displacement = _finite(displacement)
-        self._moved = True  # first: whatever happens during the next line, home() undoes it
-        displacement.add_to(values)
-        torch.clear_autocast_cache()
-
     def _values(self) -> list[Tensor]:
         # Without a history. An interrupt at the end of `no_grad` could leave gradients switched off.
-        return list(map(_detached, self._params))
+        return [p.detach() for p in self._params]
 
     def _save(self, values: list[Tensor], support: list[int]) -> None:
-        new = [i for i in support if i not in self._saved] if self._saved else support
-        moved = values if len(new) == len(values) else [values[i] for i in new]
-        self._saved.update(zip(new, map(_copied, parts(moved)), strict=True))
+        here = parts(values)
+        for i in support:
+            if i not in self._saved:
+                self._saved[i] = here[i].clone()
 
     def _return(self) -> None:
         if self._away is not None:
             self._away.add_to(self._values(), sign=-1.0)
         elif self._saved:
-            away = map(_detached, map(self._params.__getitem__, self._saved))
-            torch._foreach_copy_(parts(list(away)), list(self._saved.values()))
+            away = [self._params[i].detach() for i in self._saved]
+            torch._foreach_copy_(parts(away), [*self._saved.values()])
         self._moved, self._away = False, None
         torch.clear_autocast_cache()
 

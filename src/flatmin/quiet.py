@@ -104,20 +104,21 @@ class Quiet:
 
         If it `goes_on` it is the next micro-batch of the same step, and everything since its start can be.
         """
-        self.end()
-        self._first = True
-        self._copying = undoable
+        if self._before is not None:
+            self.end()
+        self._first, self._copying = True, undoable
         if not goes_on:
             self._start = Buffers(self._owners) if undoable and self._has_owners else None
 
     def probe(self) -> None:
         """Before an evaluation. The first one passes through; later ones are undone by `settle`."""
-        if self._first:
+        if self._before is None:
             self._before = random_state(self._devices)
         else:
-            set_random_state(self._before or {})
+            if self._first:
+                self._after_first()
+            set_random_state(self._before)
             self._later = Buffers(self._owners) if self._has_owners else None
-            self._copying = True
         if self._model is None and (self._first or self._has_buffers):
             # In torch's table under a key of our own: an interrupt between its function and the assignment of the
             # handle would leave the hook there for good.
@@ -132,22 +133,22 @@ class Quiet:
         if self._later is not None:
             self._later.put_back()
 
-    def leave(self) -> None:
-        """After an evaluation that did not raise: the next one is a later one."""
-        if self._first:
-            self._after = random_state(self._devices)
-            self._first = False
-            for module in self._new:
-                self._learn(module)  # it may have got a buffer in its first forward
+    def _after_first(self) -> None:
+        self._after = random_state(self._devices)
+        self._first, self._copying = False, True
+        for module in self._new:
+            self._learn(module)  # it may have got a buffer in its first forward
 
     def end(self) -> None:
         """Leaves the random state where the first probe left it, and no hook behind."""
         if self._hooked or self._later is not None:
             self.settle()
-        self._later, self._new = None, []
         if self._after is not None:
             set_random_state(self._after)
-            self._after = None
+        elif self._new:
+            self._after_first()
+        self._later, self._new = None, []
+        self._before = self._after = None
 
     def undo(self) -> None:
         """Puts the buffers back to where they were before the step."""

@@ -31,7 +31,7 @@ def is_sharded(tensor: object) -> bool:
 def any_sharded(tensors: Iterable[object]) -> bool:
     """Whether one of them is a DTensor."""
     kinds = set(map(type, tensors))
-    if kinds <= ORDINARY:  # nearly always: several times in each step
+    if kinds <= ORDINARY:
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and any(issubclass(kind, module.DTensor) for kind in kinds)
@@ -47,7 +47,7 @@ def local(tensor: Any) -> Tensor:
 
 def parts(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The part of each on this process."""
-    return [local(t) for t in tensors] if any_sharded(tensors) else list(tensors)
+    return [t if type(t) in ORDINARY else local(t) for t in tensors]
 
 
 def made_of(part: Tensor, like: Any) -> Tensor:

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from operator import attrgetter, methodcaller
 from typing import NamedTuple
 
 import torch
@@ -22,9 +21,6 @@ from flatmin.shards import is_sharded, local, place_of
 
 BLOCK = 2**20  # elements of a large tensor with one seed: many, for its cost; few, for who needs a part of them only
 SMALL = 2**12  # elements of small tensors with one seed: many, for its cost; few, as they take memory together
-
-_shape_dtype_device = attrgetter("shape", "dtype", "device")
-_is_contiguous = methodcaller("is_contiguous")
 
 
 class Kind(NamedTuple):
@@ -82,11 +78,12 @@ class Slab(NamedTuple):
 
 def kinds(like: Sequence[Tensor], *, sharded: bool) -> tuple[Kind, ...]:
     """What `slabs` has to know of the parameters; `sharded` if one of them may be."""
-    rows: Iterable[tuple[int, int] | None] = itertools.repeat(None)
-    if sharded:
-        rows = [rows_of(t)[:2] if is_sharded(t) else None for t in like]
-    found = zip(map(_shape_dtype_device, like), map(_is_contiguous, like), rows, strict=False)
-    return tuple(itertools.starmap(Kind, found))
+    return tuple(
+        [
+            Kind((t.shape, t.dtype, t.device), t.is_contiguous(), rows_of(t)[:2] if sharded and is_sharded(t) else None)
+            for t in like
+        ]
+    )
 
 
 @lru_cache(maxsize=64)

@@ -14,18 +14,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
-from operator import methodcaller
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from flatmin.shards import any_sharded, is_sharded, local, parts, summed
-from flatmin.traits import Traits, traits_of
+from flatmin.shards import ORDINARY, any_sharded, is_sharded, local, parts, summed
 
 STRIDED = {torch.strided}
-
-_number = methodcaller("item")
+COUNTABLE = (torch.float32, torch.float64)  # a norm of such tensors on the CPU can be had as a number without cost
 
 
 class Displacement(Protocol):
@@ -49,11 +46,11 @@ class Vector:
     one operand lacks may be shared with the other); methods that end in an underscore do not.
     """
 
-    __slots__ = ("_found", "tensors")
+    __slots__ = ("_plain", "tensors")
 
     def __init__(self, tensors: Iterable[Tensor | None]):
         self.tensors: tuple[Tensor | None, ...] = tuple(tensors)
-        self._found: Traits | None = None
+        self._plain: bool | None = None
 
     def __len__(self) -> int:
         return len(self.tensors)
@@ -63,30 +60,31 @@ class Vector:
         return f"Vector({shapes})"
 
     @property
-    def traits(self) -> Traits:
-        """What its entries are like; asked of them once."""
-        if self._found is None:
-            self._found = traits_of(self.tensors)
-        return self._found
+    def plain(self) -> bool:
+        """Whether every entry is present, dense, and whole on this process: nearly always."""
+        if self._plain is None:
+            self._plain = True
+            for t in self.tensors:
+                if type(t) not in ORDINARY or t.layout is not torch.strided:  # type: ignore[union-attr]
+                    self._plain = False
+        return self._plain
 
     @property
     def support(self) -> list[int]:
         """The indices of the entries that are present."""
-        if self.traits.plain:
-            return list(range(len(self.tensors)))
         return [i for i, t in enumerate(self.tensors) if t is not None]
 
     @property
     def present(self) -> list[Tensor]:
         """The entries that are present, in order."""
-        if self.traits.plain:
+        if self.plain:
             return list(self.tensors)  # type: ignore[arg-type]
         return [t for t in self.tensors if t is not None]
 
     @property
     def complete(self) -> bool:
         """Whether no entry is missing."""
-        return self.traits.plain or all(t is not None for t in self.tensors)
+        return self.plain or all(t is not None for t in self.tensors)
 
     def with_present(self, tensors: Iterable[Tensor]) -> Vector:
         """A vector with the same support as this one and the given entries."""
@@ -158,13 +156,13 @@ class Vector:
 
     def size(self) -> float | Tensor:
         """`norm()`, as a number where that costs nothing (on the CPU), and else as a tensor on its device."""
-        traits = self.traits
-        if not traits.countable:
-            return self.norm()
         tensors = self.present
-        if not traits.plain and any_sharded(tensors):
+        for t in tensors:
+            if not t.is_cpu or t.dtype not in COUNTABLE or t.is_sparse:
+                return self.norm()
+        if not self.plain and any_sharded(tensors):
             return self.norm().item()
-        return math.hypot(*map(_number, torch._foreach_norm(tensors))) if tensors else 0.0
+        return math.hypot(*[n.item() for n in torch._foreach_norm(tensors)]) if tensors else 0.0
 
     def isfinite(self) -> bool:
         """Whether every entry is finite. One host synchronisation; a second look if the norm overflows."""
@@ -175,7 +173,7 @@ class Vector:
 
     def add_to(self, params: Sequence[Tensor], sign: float = 1.0) -> None:
         """Adds `sign` times this vector to `params` in place (the Displacement protocol)."""
-        if self.traits.plain:
+        if self.plain:
             if self.tensors:
                 torch._foreach_add_(list(params), self.present, alpha=sign)
         else:

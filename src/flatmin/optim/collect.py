@@ -7,8 +7,6 @@ closure (which does) the running sum is set aside instead, in memory of its own.
 
 from __future__ import annotations
 
-from operator import attrgetter
-
 from torch import Tensor
 
 from flatmin.distributed import Ranks
@@ -16,8 +14,6 @@ from flatmin.optim.misuse import CLEARED_IN_LOOP, NO_BACKWARD
 from flatmin.optim.rule import NOTHING, Probe
 from flatmin.shards import local
 from flatmin.vectors import Vector
-
-_grad = attrgetter("grad")
 
 
 class Collector:
@@ -51,7 +47,7 @@ class Collector:
     def after(self, probe: Probe) -> Vector:
         """Hands out the gradient of `probe`, or adds it to the running sum."""
         grads = self._grads()
-        if self._before or not grads.traits.plain:
+        if self._before or not grads.plain:
             self._check(grads)
         self._weight = probe.weight
         if self._weight is not None:
@@ -60,7 +56,7 @@ class Collector:
         self.handed_out = True
         if self._others is not None and self._others.reuse_gradients:
             return grads.apply(_copied)
-        return grads.apply(_without_graph) if grads.traits.historic else grads
+        return grads.apply(_without_graph) if True in [g.requires_grad for g in grads.present] else grads
 
     def install(self, direction: Vector | None) -> None:
         """Puts the direction (`None`: the running sum) where the base optimizer reads it."""
@@ -93,7 +89,7 @@ class Collector:
         self._weight, self._before = None, []
 
     def _grads(self) -> Vector:
-        return Vector(map(_grad, self._params))
+        return Vector([p.grad for p in self._params])
 
     def _clear(self) -> None:
         for p in self._params:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Generator
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -29,8 +28,6 @@ from flatmin.place import Place
 from flatmin.quiet import Quiet
 from flatmin.radii import Radii
 from flatmin.vectors import Vector
-
-_grad = attrgetter("grad")
 
 ELSEWHERE = "loss of another process"
 
@@ -133,11 +130,11 @@ class Ending(Tools):
 
     def _not_finite_here(self, losses: list[Any]) -> str:
         """What is not finite, "" if nothing: one synchronisation for the norm of the direction and the losses."""
-        entries = map(_grad, self.params)
+        entries = [p.grad for p in self.params]
         update = Vector(entries if self._drift is None else [*entries, *self._drift.tensors])
         size = update.size()
         if isinstance(size, float):
-            if math.isfinite(size) and all(map(math.isfinite, losses)):
+            if math.isfinite(size) and all(math.isfinite(loss) for loss in losses):
                 return ""
         elif math.isfinite(size + sum(x.float() if isinstance(x, Tensor) else x for x in losses)):
             return ""

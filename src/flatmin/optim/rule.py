@@ -21,7 +21,7 @@ them, so that a step has one unscaling, one clipping and one all-reduce.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -31,7 +31,6 @@ from flatmin.optim.parts import Part, num_rows, take_rows
 from flatmin.vectors import Displacement, Vector
 
 
-@dataclass(slots=True, eq=False)
 class Probe:
     """A request for one gradient: at this displacement, on this part of the batch.
 
@@ -45,16 +44,23 @@ class Probe:
         at_weights: whether this probe evaluates at the unperturbed weights.
     """
 
-    displacement: Displacement | None = None
-    weight: float | None = None
-    part: Part | None = None
-    choose: Callable[[Tensor], Tensor] | None = None
-    ascent: bool = False
-    at_weights: bool = field(init=False)
-    _used: bool = field(init=False, default=False)
+    __slots__ = ("_used", "ascent", "at_weights", "choose", "displacement", "part", "weight")
 
-    def __post_init__(self) -> None:
-        self.at_weights = self.displacement is None
+    def __init__(
+        self,
+        displacement: Displacement | None = None,
+        weight: float | None = None,
+        part: Part | None = None,
+        choose: Callable[[Tensor], Tensor] | None = None,
+        ascent: bool = False,
+    ):
+        self.displacement = displacement
+        self.weight = weight
+        self.part = part
+        self.choose = choose
+        self.ascent = ascent
+        self.at_weights = displacement is None
+        self._used = False
 
     def release(self) -> Displacement | None:
         """Gives the displacement away: while the caller evaluates, nobody should hold its memory."""
@@ -144,7 +150,8 @@ class Requests:
 
     def _ask(self, found: Vector | None) -> Probe | None:
         try:
-            return as_probe(self._rule.send(found))  # type: ignore[arg-type]
+            request = self._rule.send(found)  # type: ignore[arg-type]
+            return request if isinstance(request, Probe) else Probe(request)
         except StopIteration as stop:
             self.direction = stop.value
             return None

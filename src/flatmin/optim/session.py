@@ -107,7 +107,6 @@ class Session(Ending):
                     quiet.settle()
                     if others is not None:
                         others.settle()
-                quiet.leave()
                 probe.check_used()
                 if probe.weight is None:
                     self._scaling.unscale()

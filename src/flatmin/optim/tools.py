@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
-from operator import attrgetter, itemgetter
-
 from torch import Tensor, nn
 
 from flatmin.distributed import Ranks, rank
@@ -14,9 +11,6 @@ from flatmin.optim.memory import Memory
 from flatmin.radii import Radii
 from flatmin.shards import any_sharded
 from flatmin.vectors import Vector
-
-_params = itemgetter("params")
-_movable = attrgetter("requires_grad")
 
 ONE_PLACE = (
     "noise_per_rank=True needs a place for each process, but the parameters are sharded (FSDP2), so that all processes "
@@ -38,7 +32,7 @@ class Tools(Host):
     @property
     def params(self) -> list[Tensor]:
         """All parameters, in group order."""
-        return list(chain.from_iterable(map(_params, self.base.param_groups)))
+        return [p for group in self.base.param_groups for p in group["params"]]
 
     def weights(self) -> Vector:
         """The weights themselves, not a copy: to read, while the rule is not waiting for a gradient."""
@@ -51,11 +45,8 @@ class Tools(Host):
         name, moved = self.radius_name, self._perturbed
         values: list[float] = []
         for group in self.param_groups:
-            radius, params = float(group[name]), group["params"]
-            if all(map(_movable, params)):
-                values += [radius] * len(params)
-            else:
-                values += [radius if p.requires_grad else 0.0 for p in params]
+            radius = float(group[name])
+            values += [radius if p.requires_grad else 0.0 for p in group["params"]]
         if moved is not None:
             chosen = {id(p) for p in moved}
             values = [r if id(p) in chosen else 0.0 for r, p in zip(values, self.params, strict=True)]
