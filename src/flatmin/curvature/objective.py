@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -300,8 +301,8 @@ class Objective:
 
     def check_loss(self, loss: Tensor, count: int) -> Tensor:
         """`loss`, the mean over `count` samples, if it is finite."""
-        if not torch.isfinite(loss.detach()):
-            raise ValueError(f"the loss is {float(loss.detach())} on a batch of {count}: there is nothing to measure.")
+        if not math.isfinite(value := loss.item()):
+            raise ValueError(f"the loss is {value} on a batch of {count}: there is nothing to measure.")
         return loss
 
 

@@ -121,7 +121,7 @@ class Operator(PerBatch[BatchOperator]):
         total, count = self.objective.zeros(), 0
         for curvature, batch in self.batches():
             part = curvature.product(full)
-            total, count = total.add_(Vector(part) * float(batch.size)), count + batch.size
+            total, count = total.add_(Vector(part), float(batch.size)), count + batch.size
             del curvature, part
         product = self.objective.mean(total, count)
         check_finite(product.present, self.objective)

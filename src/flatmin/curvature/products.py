@@ -224,11 +224,12 @@ class _GraphSize:
 
 def check_finite(product: Sequence[Tensor], objective: Objective) -> None:
     """Refuses a product, a tensor for each parameter, that is not finite. One synchronisation."""
+    if Vector(product).isfinite():
+        return
     bad = [local(t).isfinite().logical_not().sum().to(product[0].device) for t in product]
-    if (found := torch.stack(summed_apart(bad, product))).any():
-        name = objective.names[int(found.nonzero()[0, 0])]
-        raise ValueError(
-            f"the Hessian is not finite: its product with a vector is not, at parameter {name!r}. The loss is, so it "
-            "has no second derivative here (a norm or a square root at zero?) or overflows. Leave the parameter out "
-            "with params=, or measure at another point."
-        )
+    name = objective.names[int(torch.stack(summed_apart(bad, product)).nonzero()[0, 0])]
+    raise ValueError(
+        f"the Hessian is not finite: its product with a vector is not, at parameter {name!r}. The loss is, so it "
+        "has no second derivative here (a norm or a square root at zero?) or overflows. Leave the parameter out "
+        "with params=, or measure at another point."
+    )
