@@ -138,18 +138,13 @@ def eigenvalues(
 
 
 def num_seeds(case: Case, name: str, k: int) -> int:
-    """Other tools: a fifth of the seeds on the small networks; elsewhere PyHessian's five values alone.
-
-    One seed on the transformer, where they take most of an hour.
-    """
+    """Other tools: a fifth of the seeds on the small networks; elsewhere PyHessian's five values alone."""
     seeds = next(n for start, n in SEEDS.items() if case.name.startswith(start))
     if name == "flatmin":
         return seeds
     if case.name.startswith("MLP"):
         return seeds // 5
-    if not name.startswith("PyHessian") or k != 5:
-        return 0
-    return 1 if case.name.startswith("transformer") else seeds
+    return seeds if name.startswith("PyHessian") and k == 5 else 0
 
 
 def one(
