@@ -181,6 +181,8 @@ class Ranks:
         return bool(value)
 
     def _meet(self, module: nn.Module, _args: object = ()) -> None:
+        if torch.compiler.is_compiling():
+            return
         module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
         if not isinstance(module, DistributedDataParallel):
             return
@@ -196,6 +198,8 @@ class Ranks:
         self._silence(module)
 
     def _meet_shards(self, module: nn.Module, _args: object = ()) -> None:
+        if torch.compiler.is_compiling():
+            return
         for part in fsdp_modules(module):
             if all(known() is not part for known in self._shards):  # else it may be in the middle of its forward
                 self._shards.append(weakref.ref(part))

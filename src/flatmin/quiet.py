@@ -11,9 +11,10 @@ several dropout masks. With `Quiet` the first probe is an ordinary forward; for 
 
 If the step is skipped, because a loss is not finite, the buffers go back to where they were before it.
 
-Modules are found without the caller's help, by a forward hook that lives only inside a probe. A compiled model does
-not run such hooks for its parts, and a module whose `forward` is never called (only a `training_step` of its own, say)
-does not run them at all: there the model must be named (`model=`).
+Modules are found without the caller's help, by a forward hook that lives only inside a probe. `torch.compile(model)` is
+found as a whole, and the hook is away while it runs. Where the hook itself is compiled, in `model.compile()` or in a
+compiled function around the model, it sees nothing, and a step says that the model must be named (`model=`); so it must
+if its `forward` is never called (only a `training_step` of its own, say), which nobody can see.
 
 Measuring. Inside `undisturbed(model)` anything may be run; afterwards random state, buffers and mode are restored.
 """
@@ -21,12 +22,19 @@ Measuring. Inside `undisturbed(model)` anything may be run; afterwards random st
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_pre_hooks
+from torch.utils.hooks import RemovableHandle
+
+UNSEEN = (
+    "the model is compiled in a way that hides it (model.compile(), or a compiled function around it), so that its "
+    "buffers (batch-norm statistics, say) would move with every evaluation of a step instead of once. Name it: "
+    "model=..., or opt.name_model(model)."
+)
 
 RandomState = dict[torch.device, Tensor]
 CPU = torch.device("cpu")
@@ -82,8 +90,9 @@ class Quiet:
     the caller's code runs; one that turns up inside is copied on its first forward.
     """
 
-    def __init__(self, devices: Iterable[torch.device], model: nn.Module | None = None):
-        self._devices = [d for d in devices if d.type != "cpu"]
+    def __init__(self, params: Sequence[Tensor], model: nn.Module | None = None):
+        self._params = {id(p) for p in params}
+        self._devices = [d for d in {p.device for p in params} if d.type != "cpu"]
         self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._new: list[nn.Module] = []  # met in the present step
         self._owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # those of them that have buffers
@@ -93,6 +102,8 @@ class Quiet:
             self._learn(model)
         self._first = True
         self._hooked = False
+        self._compiled: list[RemovableHandle] = []  # hooks of compiled models met in the present evaluation
+        self._traced = False  # our hook was compiled
         self._copying = False
         self._start: Buffers | None = None  # before the first probe: for a step that is skipped
         self._later: Buffers | None = None  # before a later probe
@@ -111,11 +122,16 @@ class Quiet:
             self._start = Buffers(self._owners) if undoable and self._has_owners else None
 
     def probe(self) -> None:
-        """Before an evaluation. The first one passes through; later ones are undone by `settle`."""
+        """Before an evaluation. The first one passes through; later ones are undone by `settle`.
+
+        Raises:
+            ValueError: before the second one, if the model was compiled so that its buffers could not be found.
+        """
         if self._before is None:
             self._before = random_state(self._devices)
         else:
             if self._first:
+                self._check_seen()
                 self._after_first()
             set_random_state(self._before)
             self._later = Buffers(self._owners) if self._has_owners else None
@@ -128,10 +144,18 @@ class Quiet:
     def settle(self) -> None:
         """After an evaluation, raised or not; may be called again."""
         if self._hooked:
-            _global_forward_pre_hooks.pop(id(self), None)
             self._hooked = False
+            _global_forward_pre_hooks.pop(id(self), None)
+            while self._compiled:
+                self._compiled.pop().remove()
         if self._later is not None:
             self._later.put_back()
+
+    def _check_seen(self) -> None:
+        if self._traced:
+            self._traced = False
+            if not self._params <= {id(p) for module in self._known for p in module.parameters(recurse=False)}:
+                raise ValueError(UNSEEN)
 
     def _after_first(self) -> None:
         self._after = random_state(self._devices)
@@ -160,10 +184,25 @@ class Quiet:
         self._start = None
 
     def _meet(self, module: nn.Module, _args: object) -> None:
+        if torch.compiler.is_compiling():
+            self._traced = True
+            return
+        if hasattr(module, "_orig_mod"):
+            self._hide_from(module)
         if module not in self._known or (module._buffers and module not in self._owners):
             owners = self._learn(module)
             if self._copying and owners:
                 self._copies().copy(owners, inside=True)
+
+    def _hide_from(self, compiled: nn.Module) -> None:
+        """Takes the hook away while `compiled` runs, which would compile it in."""
+
+        def show(*_: object) -> None:
+            if self._hooked:
+                _global_forward_pre_hooks[id(self)] = self._meet
+
+        _global_forward_pre_hooks.pop(id(self), None)
+        self._compiled.append(compiled.register_forward_hook(show, always_call=True))
 
     def _copies(self) -> Buffers:
         """Of the present evaluation."""

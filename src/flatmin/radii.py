@@ -100,9 +100,10 @@ class Step:
 
     def add_to(self, params: Sequence[Tensor], sign: float = 1.0) -> None:
         """Adds `sign` times the displacement to `params` in place."""
-        if len(set(self.factors)) == 1:
-            if self.factors[0]:
-                self.vector.add_to(params, sign * self.factors[0])
+        first = self.factors[0] if self.factors else 0.0
+        if self.factors.count(first) == len(self.factors):
+            if first:
+                self.vector.add_to(params, sign * first)
             return
         tensors, support = self.vector.tensors, self.support
         for factor in {self.factors[i] for i in support}:

@@ -158,9 +158,9 @@ class Vector:
         """`norm()`, as a number where that costs nothing (on the CPU), and else as a tensor on its device."""
         tensors = self.present
         for t in tensors:
-            if not t.is_cpu or t.dtype not in COUNTABLE or t.is_sparse:
+            if not t.is_cpu or t.dtype not in COUNTABLE:
                 return self.norm()
-        if not self.plain and any_sharded(tensors):
+        if not self.plain:
             return self.norm().item()
         return math.hypot(*[n.item() for n in torch._foreach_norm(tensors)]) if tensors else 0.0
 

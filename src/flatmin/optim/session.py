@@ -155,6 +155,6 @@ class Session(Ending):
         if self._ranks is not None and self._ranks.num_params != len(params):
             self._ranks = None  # parameters were added
         if self._quiet is None:
-            self._quiet = Quiet({p.device for p in params}, self._model)
+            self._quiet = Quiet(params, self._model)
         self._quiet.begin(undoable=self._guard, goes_on=goes_on)
         return Vector([p.grad for p in params]) if goes_on else None

@@ -1,0 +1,119 @@
+"""Contract 8 with compiled models: the first probe alone moves buffers, and nothing is compiled again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import flatmin
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),  # torch's own, in its compiler
+    pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning"),  # that there is a hook
+]
+STEPS = 4
+
+
+class Run:
+    """A few steps of SAM on a small network, compiled in some way."""
+
+    def __init__(self, *, named: bool = False):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
+        self.head = nn.BatchNorm1d(3)
+        self.x, self.y = torch.randn(32, 8), torch.randint(3, (32,))
+        params = [*self.model.parameters(), *self.head.parameters()]
+        whole = nn.ModuleList([self.model, self.head]) if named else None
+        self.optimizer = flatmin.SAM(torch.optim.SGD(params, lr=0.1), rho=0.5, model=whole)
+        self.called: Callable[[Tensor], Tensor] = self.model
+
+    def loss(self) -> Tensor:
+        return nn.functional.cross_entropy(self.head(self.called(self.x)), self.y)
+
+    def steps(self, loss: Callable[[], Tensor] | None = None) -> list[float]:
+        """The losses; buffers must have moved once a step."""
+        loss = loss or self.loss
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            value = loss()
+            value.backward()
+            return value
+
+        before = int(self.model[1].num_batches_tracked)  # type: ignore[arg-type]
+        losses = [float(self.optimizer.step(closure)) for _ in range(STEPS)]
+        assert int(self.model[1].num_batches_tracked) - before == STEPS  # type: ignore[arg-type]
+        assert int(self.head.num_batches_tracked) - before == STEPS  # type: ignore[arg-type]
+        return losses
+
+
+@pytest.fixture
+def plain() -> list[float]:
+    return Run().steps()
+
+
+def test_a_compiled_model_is_found_and_what_is_called_after_it(plain):
+    from torch._dynamo.utils import counters
+
+    run = Run()
+    run.called = torch.compile(run.model, backend="eager")
+    compiled_before = counters["frames"]["ok"]
+    assert run.steps() == pytest.approx(plain, abs=1e-5)
+    assert counters["frames"]["ok"] == compiled_before + 1  # without the hook, once
+
+
+def test_a_model_that_was_compiled_before_the_first_step_is_not_compiled_again(plain):
+    from torch._dynamo.utils import counters
+
+    run = Run()
+    run.called = torch.compile(run.model, backend="eager")
+    with torch.random.fork_rng():
+        run.called(run.x)
+    run.model[1].reset_running_stats()  # type: ignore[operator]
+    compiled_before = counters["frames"]["ok"]
+    assert run.steps() == pytest.approx(plain, abs=1e-5)
+    assert counters["frames"]["ok"] == compiled_before
+
+
+def test_a_part_that_is_compiled_in_place_is_found_in_its_parent(plain):
+    run = Run()
+    run.model[0].compile(backend="eager")
+    assert run.steps() == pytest.approx(plain, abs=1e-5)
+
+
+def test_after_an_error_inside_a_compiled_model_no_hook_is_left():
+    run = Run()
+    compiled: Any = torch.compile(run.model, backend="eager")
+    run.called, x = compiled, run.x
+    run.x = x[:, :3]
+    with pytest.raises(RuntimeError):
+        run.steps()
+    assert not nn.modules.module._global_forward_pre_hooks
+    assert not compiled._forward_hooks
+    run.x = x
+    run.model[1].reset_running_stats()  # type: ignore[operator]
+    run.head.reset_running_stats()
+    run.steps()
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("how", ["in place", "a function"])
+def test_a_model_that_hides_must_be_named(how, named, plain):
+    run = Run(named=named)
+    loss = run.loss
+    if how == "in place":
+        run.model.compile(backend="eager")
+    else:
+        loss = torch.compile(loss, backend="eager")
+    if named:
+        assert run.steps(loss) == pytest.approx(plain, abs=1e-5)
+        return
+    weights = [p.clone() for p in run.model.parameters()]
+    with pytest.raises(ValueError, match="Name it: model="):
+        run.steps(loss)
+    assert all(torch.equal(p, w) for p, w in zip(run.model.parameters(), weights, strict=True))
