@@ -12,16 +12,35 @@ happened in between. Two ways, one choice:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from flatmin.shards import parts
+from flatmin.shards import is_sharded, parts
 from flatmin.vectors import Displacement, Vector
 
 Restore = Literal["exact", "recompute"]
+
+
+@contextmanager
+def displaced(params: Sequence[Tensor]) -> Iterator[Place]:
+    """Inside, `params` can be moved; on leaving they are home, and nobody can tell that they were away.
+
+    A graph that saved them before finds the values that it saved, and stays valid: no new version is counted (except of
+    shards, whose graphs gather anew).
+    """
+    place = Place(params)
+    with torch.autograd._unsafe_preserve_version_counter(tuple(p for p in params if not is_sharded(p))):
+        try:
+            try:
+                yield place
+            finally:
+                place.home()
+        finally:  # an interrupt inside the first one is undone here
+            place.home()
 
 
 def check_restore(restore: str) -> str:

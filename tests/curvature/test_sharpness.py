@@ -9,7 +9,6 @@ from torch import nn
 
 import flatmin
 from flatmin import problems
-from flatmin.curvature.sharpness import displaced
 from flatmin.noise import filter_norms
 from tests.curvature.nets import NETS, criterion, dense_hessian, make
 
@@ -223,6 +222,30 @@ def test_an_interrupt_at_any_line_leaves_the_weights(measure):
     assert [p.data_ptr() for p in objective.params] == pointers
 
 
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda o: flatmin.trace(o, max_products=2, method="hutchinson"),
+        lambda o: flatmin.trace(o, max_products=2, method="hutchinson", products="difference"),
+        lambda o: flatmin.trace(o, max_products=2, method="hutchinson", products="loss"),
+        lambda o: flatmin.top_eigenvalues(o, tol=0.1),
+        lambda o: flatmin.noise_stability(o, 0.1, num_draws=2),
+        lambda o: flatmin.ascent_sharpness(o, 0.1, num_steps=2),
+        lambda o: flatmin.loss_slice(o, flatmin.random_direction(o), num_points=3),
+    ],
+    ids=["trace", "differences", "losses", "eigenvalues", "noise", "ascent", "slice"],
+)
+def test_a_graph_of_the_users_stays_valid(measure):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+    x, y = torch.randn(16, 5), torch.randint(3, (16,))
+    loss = criterion(model(x), y)
+    expected = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    measure(flatmin.Objective(model, criterion, [(x, y)]))
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_an_error_of_the_model_leaves_the_weights():
     model, x, y = make("relu")
     calls = []
@@ -290,7 +313,7 @@ def test_rounding_is_part_of_the_error_in_single_precision():
 def test_displaced_brings_the_weights_back():
     objective, _ = setting("relu")
     before = [p.detach().clone() for p in objective.params]
-    with displaced(objective) as place:
+    with objective.displaced() as place:
         place.move(objective.zeros().apply(lambda t: t + 1))
         assert not torch.equal(objective.params[0], before[0])
     assert all(torch.equal(p, b) for p, b in zip(objective.params, before, strict=True))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from flatmin.curvature.metrics import Metric, ToWeights, ball
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.results import Measurement
-from flatmin.curvature.sharpness import check_positive, displaced
+from flatmin.curvature.sharpness import check_positive
 from flatmin.noise import Noise, mix_seeds
 from flatmin.place import Place
 from flatmin.radii import Radii
@@ -139,7 +139,7 @@ class _Ascent:
 
     def climb(self, e: Vector, num_steps: int) -> tuple[float, float]:
         """The losses at the start e and at the best point found from there."""
-        with displaced(self._objective) as place:
+        with self._objective.displaced() as place:
             begin, slope = self._evaluate(place, e)
             value, step = begin, 2 * self._rho
             for _ in range(num_steps):

@@ -11,31 +11,18 @@ kink (ReLU) a difference sees what autograd's second derivative leaves out: the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from flatmin.curvature.sharded import gradients
+from flatmin.place import Place, displaced
+from flatmin.radii import Step
 from flatmin.shards import parts, summed_apart
 from flatmin.vectors import Vector
 
 Scalar = Callable[[], Tensor]  # a loss at the weights as they are
-
-
-@contextmanager
-def displaced(params: Sequence[Tensor], v: Vector, scale: float) -> Iterator[None]:
-    """Inside, `params` are at w + scale v; on leaving they have their exact values again."""
-    saved = [p.detach().clone() for p in params]
-    try:
-        with torch.no_grad():
-            v.add_to(params, scale)
-        yield
-    finally:
-        with torch.no_grad():
-            for param, value in zip(params, saved, strict=True):
-                param.copy_(value)
 
 
 class GradientDifference:
@@ -54,7 +41,8 @@ class GradientDifference:
             with torch.no_grad():
                 self._scalar()  # who asked for the product of a batch may ask for its size, known once it is evaluated
             return tuple(torch.zeros_like(p) for p in self._params)
-        plus, minus = (self._gradient(v, sign * step) for sign in (1, -1))
+        with displaced(self._params) as place, torch.enable_grad():
+            plus, minus = (self._gradient(place, v, sign * step) for sign in (1, -1))
         return tuple(
             ((a.double() - b.double()) / (2 * step)).to(p.dtype)
             for a, b, p in zip(plus, minus, self._params, strict=True)
@@ -64,9 +52,9 @@ class GradientDifference:
         """v_p' (H v)_p for each parameter p, float64."""
         return dots(v, self.product(v))
 
-    def _gradient(self, v: Sequence[Tensor], scale: float) -> tuple[Tensor, ...]:
-        with displaced(self._params, Vector(v), scale), torch.enable_grad():
-            return gradients(self._scalar(), self._params)
+    def _gradient(self, place: Place, v: Sequence[Tensor], scale: float) -> tuple[Tensor, ...]:
+        place.move(_times(v, scale))
+        return gradients(self._scalar(), self._params)
 
 
 class LossDifference:
@@ -91,8 +79,9 @@ class LossDifference:
         step = _step(v, self._length)
         total = torch.zeros(1, dtype=torch.float64)
         if step > 0:
-            for sign in (1, -1):
-                with displaced(self._params, Vector(v), sign * step):
+            with displaced(self._params) as place:
+                for sign in (1, -1):
+                    place.move(_times(v, sign * step))
                     total += (self._value() - self._here) / step**2
         return total
 
@@ -122,6 +111,10 @@ def relative_difference(a: Vector, b: Vector) -> float:
     """|a - b| / |b|; 0 where both are zero."""
     difference, size = float((a - b).norm()), float(b.norm())
     return difference / size if size > 0 else math.inf if difference > 0 else 0.0
+
+
+def _times(v: Sequence[Tensor], scale: float) -> Step:
+    return Step(Vector(v), [scale] * len(v))
 
 
 def _step(v: Sequence[Tensor], length: float) -> float:

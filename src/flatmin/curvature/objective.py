@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
+from flatmin.curvature.arguments import check_model, choose_parameters
 from flatmin.curvature.batches import Batch, SampleCount, check_data, forward_pair, generators
 from flatmin.curvature.sharded import NOT_POSSIBLE, Together, gradients
 from flatmin.distributed import reshard, summed_over
+from flatmin.place import Place, displaced
 from flatmin.quiet import undisturbed
 from flatmin.shards import any_sharded
 from flatmin.vectors import Vector
@@ -68,14 +70,14 @@ class Objective:
         eval_mode: bool = True,
         group: Any = None,
     ):
-        _check_arguments(model, criterion)
+        check_model(model, criterion)
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.criterion = criterion
         self.data = check_data(data)
         self.eval_mode = eval_mode
         self._forward = forward or forward_pair
         reshard(self.model)
-        chosen = _choose(self.model, params)
+        chosen = choose_parameters(self.model, params)
         self._together = Together(self.model, chosen, group) if any_sharded(chosen.values()) else None
         self.group = group if self._together is None else self._together.group
         self.names: tuple[str, ...] = tuple(chosen)
@@ -136,6 +138,12 @@ class Objective:
         finally:
             for generator, state in own:
                 generator.set_state(state)
+
+    @contextmanager
+    def displaced(self) -> Iterator[Place]:
+        """Inside, the weights may be moved and the model evaluated; on leaving all is as before, bit for bit."""
+        with displaced(self.params) as place, self.quiet():
+            yield place
 
     def _undisturbed_shards(self) -> AbstractContextManager[None]:
         return nullcontext() if self._together is None else self._together.quiet()
@@ -304,39 +312,6 @@ class Objective:
         if not math.isfinite(value := loss.item()):
             raise ValueError(f"the loss is {value} on a batch of {count}: there is nothing to measure.")
         return loss
-
-
-def _check_arguments(model: object, criterion: object) -> None:
-    if isinstance(criterion, type):
-        raise ValueError(f"criterion is the class {criterion.__name__}, not a function: write {criterion.__name__}().")
-    if not isinstance(model, nn.Module) or isinstance(model, nn.modules.loss._Loss):
-        raise ValueError(f"the model comes first and is a torch.nn.Module, got {type(model).__name__}.")
-    if criterion is not None and not callable(criterion):
-        raise ValueError(f"criterion must be a function (outputs, targets) -> loss, got {type(criterion).__name__}.")
-    if torch.is_inference_mode_enabled():
-        raise ValueError("derivatives cannot be taken inside torch.inference_mode(): measure outside of it.")
-
-
-def _choose(model: nn.Module, params: Any) -> Mapping[str, Tensor]:
-    named = dict(model.named_parameters(remove_duplicate=False))  # a tied parameter is known by all its names
-    if params is None:
-        chosen = {name: p for name, p in named.items() if p.requires_grad}
-    elif callable(params):
-        chosen = {name: p for name, p in named.items() if params(name, p)}
-    else:
-        names = [params] if isinstance(params, str) else list(params)
-        missing = [name for name in names if name not in named]
-        if missing:
-            raise ValueError(f"no parameter is called {missing[0]!r}. The model has: {', '.join(named)}.")
-        chosen = {name: named[name] for name in names}
-    first_names = {p: name for name, p in reversed(chosen.items())}
-    chosen = {name: p for name, p in chosen.items() if first_names[p] == name}
-    frozen = [name for name, p in chosen.items() if not p.requires_grad]
-    if frozen:
-        raise ValueError(f"{frozen[0]!r} is frozen: call requires_grad_() on it, or leave it out of params.")
-    if not chosen:
-        raise ValueError("no parameters to differentiate by: all are frozen, or params selects none.")
-    return chosen
 
 
 def _eps(value: object) -> float:

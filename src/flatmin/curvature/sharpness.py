@@ -20,8 +20,7 @@ Three choices make a draw worth more:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -187,20 +186,6 @@ def average_sharpness(
     )
 
 
-@contextmanager
-def displaced(objective: Objective) -> Iterator[Place]:
-    """Inside, the weights may be moved and the model evaluated; on leaving all is as before, bit for bit."""
-    place = Place(objective.params)
-    try:
-        try:
-            with objective.quiet():
-                yield place
-        finally:
-            place.home()
-    finally:  # an interrupt inside the first one is undone here
-        place.home()
-
-
 class _Sampler:
     """Rises of the loss, pass by pass: one column for each way of drawing."""
 
@@ -236,7 +221,7 @@ class _Sampler:
     @torch.no_grad()
     def _round(self, first: int, size: int) -> np.ndarray:
         totals, clean, count = np.zeros((size, len(self._drawers))), 0.0, 0
-        with displaced(self._objective) as place:
+        with self._objective.displaced() as place:
             for index, batch in enumerate(self._objective.batches()):
                 loss = batch.evaluate().loss
                 self._eps = max(self._eps, torch.finfo(loss.dtype).eps)

@@ -18,7 +18,6 @@ from torch import Tensor
 from flatmin.curvature.batches import Batch
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.results import plain
-from flatmin.curvature.sharpness import displaced
 from flatmin.extras import need
 from flatmin.noise import Noise, filter_norms, times_norms
 from flatmin.radii import Radii
@@ -156,7 +155,7 @@ def direction_to(objective: Objective, state: Mapping[str, Tensor]) -> Vector:
 @torch.no_grad()
 def _losses(objective: Objective, directions: tuple[Vector, ...], axis: np.ndarray) -> np.ndarray:
     totals, count = np.zeros((len(axis),) * len(directions)), 0
-    with displaced(objective) as place:
+    with objective.displaced() as place:
         for batch in objective.batches():
             for index in np.ndindex(totals.shape):
                 terms = [d * float(axis[i]) for d, i in zip(directions, index, strict=True) if axis[i]]
