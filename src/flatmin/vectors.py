@@ -92,6 +92,8 @@ class Vector:
         return Vector(entries if self.complete else [None if t is None else next(entries) for t in self.tensors])
 
     def __mul__(self, scalar: float | Tensor) -> Vector:
+        if self.plain and self.tensors and not isinstance(scalar, Tensor):
+            return Vector(torch._foreach_mul(self.present, scalar))
         return self.with_present(_scaled(self.present, scalar))
 
     __rmul__ = __mul__
@@ -187,6 +189,9 @@ class Vector:
     def add_(self, other: Vector, scale: float = 1.0) -> Vector:
         """`self + scale * other`, in the memory of this vector, which must not be used afterwards."""
         _same_length(self, other)
+        if self.plain and other.plain:
+            other.add_to(self.present, scale)
+            return self
         if self.complete and other.complete:
             _add_in_place(self.present, other.present, scale)
             return self
