@@ -171,8 +171,8 @@ class Quiet:
             set_random_state(self._after)
         elif self._new:
             self._after_first()
-        self._later, self._new = None, []
         self._before = self._after = None
+        self._later, self._new = None, []
 
     def undo(self) -> None:
         """Puts the buffers back to where they were before the step."""
@@ -187,7 +187,7 @@ class Quiet:
         if torch.compiler.is_compiling():
             self._traced = True
             return
-        if hasattr(module, "_orig_mod"):
+        if "_orig_mod" in module._modules:
             self._hide_from(module)
         if module not in self._known or (module._buffers and module not in self._owners):
             owners = self._learn(module)

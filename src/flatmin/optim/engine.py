@@ -159,17 +159,17 @@ class FlatOptimizer(Session):
         if not torch.is_grad_enabled():
             closure = torch.enable_grad()(closure)
         losses: list[tuple[Any, bool]] = []
-        try:
-            for probe in self._open("closure", self._scaled_by(scaler)):
+        for probe in self._open("closure", self._scaled_by(scaler)):
+            try:
                 loss = closure()
-                if loss is None:
-                    raise ValueError(NO_LOSS)
-                # A clone: the caller may write the next loss into the same tensor.
-                value = loss.detach().clone() if isinstance(loss, Tensor) else loss
-                losses.append((value, probe.at_weights and probe.part is None))
-        except RuntimeError as error:
-            explain(error)
-            raise
+            except RuntimeError as error:
+                explain(error)
+                raise
+            if loss is None:
+                raise ValueError(NO_LOSS)
+            # A clone: the caller may write the next loss into the same tensor.
+            value = loss.detach().clone() if isinstance(loss, Tensor) else loss
+            losses.append((value, probe.at_weights and probe.part is None))
         self._finish([value for value, _ in losses])
         return reported(losses)
 

@@ -75,6 +75,9 @@ class Migration:
             raise ValueError(_as_here(cls, base, {k: v for k, v in kwargs.items() if k != "base_optimizer"}))
         return super().__new__(cls)
 
+    def __dir__(self) -> list[str]:
+        return [name for name in super().__dir__() if name not in ELSEWHERE]
+
 
 class NotHere:
     """A name that another package has: asking for it says what to write here.
@@ -85,6 +88,7 @@ class NotHere:
     def __init__(self, name: str, answer: str):
         self._name = name
         self._answer = answer
+        self.__doc__ = "Of another package: asking for it says what to write here."
 
     def __get__(self, instance: Any, owner: type[Migration]) -> Any:
         answer = self._answer.format(name=owner.__name__, call=self._name, radius=owner.radius_name)
