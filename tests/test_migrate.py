@@ -93,7 +93,7 @@ def test_signatures_and_attributes_are_the_usual_ones():
     assert list(signature(flatmin.FlatOptimizer).parameters)[:2] == ["base", "radius"]
     assert not hasattr(opt, "first_step")
     with pytest.raises(AttributeError, match="'SAM' object has no attribute 'nonsense'"):
-        _ = opt.nonsense
+        _ = opt.nonsense  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="parameters go to the base optimizer"):
         flatmin.SAM(model.parameters(), rho=0.05)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"got the class SGD"):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flatmin.shards import is_sharded, parts
 from flatmin.vectors import Displacement, Vector
+from flatmin.versions import unversioned
 
 Restore = Literal["exact", "recompute"]
 
@@ -29,11 +30,10 @@ Restore = Literal["exact", "recompute"]
 def displaced(params: Sequence[Tensor]) -> Iterator[Place]:
     """Inside, `params` can be moved; on leaving they are home, and nobody can tell that they were away.
 
-    A graph that saved them before finds the values that it saved, and stays valid: no new version is counted (except of
-    shards, whose graphs gather anew).
+    Not even a graph that saved them before (but of shards, which are gathered anew, a new version is counted).
     """
     place = Place(params)
-    with torch.autograd._unsafe_preserve_version_counter(tuple(p for p in params if not is_sharded(p))):
+    with unversioned(p for p in params if not is_sharded(p)):
         try:
             try:
                 yield place

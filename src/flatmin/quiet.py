@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.utils.hooks import RemovableHandle
 
+from flatmin.versions import unversioned
+
 UNSEEN = (
     "the model is compiled in a way that hides it (model.compile(), or a compiled function around it), so that its "
     "buffers (batch-norm statistics, say) would move with every evaluation of a step instead of once. Name it: "
@@ -243,8 +245,7 @@ class Buffers:
         pairs = [(b, v) for _, _, b, v, _ in self._kept if b is not None and v is not None and _can_be_written(b)]
         if pairs:
             buffers, values = zip(*pairs, strict=True)
-            # Without a new version: a graph that saved a buffer finds the value that it saved.
-            with torch.autograd._unsafe_preserve_version_counter(buffers):
+            with unversioned(buffers):
                 _copy([b.detach() for b in buffers], list(values))
         for module, name, buffer, _, inside in self._kept:
             if not inside:  # inside `functional_call` what was registered is not the module's own

@@ -25,7 +25,7 @@ from flatmin.curvature.batches import Batch
 from flatmin.curvature.differences import dots
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.outputs import OutputLoss, output_tensor
-from flatmin.curvature.products import Way, check_finite, choose_way
+from flatmin.curvature.products import Way, check_finite, choose_way, derivative
 from flatmin.noise import mix_seeds
 from flatmin.shards import local
 from flatmin.vectors import Vector
@@ -254,14 +254,7 @@ class BatchFactored:
         if not self._used:
             return tuple(torch.zeros_like(p) for p in self._params)
         along = self.push(v)
-        return torch.autograd.grad(
-            self._outputs,
-            self._params,
-            grad_outputs=self._middle(along),
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        return derivative([self._outputs], self._params, [self._middle(along)])
 
     def push(self, v: Sequence[Tensor]) -> Tensor:
         """J v, of the shape of the outputs."""

@@ -49,6 +49,14 @@ def differentiable_twice(objective: Objective) -> Iterator[None]:
         yield
 
 
+def derivative(outputs: Sequence[Tensor], inputs: Sequence[Tensor], v: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The derivative by `inputs` of the inner product of `outputs` and `v`, without a history; the graph is kept."""
+    found = torch.autograd.grad(
+        outputs, inputs, grad_outputs=v, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return tuple(t.detach() for t in found)  # torch 2.6 makes zeros that require gradients
+
+
 class BatchHessian:
     """The Hessian of one batch's loss, as a map v -> H v; the graph is built once and used for every product.
 
@@ -69,14 +77,7 @@ class BatchHessian:
         """H v, one tensor per parameter."""
         if not self._curved:
             return tuple(torch.zeros_like(p) for p in self._params)
-        return torch.autograd.grad(
-            self._grads,
-            self._params,
-            grad_outputs=[v[i] for i in self._curved],
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        return derivative(self._grads, self._params, [v[i] for i in self._curved])
 
     def forms(self, v: Sequence[Tensor]) -> Tensor:
         """v_p' (H v)_p for each parameter p, float64."""

@@ -52,7 +52,8 @@ def gradients(loss: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
     Of sharded parameters by `backward()`; inside `Objective.quiet()`, which keeps what `.grad` was.
     """
     if not any_sharded(params):
-        return torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+        grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+        return tuple(g.detach() for g in grads)  # torch 2.6 makes zeros that require gradients
     loss.backward()
     found = tuple(torch.zeros_like(p, requires_grad=False) if p.grad is None else p.grad for p in params)
     for p in params:
