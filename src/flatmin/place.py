@@ -23,6 +23,8 @@ from flatmin.shards import is_sharded, parts
 from flatmin.vectors import Displacement, Vector
 from flatmin.versions import unversioned
 
+_num_displaced = 0
+
 Restore = Literal["exact", "recompute"]
 
 
@@ -32,15 +34,22 @@ def displaced(params: Sequence[Tensor]) -> Iterator[Place]:
 
     Not even a graph that saved them before (but of shards, which are gathered anew, a new version is counted).
     """
+    global _num_displaced
     place = Place(params)
     with unversioned(p for p in params if not is_sharded(p)):
         try:
             try:
                 yield place
             finally:
+                _num_displaced += 1
                 place.home()
         finally:  # an interrupt inside the first one is undone here
             place.home()
+
+
+def num_displaced() -> int:
+    """How often anything was `displaced`: versions do not tell a graph that was built in the meantime from others."""
+    return _num_displaced
 
 
 def check_restore(restore: str) -> str:

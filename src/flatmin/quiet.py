@@ -12,9 +12,10 @@ several dropout masks. With `Quiet` the first probe is an ordinary forward; for 
 If the step is skipped, because a loss is not finite, the buffers go back to where they were before it.
 
 Modules are found without the caller's help, by a forward hook that lives only inside a probe. `torch.compile(model)` is
-found as a whole, and the hook is away while it runs. Where the hook itself is compiled, in `model.compile()` or in a
-compiled function around the model, it sees nothing, and a step says that the model must be named (`model=`); so it must
-if its `forward` is never called (only a `training_step` of its own, say), which nobody can see.
+found as a whole, and the hook is away while it runs. Where the hook is compiled in (`model.compile()`, or a function
+around the model) it only notes the module. What runs without hooks nobody can see, and the model must be named
+(`model=`): a compiled function that ran before the first step, or a module whose `forward` is never called (only a
+`training_step` of its own, say).
 
 Measuring. Inside `undisturbed(model)` anything may be run; afterwards random state, buffers and mode are restored.
 """
@@ -31,12 +32,6 @@ from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.utils.hooks import RemovableHandle
 
 from flatmin.versions import unversioned
-
-UNSEEN = (
-    "the model is compiled in a way that hides it (model.compile(), or a compiled function around it), so that its "
-    "buffers (batch-norm statistics, say) would move with every evaluation of a step instead of once. Name it: "
-    "model=..., or opt.name_model(model)."
-)
 
 RandomState = dict[torch.device, Tensor]
 CPU = torch.device("cpu")
@@ -93,7 +88,6 @@ class Quiet:
     """
 
     def __init__(self, params: Sequence[Tensor], model: nn.Module | None = None):
-        self._params = {id(p) for p in params}
         self._devices = [d for d in {p.device for p in params} if d.type != "cpu"]
         self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._new: list[nn.Module] = []  # met in the present step
@@ -104,8 +98,8 @@ class Quiet:
             self._learn(model)
         self._first = True
         self._hooked = False
-        self._compiled: list[RemovableHandle] = []  # hooks of compiled models met in the present evaluation
-        self._traced = False  # our hook was compiled
+        self._compiled: dict[int, RemovableHandle] = {}  # hooks of compiled models met in the present evaluation
+        self._inside: list[nn.Module] = []  # met by compiled code
         self._copying = False
         self._start: Buffers | None = None  # before the first probe: for a step that is skipped
         self._later: Buffers | None = None  # before a later probe
@@ -124,16 +118,11 @@ class Quiet:
             self._start = Buffers(self._owners) if undoable and self._has_owners else None
 
     def probe(self) -> None:
-        """Before an evaluation. The first one passes through; later ones are undone by `settle`.
-
-        Raises:
-            ValueError: before the second one, if the model was compiled so that its buffers could not be found.
-        """
+        """Before an evaluation. The first one passes through; later ones are undone by `settle`."""
         if self._before is None:
             self._before = random_state(self._devices)
         else:
             if self._first:
-                self._check_seen()
                 self._after_first()
             set_random_state(self._before)
             self._later = Buffers(self._owners) if self._has_owners else None
@@ -146,24 +135,20 @@ class Quiet:
     def settle(self) -> None:
         """After an evaluation, raised or not; may be called again."""
         if self._hooked:
-            self._hooked = False
             _global_forward_pre_hooks.pop(id(self), None)
-            while self._compiled:
-                self._compiled.pop().remove()
+            for handle in self._compiled.values():
+                handle.remove()
+            self._compiled = {}
+            self._hooked = False
         if self._later is not None:
             self._later.put_back()
-
-    def _check_seen(self) -> None:
-        if self._traced:
-            self._traced = False
-            if not self._params <= {id(p) for module in self._known for p in module.parameters(recurse=False)}:
-                raise ValueError(UNSEEN)
 
     def _after_first(self) -> None:
         self._after = random_state(self._devices)
         self._first, self._copying = False, True
-        for module in self._new:
+        for module in (*self._new, *self._inside):
             self._learn(module)  # it may have got a buffer in its first forward
+        self._inside = []
 
     def end(self) -> None:
         """Leaves the random state where the first probe left it, and no hook behind."""
@@ -171,7 +156,7 @@ class Quiet:
             self.settle()
         if self._after is not None:
             set_random_state(self._after)
-        elif self._new:
+        elif self._new or self._inside:
             self._after_first()
         self._before = self._after = None
         self._later, self._new = None, []
@@ -187,11 +172,12 @@ class Quiet:
 
     def _meet(self, module: nn.Module, _args: object) -> None:
         if torch.compiler.is_compiling():
-            self._traced = True
+            self._inside.append(module)  # a compiler can follow this, and little else
             return
-        if "_orig_mod" in module._modules:
+        compiled = "_orig_mod" in module._modules
+        if compiled:
             self._hide_from(module)
-        if module not in self._known or (module._buffers and module not in self._owners):
+        if compiled or module not in self._known or (module._buffers and module not in self._owners):
             owners = self._learn(module)
             if self._copying and owners:
                 self._copies().copy(owners, inside=True)
@@ -204,7 +190,8 @@ class Quiet:
                 _global_forward_pre_hooks[id(self)] = self._meet
 
         _global_forward_pre_hooks.pop(id(self), None)
-        self._compiled.append(compiled.register_forward_hook(show, always_call=True))
+        if id(compiled) not in self._compiled:
+            self._compiled[id(compiled)] = compiled.register_forward_hook(show, always_call=True)
 
     def _copies(self) -> Buffers:
         """Of the present evaluation."""

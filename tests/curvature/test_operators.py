@@ -135,3 +135,19 @@ def test_what_is_not_possible_is_refused():
     contrastive = flatmin.Objective(model, lambda z, y: (z @ z.T).logsumexp(1).mean(), [(x, y)])
     with pytest.raises(ValueError, match="targets cannot be drawn"):
         FisherOperator(contrastive).product(own.zeros())
+
+
+def test_a_graph_that_was_built_away_from_home_is_not_used_later():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    x = torch.randn(8, 3, dtype=torch.float64)
+    objective = flatmin.Objective(model, nn.MSELoss(), [(x, x[:, :1])])
+    operator, v = HessianOperator(objective), objective.zeros().apply(torch.ones_like)
+    with objective.displaced() as place:
+        place.move(v)
+        operator.product(v)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1)  # one new version, as the displacement was
+    found, truth = operator.product(v), HessianOperator(objective).product(v)
+    torch.testing.assert_close(found.tensors, truth.tensors)

@@ -27,6 +27,7 @@ from flatmin.curvature.objective import Objective
 from flatmin.curvature.outputs import OutputLoss, output_tensor
 from flatmin.curvature.products import Way, check_finite, choose_way, derivative
 from flatmin.noise import mix_seeds
+from flatmin.place import num_displaced
 from flatmin.shards import local
 from flatmin.vectors import Vector
 
@@ -94,6 +95,7 @@ class PerBatch(ABC, Generic[Curvature]):
     def batches(self) -> Iterator[tuple[Curvature, Batch]]:
         """The curvature of each batch, and the batch. Whoever iterates deletes it before asking for the next."""
         versions = [(local(p).data_ptr(), p._version) for p in self.objective.params]
+        versions.append((num_displaced(), 0))  # a graph built while they were away has versions that count again
         if self._kept and versions == self._versions:
             yield from self._kept
             return
