@@ -140,15 +140,17 @@ class Quiet:
                 handle.remove()
             self._compiled = {}
             self._hooked = False
+            for module in self._inside:
+                self._learn(module)
+            self._inside = []
         if self._later is not None:
             self._later.put_back()
 
     def _after_first(self) -> None:
         self._after = random_state(self._devices)
         self._first, self._copying = False, True
-        for module in (*self._new, *self._inside):
+        for module in self._new:
             self._learn(module)  # it may have got a buffer in its first forward
-        self._inside = []
 
     def end(self) -> None:
         """Leaves the random state where the first probe left it, and no hook behind."""
@@ -156,7 +158,7 @@ class Quiet:
             self.settle()
         if self._after is not None:
             set_random_state(self._after)
-        elif self._new or self._inside:
+        elif self._new:
             self._after_first()
         self._before = self._after = None
         self._later, self._new = None, []

@@ -80,6 +80,23 @@ def test_a_model_that_was_compiled_before_the_first_step_is_not_compiled_again(p
     assert counters["frames"]["ok"] == compiled_before
 
 
+def test_a_compiled_model_does_not_see_the_hook():
+    """A first evaluation with the hook and others without it would be two graphs."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+    compiled: Any = torch.compile(model, backend="eager")
+    optimizer, x = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1)), torch.randn(4, 8)
+    compiled_before = counters["frames"]["ok"]
+    for _ in range(2):
+        for _ in optimizer.probes():
+            compiled(x).square().mean().backward()
+        optimizer.step()
+        compiled(x).square().mean().backward()
+    assert counters["frames"]["ok"] == compiled_before + 1
+
+
 def test_a_part_that_is_compiled_in_place_is_found_in_its_parent(plain):
     run = Run()
     run.model[0].compile(backend="eager")
@@ -114,7 +131,7 @@ def test_a_compiled_function(named, plain):
     assert run.steps(torch.compile(run.loss, backend="eager")) == pytest.approx(plain, abs=1e-5)
 
 
-def test_a_compiled_function_that_ran_before_must_be_named(plain):
+def test_a_compiled_function_that_ran_before_works_with_a_named_model(plain):
     run = Run(named=True)
     loss = torch.compile(run.loss, backend="eager")
     with torch.random.fork_rng():

@@ -27,7 +27,7 @@ from flatmin.curvature.graph import check_whole, curved
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.outputs import MAX_OUTPUTS, Kind, OutputLoss
 from flatmin.curvature.persample import PerSample
-from flatmin.curvature.products import check_finite, differentiable_twice
+from flatmin.curvature.products import check_finite, derivative, differentiable_twice
 from flatmin.curvature.uses import Layout, Uncovered
 from flatmin.noise import draw_like, mix_seeds
 
@@ -192,10 +192,9 @@ class ClassVectors:
     def _norms(self, loss: OutputLoss) -> Callable[[torch.Generator], Tensor]:
         """An estimate for this batch from random numbers."""
         params = self._objective.params
-        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
 
         def pull(u: Tensor) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(loss.outputs, params, grad_outputs=u, **options)
+            return derivative([loss.outputs], params, [u])
 
         layouts = self._split.layouts
         single = None if layouts is None else PerSample(loss.outputs, params, layouts)
