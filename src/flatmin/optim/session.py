@@ -148,7 +148,7 @@ class Session(Ending):
         if self._stage == "ready" and not goes_on:
             raise ValueError(DIRECTION_LOST)
         self._fill_groups()
-        self._stage, self._micro_share = stage, share
+        self._stage, self._micro_share, self._radii = stage, share, None
         if not goes_on:
             self._scaling, self._memory, self._drift, self._num_draws = scaling, None, None, 0
             self._rule_saw_gradients = False
