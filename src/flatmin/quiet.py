@@ -61,11 +61,12 @@ def undisturbed(model: nn.Module, *, eval_mode: bool = True) -> Iterator[None]:
 
     Modes are switched by `eval()` and `train()`, which in some modules do work (LoRA layers merge their update).
     """
-    modes = [(module, module.training) for module in model.modules()]
-    states = random_state({p.device for p in model.parameters()})
-    buffers = Buffers(model.modules())
+    modules = list(model.modules())
+    modes = [(module, module.training) for module in modules]
+    states = random_state({p.device for module in modules for p in module._parameters.values() if p is not None})
+    buffers = Buffers(modules)
     try:
-        if eval_mode:
+        if eval_mode and any(training for _, training in modes):
             model.eval()
         yield
     finally:

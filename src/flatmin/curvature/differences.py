@@ -34,7 +34,7 @@ class GradientDifference:
     def __init__(self, scalar: Scalar, params: Sequence[Tensor], length: float):
         self._scalar, self._params, self._length = scalar, params, length
 
-    def product(self, v: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def product(self, v: Sequence[Tensor], *, last: bool = False) -> tuple[Tensor, ...]:
         """H v, one tensor per parameter."""
         step = _step(v, self._length)
         if step == 0:
@@ -67,7 +67,7 @@ class LossDifference:
         self._scalar, self._params, self._length = scalar, params, length
         self._here = self._value()
 
-    def product(self, v: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def product(self, v: Sequence[Tensor], *, last: bool = False) -> tuple[Tensor, ...]:
         """Not possible."""
         raise ValueError(
             "products with vectors need a backward pass, and this model has none: from differences of losses only the "

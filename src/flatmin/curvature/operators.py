@@ -37,8 +37,8 @@ GRAPH_MEMORY = 2**31
 class BatchOperator(Protocol):
     """An operator of one batch."""
 
-    def product(self, v: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """A v, one tensor per parameter."""
+    def product(self, v: Sequence[Tensor], *, last: bool = False) -> tuple[Tensor, ...]:
+        """A v, one tensor per parameter. After the `last` product nothing more can be asked."""
         ...
 
     def forms(self, v: Sequence[Tensor]) -> Tensor:
@@ -64,6 +64,7 @@ class PerBatch(ABC, Generic[Curvature]):
     """
 
     name = ""
+    as_recorded = True  # whether graphs have to consist of torch's own operations
 
     def __init__(
         self, objective: Objective, products: str | Way = "auto", *, graph_memory: int = GRAPH_MEMORY, seed: int = 0
@@ -96,12 +97,12 @@ class PerBatch(ABC, Generic[Curvature]):
         """The curvature of each batch, and the batch. Whoever iterates deletes it before asking for the next."""
         versions = [(local(p).data_ptr(), p._version) for p in self.objective.params]
         versions.append((num_displaced(), 0))  # a graph built while they were away has versions that count again
-        if self._kept and versions == self._versions:
-            yield from self._kept
-            return
-        self._kept = []
-        kept = []
-        with self.way.context(self.objective):
+        with self.way.context(self.objective, as_recorded=self.as_recorded):
+            if self._kept and versions == self._versions:
+                yield from self._kept  # inside too: checkpointing evaluates the model again
+                return
+            self._kept = []
+            kept = []
             for index, batch in enumerate(self.objective.batches()):
                 item = [(self._open(batch, self.objective.number(index)), batch)]
                 if self._keeps:
@@ -122,7 +123,7 @@ class Operator(PerBatch[BatchOperator]):
         full = [torch.zeros_like(p) if t is None else t for t, p in zip(v.tensors, params, strict=True)]
         total, count = self.objective.zeros(), 0
         for curvature, batch in self.batches():
-            part = curvature.product(full)
+            part = curvature.product(full, last=not self._keeps)
             total, count = total.add_(Vector(part), float(batch.size)), count + batch.size
             del curvature, part
         product = self.objective.mean(total, count)
@@ -139,6 +140,7 @@ class HessianOperator(Operator):
     """
 
     name = "Hessian"
+    as_recorded = False
 
     def _open(self, batch: Batch, index: int) -> BatchOperator:
         return self.way.curvature(lambda: batch.evaluate().loss, self.objective.params)
@@ -152,6 +154,7 @@ class ResidualOperator(Operator):
     """
 
     name = "Hessian - Gauss-Newton"
+    as_recorded = False
 
     def _open(self, batch: Batch, index: int) -> BatchOperator:
         first = [OutputLoss.of(self.objective, batch)]
@@ -251,12 +254,12 @@ class BatchFactored:
         self._used = [i for i, g in enumerate(grads) if g.requires_grad]
         self._pulled = [grads[i] for i in self._used]
 
-    def product(self, v: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """J' B J v, one tensor per parameter."""
+    def product(self, v: Sequence[Tensor], *, last: bool = False) -> tuple[Tensor, ...]:
+        """J' B J v, one tensor per parameter. After the `last` product the graph is gone."""
         if not self._used:
             return tuple(torch.zeros_like(p) for p in self._params)
         along = self.push(v)
-        return derivative([self._outputs], self._params, [self._middle(along)])
+        return derivative([self._outputs], self._params, [self._middle(along)], last=last)
 
     def push(self, v: Sequence[Tensor]) -> Tensor:
         """J v, of the shape of the outputs."""

@@ -14,8 +14,8 @@ that the loss does not use, or uses linearly, contributes zeros.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from flatmin.curvature.differences import (
 )
 from flatmin.curvature.graph import check_differentiable, check_whole
 from flatmin.curvature.objective import Objective
+from flatmin.curvature.swapped import Swapped, worthwhile
 from flatmin.noise import draw_like, mix_seeds
 from flatmin.shards import local, summed_apart
 from flatmin.vectors import Vector
@@ -49,10 +50,15 @@ def differentiable_twice(objective: Objective) -> Iterator[None]:
         yield
 
 
-def derivative(outputs: Sequence[Tensor], inputs: Sequence[Tensor], v: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The derivative by `inputs` of the inner product of `outputs` and `v`, without a history; the graph is kept."""
+def derivative(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], v: Sequence[Tensor], *, last: bool = False
+) -> tuple[Tensor, ...]:
+    """The derivative by `inputs` of the inner product of `outputs` and `v`, without a history.
+
+    The graph is kept, unless this is the `last` derivative: its memory is then used again on the way.
+    """
     found = torch.autograd.grad(
-        outputs, inputs, grad_outputs=v, retain_graph=True, allow_unused=True, materialize_grads=True
+        outputs, inputs, grad_outputs=v, retain_graph=not last, allow_unused=True, materialize_grads=True
     )
     return tuple(t.detach() for t in found)  # torch 2.6 makes zeros that require gradients
 
@@ -73,11 +79,11 @@ class BatchHessian:
         """Raises RuntimeError if the second derivative would silently be wrong."""
         check_differentiable(self._grads)
 
-    def product(self, v: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """H v, one tensor per parameter."""
+    def product(self, v: Sequence[Tensor], *, last: bool = False) -> tuple[Tensor, ...]:
+        """H v, one tensor per parameter. After the `last` product the graph is gone."""
         if not self._curved:
             return tuple(torch.zeros_like(p) for p in self._params)
-        return derivative(self._grads, self._params, [v[i] for i in self._curved])
+        return derivative(self._grads, self._params, [v[i] for i in self._curved], last=last)
 
     def forms(self, v: Sequence[Tensor]) -> Tensor:
         """v_p' (H v)_p for each parameter p, float64."""
@@ -95,6 +101,7 @@ class Way:
         graph_bytes: memory of the graph that double backward keeps, per sample.
         length: the displacement of a difference.
         reason: why a way before it was not possible.
+        swaps: whether the loss has operations with a faster second derivative of our own (flatmin.curvature.swapped).
     """
 
     name: str
@@ -102,6 +109,7 @@ class Way:
     graph_bytes: float = 0.0
     length: float = 0.0
     reason: str = ""
+    swaps: bool = False
 
     @property
     def text(self) -> str:
@@ -113,10 +121,15 @@ class Way:
         return f"{text}, within {self.cross_check:.1g} of {other} on one batch"
 
     @contextmanager
-    def context(self, objective: Objective) -> Iterator[None]:
-        """Inside, products may be computed; nothing is changed on leaving."""
+    def context(self, objective: Objective, *, as_recorded: bool = False) -> Iterator[None]:
+        """Inside, products may be computed; nothing is changed on leaving.
+
+        Args:
+            objective: whose way this is.
+            as_recorded: whether operations have to be recorded by torch, for somebody who looks at them.
+        """
         if self.name == "autograd":
-            with differentiable_twice(objective):
+            with differentiable_twice(objective), Swapped() if self.swaps and not as_recorded else nullcontext():
                 yield
         else:
             with objective.quiet(), torch.enable_grad():
@@ -144,27 +157,33 @@ def choose_way(objective: Objective, products: str = "auto", *, seed: int = 0) -
     names = list(NAMES) if products == "auto" else [products]
     reason = ""
     with objective.quiet(), torch.enable_grad():
-        check_whole([next(iter(objective.batches())).evaluate().loss])
+        loss = [next(iter(objective.batches())).evaluate().loss]
+        check_whole(loss)
+        swaps = worthwhile(loss)
+        del loss
     if objective.sharded:
         names, reason = [name for name in names if name != "autograd"], SHARDED
-    for name in names:
+    # Where operations of our own do not go with what the model does (checkpointing), torch's may.
+    for way in [Way(name=name, swaps=s) for name in names for s in ((True, False) if name == "autograd" else (False,))]:
+        if way.swaps and not swaps:
+            continue
         try:
-            return _try(objective, name, reason, seed)
+            return _try(objective, replace(way, reason=reason), seed)
         except torch.OutOfMemoryError:
             raise
         except NOT_DIFFERENTIABLE as error:
-            reason = f"{NAMES[name]} failed: {str(error).splitlines()[0][:100]}"
+            if not way.swaps:
+                reason = f"{NAMES[way.name]} failed: {str(error).splitlines()[0][:100]}"
     raise ValueError(f"products={products!r} is not possible here; {reason}")
 
 
-def _try(objective: Objective, name: str, reason: str, seed: int) -> Way:
-    """The way `name`, tried on the first batch and compared with another."""
+def _try(objective: Objective, way: Way, seed: int) -> Way:
+    """`way`, tried on the first batch and compared with another."""
     params = objective.params
-    way = Way(name=name, reason=reason)
     with way.context(objective):
         batch = next(iter(objective.batches()))
         v = _random(params, seed)
-        if name == "autograd":
+        if way.name == "autograd":
             with _GraphSize(params) as graph:
                 loss = batch.evaluate().loss
                 check_differentiable([loss])
@@ -181,7 +200,7 @@ def _try(objective: Objective, name: str, reason: str, seed: int) -> Way:
             check = relative_difference(Vector(other.product(v)), product)
         except NOT_DIFFERENTIABLE:
             check = None
-    return Way(name=name, reason=reason, cross_check=check, graph_bytes=graph.total / batch.size)
+    return replace(way, cross_check=check, graph_bytes=graph.total / batch.size)
 
 
 def _with_length(way: Way, scalar: Scalar, params: Sequence[Tensor], v: list[Tensor]) -> Way:
@@ -193,7 +212,7 @@ def _with_length(way: Way, scalar: Scalar, params: Sequence[Tensor], v: list[Ten
         else:
             found.append(Vector([LossDifference(scalar, params, length).forms(v)]))
     length, gap = best_length(tried, found)
-    return Way(name=way.name, reason=way.reason, cross_check=gap, length=length)
+    return replace(way, cross_check=gap, length=length)
 
 
 def _random(params: Sequence[Tensor], seed: int) -> list[Tensor]:
