@@ -58,6 +58,6 @@ def tiny(activation: Callable[[], nn.Module]) -> nn.Module:
 CASES = (
     Case("MLP, ReLU, 1,926 parameters, 4 x 256", lambda: tiny(nn.ReLU), (20,), 6, 256, 4, 400, 3e-3, 21),
     Case("MLP, tanh, 1,926 parameters, 4 x 256", lambda: tiny(nn.Tanh), (20,), 6, 256, 4, 400, 3e-3, 21),
-    Case("ResNet-20, 8 x 16", resnet20, (3, 32, 32), 10, 16, 8, 80, 1e-3, 3),
-    Case("transformer 1.0 M, 8 x 16", Transformer, (3, 32, 32), 10, 16, 8, 60, 3e-3, 3),
+    Case("ResNet-20, 8 x 16", resnet20, (3, 32, 32), 10, 16, 8, 80, 1e-3, 9),
+    Case("transformer 1.0 M, 8 x 16", Transformer, (3, 32, 32), 10, 16, 8, 60, 3e-3, 9),
 )

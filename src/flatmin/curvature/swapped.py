@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from flatmin.curvature.graph import kind, nodes
 from flatmin.curvature.second import BatchNorm, Convolution, Given, LayerNorm, Pointwise
+from flatmin.shards import ORDINARY
 
 KINDS = {"Convolution", "NativeBatchNorm", "CudnnBatchNorm", "NativeLayerNorm", "Gelu", "Silu"}
 PRECISE = (torch.float32, torch.float64)
@@ -44,7 +45,8 @@ def _covered(*tensors: Given) -> bool:
         return False
     if torch.is_autocast_enabled(first.device.type) or torch._C._are_functorch_transforms_active():
         return False
-    return all(t is None or (t.dtype == first.dtype and t.layout == torch.strided) for t in tensors)
+    given = [t for t in tensors if t is not None]
+    return all(type(t) in ORDINARY and t.dtype == first.dtype and t.layout == torch.strided for t in given)
 
 
 def _convolution(dims: int) -> Callable[..., Given]:
