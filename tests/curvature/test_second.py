@@ -92,6 +92,7 @@ NOT_COVERED = {
     "autocast": lambda x: torch.autocast("cpu", torch.bfloat16)(lambda: F.conv2d(x, WEIGHT))(),
     "half precision": lambda x: F.gelu(x.bfloat16()),
     "vmap": lambda x: torch.func.vmap(F.silu)(x),
+    "training": lambda x: F.batch_norm(x, MEAN.float(), VARIANCE.float(), training=True),
     "statistics of the batch": lambda x: F.batch_norm(x, None, None, training=True),
     "padding by name": lambda x: F.conv2d(x, WEIGHT, padding="valid"),
     "one sample": lambda x: F.conv2d(x[0], WEIGHT),
@@ -109,6 +110,11 @@ def test_what_is_not_covered_is_left_to_torch(name):
         y = NOT_COVERED[name](x)
     assert torch.equal(y, NOT_COVERED[name](x))
     assert all(kind(node) != "custom" for node in nodes([y]))
+
+
+def test_mistakes_are_refused_as_torch_refuses_them():
+    with Swapped(), pytest.raises(RuntimeError, match="normalized_shape"):
+        F.layer_norm(draw(4, 3), (6,))
 
 
 def test_there_is_no_third_derivative():
@@ -165,6 +171,27 @@ def test_products_equal_the_dense_hessian(graph_memory):
     for seed in range(2):
         v = vector(objective, seed)
         torch.testing.assert_close(flat(operator.product(v)), hessian @ flat(v), rtol=1e-10, atol=1e-12)
+
+
+def test_a_graph_that_is_not_kept_is_gone_after_its_product():
+    model, batches = make()
+    objective = flatmin.Objective(model, criterion, batches)
+    for operator, kept in ((HessianOperator(objective), True), (HessianOperator(objective, graph_memory=0), False)):
+        opened = []
+        original = operator._open
+
+        def noting(batch, index, original=original, opened=opened):
+            opened.append(original(batch, index))
+            return opened[-1]
+
+        operator._open = noting  # type: ignore[method-assign]
+        v = vector(objective)
+        operator.product(v)
+        if kept:
+            opened[0].product(v.present)
+        else:
+            with pytest.raises(RuntimeError, match="second time"):
+                opened[0].product(v.present)
 
 
 def test_our_operations_are_recorded_for_hessian_and_residual_alone():

@@ -91,7 +91,8 @@ def _layer_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Given = None, bias: Given = None, eps: float = 1e-5
 ) -> Given:
     """Stands for `F.layer_norm`."""
-    if not _covered(input, weight, bias) or not input.numel():
+    whole = tuple(input.shape[-len(normalized_shape) :]) == tuple(normalized_shape)
+    if not whole or not input.numel() or not _covered(input, weight, bias):
         return None
     size = math.prod(normalized_shape)
     flat = [None if t is None else t.reshape(size) for t in (weight, bias)]
