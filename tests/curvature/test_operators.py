@@ -151,3 +151,19 @@ def test_a_graph_that_was_built_away_from_home_is_not_used_later():
             p.add_(0.1)  # one new version, as the displacement was
     found, truth = operator.product(v), HessianOperator(objective).product(v)
     torch.testing.assert_close(found.tensors, truth.tensors)
+
+
+@pytest.mark.parametrize("name", list(NETS))
+def test_kept_graphs_hold_the_gradient_too(name):
+    model, x, y = make(name)
+    objective = flatmin.Objective(model, criterion, ragged(x, y))
+    truth, v = objective.gradient(), random_like(objective)
+    evaluations = []
+    for graph_memory, num_evaluations in ((2**31, 2), (0, 4)):
+        operator = HessianOperator(objective, graph_memory=graph_memory)
+        handle = model.register_forward_hook(lambda *_: evaluations.append(1))
+        torch.testing.assert_close(flat(operator.gradient()), flat(truth), rtol=1e-10, atol=1e-13)
+        operator.product(v)
+        handle.remove()
+        assert len(evaluations) == num_evaluations
+        evaluations.clear()

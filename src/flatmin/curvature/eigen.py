@@ -87,7 +87,7 @@ def top_eigenvalues(
     max_basis = max(40, 2 * k + 20) if max_basis is None else max_basis
     _check(objective, k, which, tol, max_products, max_basis)
     objective.check()
-    lanczos = Lanczos(operator.product, objective.params, seed=seed, start=_start(objective, start, seed))
+    lanczos = Lanczos(operator.product, objective.params, seed=seed, start=_start(operator, start, seed))
     search = _Search(lanczos, k, 1.0 if which == "LA" else -1.0, tol)
     converged = search.run(max_products, max_basis)
     if not converged:
@@ -131,13 +131,13 @@ def _check(objective: Objective, k: int, which: str, tol: float, max_products: i
         raise ValueError(f"max_basis must be at least k + 3 = {k + 3}, got {max_basis}.")
 
 
-def _start(objective: Objective, start: Vector | str, seed: int) -> Tensor | None:
+def _start(operator: Operator, start: Vector | str, seed: int) -> Tensor | None:
     if start == "random":
         return None
     if isinstance(start, str) and start != "gradient":
         raise ValueError(f"start must be 'gradient', 'random' or a Vector, got {start!r}.")
-    space = Space(objective.params)
-    given = flatten(objective.gradient() if isinstance(start, str) else start).to(space.like)
+    space = Space(operator.objective.params)
+    given = flatten(operator.gradient() if isinstance(start, str) else start).to(space.like)
     size = math.sqrt(space.dot(given, given))
     if not (math.isfinite(size) and size > 0):
         return None

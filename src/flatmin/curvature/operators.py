@@ -25,7 +25,7 @@ from flatmin.curvature.batches import Batch
 from flatmin.curvature.differences import dots
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.outputs import OutputLoss, output_tensor
-from flatmin.curvature.products import Way, check_finite, choose_way, derivative
+from flatmin.curvature.products import BatchHessian, Way, check_finite, choose_way, derivative
 from flatmin.noise import mix_seeds
 from flatmin.place import num_displaced
 from flatmin.shards import local
@@ -130,6 +130,10 @@ class Operator(PerBatch[BatchOperator]):
         check_finite(product.present, self.objective)
         return product
 
+    def gradient(self) -> Vector:
+        """The gradient of the objective, wherever the operator comes by it most cheaply."""
+        return self.objective.gradient()
+
 
 class HessianOperator(Operator):
     """The Hessian of the objective.
@@ -144,6 +148,17 @@ class HessianOperator(Operator):
 
     def _open(self, batch: Batch, index: int) -> BatchOperator:
         return self.way.curvature(lambda: batch.evaluate().loss, self.objective.params)
+
+    def gradient(self) -> Vector:
+        """The gradient of the objective: from the graphs, if they are kept, at no cost but theirs."""
+        if not self._keeps or self.objective.group is not None:  # others of the group may keep none
+            return self.objective.gradient()
+        total, count = self.objective.zeros(), 0
+        for curvature, batch in self.batches():
+            assert isinstance(curvature, BatchHessian)
+            total, count = total.add_(Vector(curvature.gradient), float(batch.size)), count + batch.size
+            del curvature
+        return self.objective.mean(total, count)
 
 
 class ResidualOperator(Operator):

@@ -67,11 +67,15 @@ class BatchHessian:
     """The Hessian of one batch's loss, as a map v -> H v; the graph is built once and used for every product.
 
     Cost: one gradient to build, about two per product.
+
+    Attributes:
+        gradient: of the batch's loss, one tensor per parameter.
     """
 
     def __init__(self, loss: Tensor, params: Sequence[Tensor]):
         self._params = params
         grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True, materialize_grads=True)
+        self.gradient = tuple(g.detach() for g in grads)
         self._curved = [i for i, g in enumerate(grads) if g.requires_grad]
         self._grads = [grads[i] for i in self._curved]
 
