@@ -167,10 +167,10 @@ def choose_way(objective: Objective, products: str = "auto", *, seed: int = 0) -
         del loss
     if objective.sharded:
         names, reason = [name for name in names if name != "autograd"], SHARDED
-    # Where operations of our own do not go with what the model does (checkpointing), torch's may.
-    for way in [Way(name=name, swaps=s) for name in names for s in ((True, False) if name == "autograd" else (False,))]:
-        if way.swaps and not swaps:
-            continue
+    ways = [Way(name=name) for name in names]
+    if swaps and names[0] == "autograd":  # if ours do not go with what the model does (checkpointing), torch's may
+        ways.insert(0, Way(name="autograd", swaps=True))
+    for way in ways:
         try:
             return _try(objective, replace(way, reason=reason), seed)
         except torch.OutOfMemoryError:
