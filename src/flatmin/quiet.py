@@ -92,9 +92,9 @@ class Quiet:
         self._devices = [d for d in {p.device for p in params} if d.type != "cpu"]
         self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._new: list[nn.Module] = []  # met in the present step
-        self._owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # those of them that have buffers
+        self._owners: dict[int, weakref.ref[nn.Module]] = {}  # those of them that have buffers, by their id
         self._model = model
-        self._has_owners = self._has_buffers = False
+        self._has_buffers = False
         if model is not None:
             self._learn(model)
         self._first = True
@@ -116,7 +116,7 @@ class Quiet:
             self.end()
         self._first, self._copying = True, undoable
         if not goes_on:
-            self._start = Buffers(self._owners) if undoable and self._has_owners else None
+            self._start = Buffers(self._living()) if undoable and self._owners else None
 
     def probe(self) -> None:
         """Before an evaluation. The first one passes through; later ones are undone by `settle`."""
@@ -126,7 +126,7 @@ class Quiet:
             if self._first:
                 self._after_first()
             set_random_state(self._before)
-            self._later = Buffers(self._owners) if self._has_owners else None
+            self._later = Buffers(self._living()) if self._owners else None
         if self._model is None and (self._first or self._has_buffers):
             # In torch's table under a key of our own: an interrupt between its function and the assignment of the
             # handle would leave the hook there for good.
@@ -180,7 +180,7 @@ class Quiet:
         compiled = "_orig_mod" in module._modules
         if compiled:
             self._hide_from(module)
-        if compiled or module not in self._known or (module._buffers and module not in self._owners):
+        if compiled or module not in self._known or (module._buffers and not self._is_owner(module)):
             owners = self._learn(module)
             if self._copying and owners:
                 self._copies().copy(owners, inside=True)
@@ -210,10 +210,16 @@ class Quiet:
         self._new += new
         parts = dict.fromkeys([*new, module])  # a known one may have got its first buffer since
         owners = [part for part in parts if part._buffers]
-        self._owners.update(owners)
-        self._has_owners |= bool(owners)
+        self._owners = {id(part): weakref.ref(part) for part in [*self._living(), *owners]}
         self._has_buffers |= any(b is not None for part in owners for b in part._buffers.values())
         return owners
+
+    def _is_owner(self, module: nn.Module) -> bool:
+        known = self._owners.get(id(module))
+        return known is not None and known() is module
+
+    def _living(self) -> list[nn.Module]:
+        return [part for known in self._owners.values() if (part := known()) is not None]
 
 
 class Buffers:

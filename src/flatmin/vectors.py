@@ -158,13 +158,13 @@ class Vector:
 
     def size(self) -> float | Tensor:
         """`norm()`, as a number where that costs nothing (on the CPU), and else as a tensor on its device."""
-        tensors = self.present
+        tensors, simple = self.present, self.plain
         for t in tensors:
             if not t.is_cpu or t.dtype not in COUNTABLE:
                 return self.norm()
-        if not self.plain:
-            return self.norm().item()
-        return math.hypot(*[n.item() for n in torch._foreach_norm(tensors)]) if tensors else 0.0
+            simple = simple and t.is_contiguous()
+        square = _square(tensors) if simple else 0.0
+        return math.sqrt(square) if 0.0 < square < math.inf else self.norm().item()
 
     def isfinite(self) -> bool:
         """Whether every entry is finite. One host synchronisation; a second look if the norm overflows."""
@@ -204,6 +204,15 @@ class Vector:
         """Multiplies the entries by `factor` in place."""
         if self.support and factor != 1.0:
             torch._foreach_mul_(parts(self.present), factor)
+
+
+def _square(tensors: Sequence[Tensor]) -> float:
+    """The sum of squares of contiguous tensors: by inner products, more exact than torch's norm of many entries."""
+    total = 0.0
+    for t in tensors:
+        flat = t.view(-1)
+        total += flat.dot(flat).item()
+    return total
 
 
 def _same_length(a: object, b: object) -> None:

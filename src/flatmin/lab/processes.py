@@ -14,7 +14,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from flatmin.extras import need
 from flatmin.integrations.accelerate import probes
 from flatmin.optim import FlatOptimizer
-from flatmin.optim.ending import reported
+from flatmin.optim.losses import Losses
+from flatmin.optim.rule import HERE
 
 STARTED = ("ACCELERATE_MIXED_PRECISION", "WORLD_SIZE")  # `accelerate launch` and `torchrun` set them
 
@@ -126,15 +127,15 @@ class Together(Alone):
 
     def step(self, optimizer: Any, evaluate: Callable[[], Tensor]) -> float:
         """In the loop form, which a scaler works with, and in which NSO averages gradients over processes once."""
-        losses = []
+        losses = Losses()
         if isinstance(optimizer.optimizer, FlatOptimizer):
             for probe in probes(self._accelerator, optimizer):
-                losses.append((self._evaluated(evaluate), probe.at_weights and probe.part is None))
+                losses.add(self._evaluated(evaluate), probe)
         else:
             optimizer.zero_grad()
-            losses.append((self._evaluated(evaluate), True))
+            losses.add(self._evaluated(evaluate), HERE)
         optimizer.step()
-        return float(self._accelerator.reduce(reported(losses), "mean"))
+        return float(self._accelerator.reduce(losses.reported(), "mean"))
 
     def _evaluated(self, evaluate: Callable[[], Tensor]) -> Tensor:
         loss = evaluate()

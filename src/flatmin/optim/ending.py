@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flatmin.optim import unobserved
+from flatmin.optim.losses import Losses
 from flatmin.optim.memory import Memory
 from flatmin.optim.misuse import (
     ABANDONED,
@@ -96,7 +98,7 @@ class Ending(Tools):
         self.step()
         return loss
 
-    def _finish(self, losses: list[Any]) -> None:
+    def _finish(self, losses: Losses) -> None:
         self._stage = "idle"
         agree = self.ranks.agree
         if self._scaling.overflowed(agree) or bool(self.__dict__.get("found_inf", False)):
@@ -110,7 +112,7 @@ class Ending(Tools):
         self._count("num_steps")
 
     def _apply(self) -> None:
-        self.base.step()
+        unobserved.step(self.base)
         if self._drift is not None:
             self._add_drift(self._drift)
         if self._memory is not None and self._memory.commit():
@@ -123,22 +125,21 @@ class Ending(Tools):
         rates = Radii(float(group["lr"]) for group in self.param_groups for _ in group["params"])
         (rates * drift).add_to(self.params, sign=-1.0)
 
-    def _not_finite(self, losses: list[Any], agree: Callable[[bool], bool]) -> str:
+    def _not_finite(self, losses: Losses, agree: Callable[[bool], bool]) -> str:
         """What is not finite, "" if nothing, on this process or another."""
         culprit = self._not_finite_here(losses)
         return culprit or ELSEWHERE if agree(bool(culprit)) else ""
 
-    def _not_finite_here(self, losses: list[Any]) -> str:
+    def _not_finite_here(self, losses: Losses) -> str:
         """What is not finite, "" if nothing: one synchronisation for the norm of the direction and the losses."""
         entries = [p.grad for p in self.params]
         update = Vector(entries if self._drift is None else [*entries, *self._drift.tensors])
         size = update.size()
-        if isinstance(size, float):
-            if math.isfinite(size) and all(math.isfinite(loss) for loss in losses):
-                return ""
-        elif math.isfinite(size + sum(x.float() if isinstance(x, Tensor) else x for x in losses)):
+        if isinstance(size, Tensor):
+            size = float(size + sum(x.float() if isinstance(x, Tensor) else x for x in losses))
+        if math.isfinite(size) and losses.finite():
             return ""
-        if not all(math.isfinite(loss) for loss in losses):
+        if not losses.finite():
             return "loss"
         return "" if update.isfinite() else "direction"
 
@@ -151,10 +152,3 @@ class Ending(Tools):
             p.grad = None
         if culprit:
             warn_skipped(type(self).__name__, self.num_steps, culprit, self.num_skipped, self.radius_name)
-
-
-def reported(losses: list[tuple[Any, bool]]) -> Any:
-    """The loss at the weights, if it was asked for, else the mean of the losses."""
-    at_weights = [value for value, here in losses if here]
-    values = at_weights[:1] or [value for value, _ in losses]
-    return values[0] if len(values) == 1 else sum(values[1:], start=values[0]) / len(values)

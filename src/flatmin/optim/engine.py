@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flatmin.distributed import explain
-from flatmin.optim.ending import reported
+from flatmin.optim.losses import Losses
 from flatmin.optim.memory import make_room
 from flatmin.optim.misuse import (
     CLEARED_IN_LOOP,
@@ -149,7 +149,7 @@ class FlatOptimizer(Session):
                 return None
             self._check_ready()
             self._check_scaled_by(scaled_by)
-            self._finish([])
+            self._finish(Losses())
             return None
         if "found_inf" in self.__dict__:
             raise ValueError(SCALER_STEP)
@@ -158,7 +158,7 @@ class FlatOptimizer(Session):
         check_closure(closure)
         if not torch.is_grad_enabled():
             closure = torch.enable_grad()(closure)
-        losses: list[tuple[Any, bool]] = []
+        losses = Losses()
         for probe in self._open("closure", self._scaled_by(scaler)):
             try:
                 loss = closure()
@@ -167,11 +167,9 @@ class FlatOptimizer(Session):
                 raise
             if loss is None:
                 raise ValueError(NO_LOSS)
-            # A clone: the caller may write the next loss into the same tensor.
-            value = loss.detach().clone() if isinstance(loss, Tensor) else loss
-            losses.append((value, probe.at_weights and probe.part is None))
-        self._finish([value for value, _ in losses])
-        return reported(losses)
+            losses.add(loss, probe)
+        self._finish(losses)
+        return losses.reported()
 
     # Hooks and profiling belong to the base's step, which runs inside this one: once a step, not twice.
     step.hooked = True  # type: ignore[attr-defined]
