@@ -1,5 +1,7 @@
 """Vector and Radii against the same arithmetic on one concatenated float64 vector."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -121,3 +123,30 @@ def test_the_norm_of_complex_beside_real_entries_is_real():
     v = Vector([torch.tensor([3.0 + 4.0j]), torch.tensor([12.0])])
     assert v.norm() == 13.0
     assert v.norm().dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [None, float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("at", [0, 3])
+def test_whether_entries_are_finite_and_left_as_they_are(dtype, bad, at):
+    info = torch.finfo(dtype)
+    odd = torch.tensor([info.max, info.min, info.tiny / 4, -0.0, 0.0], dtype=dtype)
+    tensors = [torch.randn(7).to(dtype), odd, torch.zeros(0, dtype=dtype), torch.tensor(-1.5, dtype=dtype)]
+    if bad is not None:
+        tensors[at].view(-1)[0] = bad
+    before = [t.clone() for t in tensors]
+    assert Vector(tensors).isfinite_() == Vector(tensors).isfinite() == (bad is None)
+    if bad is None:
+        for t, b in zip(tensors, before, strict=True):
+            assert torch.equal(t.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+
+
+def test_whether_odd_entries_are_finite():
+    grown = torch.randn(3, requires_grad=True)
+    odd = [torch.randn(4, 1).expand(4, 3), torch.randn(6, 4).t()[::2], torch.randn(2, dtype=torch.cfloat), grown]
+    for t in odd:
+        assert Vector([t]).isfinite_()
+        assert not Vector([t, torch.tensor([math.inf])]).isfinite_()
+    assert grown._version == 0
+    assert Vector([]).isfinite_()
+    assert Vector([None, torch.randn(2).double(), torch.randn(2).bfloat16()]).isfinite_()

@@ -173,7 +173,7 @@ class Noise:
     def _draws(self) -> Iterator[tuple[int, Tensor]]:
         support, values = self.support, self._sigma.values
         # Several units lie in one piece of memory where they are held together anyway, and are of one scale.
-        together = self._keep and not self._sharded and len(set(map(values.__getitem__, support))) == 1
+        together = self._keep and not self._sharded and len({values[i] for i in support}) == 1
         like = kinds(self._like, sharded=self._sharded)
         generators: dict[torch.device, torch.Generator] = {}
         for slab in slabs(like, tuple(support), together=together, small=SMALL, block=BLOCK):
@@ -188,11 +188,12 @@ class Noise:
     def _draw_together(self, slab: Slab, generator: torch.Generator) -> Sequence[Tensor]:
         """This process's parts of the draws in `slab`."""
         members, scales = [self._like[i] for i in slab.order], [self._sigma.values[i] for i in slab.order]
-        alike = len(set(scales)) == 1
-        flat = local(members[0]).new_empty(sum(slab.sizes), requires_grad=False)
+        alike, draw = len(set(scales)) == 1, _DRAW[self._law]
+        first = local(members[0]) if self._sharded else members[0]
+        flat = first.new_empty(sum(slab.sizes), requires_grad=False)
         for piece, out in zip(slab.pieces, flat.split_with_sizes(slab.sizes), strict=True):
             generator.manual_seed(mix_seeds(self._seed + piece.key))
-            _draw_piece(out, piece, _DRAW[self._law], scales[0] if alike else 1.0, generator)
+            _draw_piece(out, piece, draw, scales[0] if alike else 1.0, generator)
         if slab.in_order:
             draws: Sequence[Tensor] = _unflatten_dense_tensors(flat, members)
         else:

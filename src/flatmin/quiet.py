@@ -89,10 +89,10 @@ class Quiet:
     """
 
     def __init__(self, params: Sequence[Tensor], model: nn.Module | None = None):
-        self._devices = [d for d in {p.device for p in params} if d.type != "cpu"]
-        self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.devices = [d for d in {p.device for p in params} if d.type != "cpu"]
+        self._known = _Modules()
         self._new: list[nn.Module] = []  # met in the present step
-        self._owners: dict[int, weakref.ref[nn.Module]] = {}  # those of them that have buffers, by their id
+        self._owners = _Modules()  # those of them that have buffers
         self._model = model
         self._has_buffers = False
         if model is not None:
@@ -116,17 +116,17 @@ class Quiet:
             self.end()
         self._first, self._copying = True, undoable
         if not goes_on:
-            self._start = Buffers(self._living()) if undoable and self._owners else None
+            self._start = Buffers(self._owners) if undoable and self._owners else None
 
     def probe(self) -> None:
         """Before an evaluation. The first one passes through; later ones are undone by `settle`."""
         if self._before is None:
-            self._before = random_state(self._devices)
+            self._before = random_state(self.devices)
         else:
             if self._first:
                 self._after_first()
             set_random_state(self._before)
-            self._later = Buffers(self._living()) if self._owners else None
+            self._later = Buffers(self._owners) if self._owners else None
         if self._model is None and (self._first or self._has_buffers):
             # In torch's table under a key of our own: an interrupt between its function and the assignment of the
             # handle would leave the hook there for good.
@@ -146,9 +146,10 @@ class Quiet:
             self._inside = []
         if self._later is not None:
             self._later.put_back()
+            self._later = None
 
     def _after_first(self) -> None:
-        self._after = random_state(self._devices)
+        self._after = random_state(self.devices)
         self._first, self._copying = False, True
         for module in self._new:
             self._learn(module)  # it may have got a buffer in its first forward
@@ -180,7 +181,7 @@ class Quiet:
         compiled = "_orig_mod" in module._modules
         if compiled:
             self._hide_from(module)
-        if compiled or module not in self._known or (module._buffers and not self._is_owner(module)):
+        if compiled or module not in self._known or (module._buffers and module not in self._owners):
             owners = self._learn(module)
             if self._copying and owners:
                 self._copies().copy(owners, inside=True)
@@ -210,16 +211,33 @@ class Quiet:
         self._new += new
         parts = dict.fromkeys([*new, module])  # a known one may have got its first buffer since
         owners = [part for part in parts if part._buffers]
-        self._owners = {id(part): weakref.ref(part) for part in [*self._living(), *owners]}
+        self._owners.update(owners)
         self._has_buffers |= any(b is not None for part in owners for b in part._buffers.values())
         return owners
 
-    def _is_owner(self, module: nn.Module) -> bool:
-        known = self._owners.get(id(module))
-        return known is not None and known() is module
 
-    def _living(self) -> list[nn.Module]:
-        return [part for known in self._owners.values() if (part := known()) is not None]
+class _Modules:
+    """A set of modules that holds none of them; quicker than a WeakSet, since it is asked for every module's call."""
+
+    def __init__(self) -> None:
+        self._refs: dict[int, weakref.ref[nn.Module]] = {}
+
+    def __contains__(self, module: nn.Module) -> bool:
+        ref = self._refs.get(id(module))
+        return ref is not None and ref() is module
+
+    def __len__(self) -> int:
+        return len(self._refs)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter([module for ref in list(self._refs.values()) if (module := ref()) is not None])
+
+    def update(self, modules: Iterable[nn.Module]) -> None:
+        """Adds them."""
+        refs = self._refs
+        for module in modules:
+            key = id(module)
+            refs[key] = weakref.ref(module, lambda _, key=key: refs.pop(key, None))
 
 
 class Buffers:

@@ -163,18 +163,27 @@ def test_shards_are_restored_in_place_bit_for_bit(ranks, method):
     assert ranks(pointers, method) == [True, True]
 
 
-def poisoned(rank, method):
+def poisoned(rank, method, gradients):
     run = Run(method, "fsdp", share(rank))
     before = run.weights()
+
+    def closure():
+        loss = run.closure()
+        if rank == 1 and gradients:
+            for p in run.optimizer.params:
+                p.grad.mul_(math.nan)
+        return loss * (math.nan if rank == 1 else 1.0)
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
-        run.optimizer.step(lambda: run.closure() * (math.nan if rank == 1 else 1.0))
+        run.optimizer.step(closure)
     assert_near(run.weights(), before, atol=0)
     return run.optimizer.num_skipped, [str(w.message) for w in caught]
 
 
-def test_shards_skip_together(ranks):
-    for skipped, texts in ranks(poisoned, "sam"):
+@pytest.mark.parametrize("gradients", [False, True])
+def test_shards_skip_together(ranks, gradients):
+    for skipped, texts in ranks(poisoned, "sam", gradients):
         assert skipped == 1
         assert any("not finite" in text for text in texts)
 

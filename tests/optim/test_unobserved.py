@@ -32,7 +32,7 @@ def test_a_profiler_sees_the_step_of_the_base_once() -> None:
     optimizer.step(closure)
     with torch.profiler.profile() as profile:
         optimizer.step(closure)
-    names = [event.name for event in profile.events()]
+    names = [event.name for event in profile.events() or ()]
     assert names.count("Optimizer.step#SGD.step") == 1
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flatmin.distributed import reshard
-from flatmin.optim.iterates import Kind, averaging_function, first_step
+from flatmin.optim.iterates import Kind, first_step, next_share
 from flatmin.optim.names import Known, matched
 from flatmin.optim.norms import Forward, Norms
 from flatmin.place import Place
@@ -91,7 +91,7 @@ class Averager:
         every: int = 1,
     ):
         self._first, self._every = first_step(kind, start, num_steps, every), every
-        self._into = averaging_function(kind, decay)
+        self._share = next_share(kind, decay)
         reshard(model)
         self._model = model
         self._known = Known(model)
@@ -211,9 +211,11 @@ class Averager:
         self._check_parameters()
         averages = parts(list(self._averages.values()))
         weights = [_like(a, p) for a, p in zip(averages, parts(self._params), strict=True)]
-        # The count is a plain number: kept in a tensor, as by AveragedModel, it would cost more than the average.
-        average = self._into if self._num_averaged else _copy
-        average(averages, weights, self._num_averaged)
+        # AveragedModel's arithmetic; with a count in a tensor, as it has, that would cost more than the average.
+        if self._num_averaged:
+            torch._foreach_lerp_(averages, weights, self._share(self._num_averaged))
+        else:
+            torch._foreach_copy_(averages, weights)
         self._num_averaged += 1
 
     def _check_parameters(self) -> None:
@@ -254,9 +256,5 @@ def _widened(p: Tensor) -> Tensor:
 
 def _like(average: Tensor, p: Tensor) -> Tensor:
     """The weight in the precision and on the device of its average; the model may have been moved since."""
-    return p if p.dtype == average.dtype and p.device == average.device else p.detach().to(average)
-
-
-@torch.no_grad()
-def _copy(averages: list[Tensor], weights: list[Tensor], _: int) -> None:
-    torch._foreach_copy_(averages, weights)
+    p = p.detach()
+    return p if p.dtype == average.dtype and p.device == average.device else p.to(average)

@@ -26,8 +26,14 @@ class Collector:
         self._weight: float | None = None  # of the running sum that stands in .grad
         self._sum: Vector | None = None
         self._before: list[tuple[Tensor | None, int]] = []
+        self._last: Vector | None = None  # what was handed out, while it stands in .grad too
         self.handed_out = False  # whether the rule has seen a gradient
         self._clear()  # what stands there belongs to nobody
+
+    def let_go(self) -> None:
+        """Of what was handed out: while the weights move, nobody but the rule should hold its memory."""
+        if self._last is not None:
+            self._clear()
 
     def before(self, probe: Probe) -> None:
         """Makes `.grad` ready for the evaluation of `probe`."""
@@ -46,30 +52,37 @@ class Collector:
 
     def after(self, probe: Probe) -> Vector:
         """Hands out the gradient of `probe`, or adds it to the running sum."""
-        grads = self._grads()
-        if self._before or not grads.plain:
-            self._check(grads)
+        if self._before:
+            self._check_changed()
+        else:
+            self._check_any()
         self._weight = probe.weight
         if self._weight is not None:
             return NOTHING
-        self._clear()
         self.handed_out = True
+        self._last = self._grads()
         if self._others is not None and self._others.reuse_gradients:
-            return grads.apply(_copied)
-        return grads.apply(_without_graph) if True in [g.requires_grad for g in grads.present] else grads
+            return self._last.apply(_copied)
+        if any(g.requires_grad for g in self._last.present):
+            return self._last.apply(Tensor.detach)
+        return self._last
 
-    def install(self, direction: Vector | None) -> None:
-        """Puts the direction (`None`: the running sum) where the base optimizer reads it."""
+    def install(self, direction: Vector | None) -> Vector:
+        """Puts the direction (`None`: the running sum) where the base optimizer reads it, and returns it."""
         if direction is None:
             if self._sum is None and self._weight is not None:
-                self._grads().scale_(self._weight)
-                return
+                standing = self._grads()
+                standing.scale_(self._weight)
+                return standing
             if self._weight is not None:
                 self._set_aside()
             direction = self._sum
         assert direction is not None, "the rule returned None but weighted no probe"
+        if direction is self._last:
+            return direction
         for p, d in zip(self._params, direction.tensors, strict=True):
             p.grad = d
+        return direction
 
     def combine(self, share: float, earlier: Vector | None) -> None:
         """Adds `share` times what stands in `.grad` to what `earlier` micro-batches have given, and installs that."""
@@ -92,14 +105,17 @@ class Collector:
         return Vector([p.grad for p in self._params])
 
     def _clear(self) -> None:
+        self._last = None
         for p in self._params:
             p.grad = None
 
-    def _check(self, grads: Vector) -> None:
-        if not self._before:
-            if not grads.present:
-                raise ValueError(NO_BACKWARD)
-            return
+    def _check_any(self) -> None:
+        for p in self._params:
+            if p.grad is not None:
+                return
+        raise ValueError(NO_BACKWARD)
+
+    def _check_changed(self) -> None:
         changed, reused = False, self._others is not None and self._others.reuse_gradients
         for p, (grad, version) in zip(self._params, self._before, strict=True):
             if p.grad is not grad:
@@ -114,10 +130,6 @@ class Collector:
 
 def _mark(grad: Tensor | None) -> tuple[Tensor | None, int]:
     return (grad, 0 if grad is None else local(grad)._version)
-
-
-def _without_graph(grad: Tensor) -> Tensor:
-    return grad.detach() if grad.requires_grad else grad
 
 
 def _copied(grad: Tensor) -> Tensor:

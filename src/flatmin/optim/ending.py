@@ -42,6 +42,7 @@ class Ending(Tools):
     _quiet: Quiet | None
     _scaling: Scaling
     _memory: Memory | None
+    _direction: Vector | None  # what stands in `.grad`, where nobody can have changed it
     _drift: Vector | None
     _rule_saw_gradients: bool
     _session: weakref.ref[Generator[Probe, None, None]] | None
@@ -107,7 +108,7 @@ class Ending(Tools):
             self._skip(culprit)
         else:
             self._apply()
-        self._memory = self._drift = None
+        self._memory = self._drift = self._direction = None
         self._scaling.update()
         self._count("num_steps")
 
@@ -131,17 +132,23 @@ class Ending(Tools):
         return culprit or ELSEWHERE if agree(bool(culprit)) else ""
 
     def _not_finite_here(self, losses: Losses) -> str:
-        """What is not finite, "" if nothing: one synchronisation for the norm of the direction and the losses."""
-        entries = [p.grad for p in self.params]
-        update = Vector(entries if self._drift is None else [*entries, *self._drift.tensors])
-        size = update.size()
-        if isinstance(size, Tensor):
-            size = float(size + sum(x.float() if isinstance(x, Tensor) else x for x in losses))
-        if math.isfinite(size) and losses.finite():
-            return ""
+        """What is not finite, "" if nothing: one synchronisation for the norm of the direction and the losses.
+
+        A norm of shards is asked of all processes together, so whether it is must not depend on a loss of one of them.
+        """
+        update = Vector([p.grad for p in self.params]) if self._direction is None else self._direction
+        if self._drift is not None:
+            update = Vector([*update.tensors, *self._drift.tensors])
+        if self._quiet is not None and self._quiet.devices:
+            size = update.size()
+            if math.isfinite(size + sum(x.float() if isinstance(x, Tensor) else x for x in losses)):
+                return ""
+            sound = math.isfinite(size) or update.isfinite()
+        else:
+            sound = update.isfinite_()
         if not losses.finite():
             return "loss"
-        return "" if update.isfinite() else "direction"
+        return "" if sound else "direction"
 
     def _skip(self, culprit: str | None) -> None:
         """Leaves weights, buffers and the base's state as they were before the step."""

@@ -106,7 +106,7 @@ class Host(Migration, Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks, a step that a scheduler has wrapped, and what a step under way holds belong to this instance.
-        own = ("step", "_session", "_quiet", "_ranks", "_place", "_scaling", "_memory", "_probe")
+        own = ("step", "_session", "_quiet", "_ranks", "_place", "_scaling", "_memory", "_probe", "_direction")
         return {k: v for k, v in self.__dict__.items() if not k.startswith("_optimizer_") and k not in own}
 
     def _common(self) -> dict[str, Any]:

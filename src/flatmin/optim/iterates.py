@@ -6,9 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
-from torch import Tensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
-
 Kind = Literal["tail", "mean", "ema"]
 
 NO_LENGTH = (
@@ -21,13 +18,13 @@ NO_START = (
 )
 
 
-def averaging_function(kind: str, decay: float) -> Callable[[list[Tensor], list[Tensor], int], None]:
-    """(averages, weights, how many are in the averages) brings the averages up to date, in place."""
+def next_share(kind: str, decay: float) -> Callable[[int], float]:
+    """The share of the next iterate in the average, by how many are in it: 1 / (n + 1), or always 1 - decay."""
     if kind != "ema":
-        return get_swa_multi_avg_fn()
+        return lambda num_averaged: 1.0 / (num_averaged + 1)
     if not 0 <= decay < 1:
         raise ValueError(f"decay must be in [0, 1), got {decay!r}: the part of the last average that the next keeps.")
-    return get_ema_multi_avg_fn(decay)
+    return lambda _: 1.0 - decay
 
 
 def first_step(kind: str, start: float, num_steps: int | None, every: int) -> int:

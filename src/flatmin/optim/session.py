@@ -51,6 +51,7 @@ class Session(Ending):
         self._scaling = UNSCALED
         self._memory: Memory | None = None
         self._drift: Vector | None = None
+        self._direction: Vector | None = None
         self._probe: Probe | None = None
         self._rule_saw_gradients = False
         self._micro_share: float | None = None
@@ -62,19 +63,44 @@ class Session(Ending):
         raise TypeError(f"{type(self).__name__} must define rule()")
 
     def _open(self, stage: Stage, scaling: Scaling, share: float | None = None) -> Generator[Probe, None, None]:
-        session = self._guarded_session(stage, scaling, share)
+        session = self._evaluations(stage, scaling, share)
         if not self._under_way:
             self._session = weakref.ref(session)
         return session
 
-    def _guarded_session(self, stage: Stage, scaling: Scaling, share: float | None) -> Generator[Probe, None, None]:
+    def _evaluations(self, stage: Stage, scaling: Scaling, share: float | None) -> Generator[Probe, None, None]:
         params = self.params
         earlier = self._begin(stage, scaling, share, params)
         place = self._place = Place(params, self._restore)
+        quiet = self._quiet
+        assert quiet is not None
         others = None if self.ranks.alone else self.ranks
         collector, active = Collector(params, stage != "closure", others), self._active()
+        requests = Requests(self.rule() if active else plain())
         try:
-            yield from self._probe_by_probe(self.rule() if active else plain(), place, collector, others)
+            probe = requests.next(None)
+            while probe is not None:
+                self._probe = probe
+                collector.let_go()
+                # A window goes away and home again with each micro-batch, so it keeps the displacement.
+                place.move(probe.displacement if stage == "window" else probe.release())
+                collector.before(probe)
+                if others is not None:
+                    others.probe(self._exchanges(probe) and not collector.is_part(probe, requests.ahead))
+                quiet.probe()
+                yield probe
+                quiet.settle()
+                if others is not None:
+                    others.settle()
+                probe.check_used()
+                if probe.weight is None and self._scaling is not UNSCALED:
+                    self._scaling.unscale()
+                if not self.takes_sparse:
+                    check_dense([p.grad for p in params], type(self).__name__)
+                place.move(None)  # a rule may read the weights, or draw noise in their scale
+                probe = requests.next(collector.after(probe))
+            place.home()
+            self._install(collector, requests.direction)
             if share is not None:
                 collector.combine(share, earlier)
             self._rule_saw_gradients |= collector.handed_out and active
@@ -83,42 +109,15 @@ class Session(Ending):
             explain(error)
             raise
         finally:
-            place.home()  # a second time: an interrupt may have cut the first one off
+            try:
+                place.home()
+                quiet.settle()
+                if others is not None:
+                    others.settle()
+            finally:  # an interrupt may have cut the first one off
+                place.home()
+                quiet.end()
             self._place = self._probe = self._radii = None
-
-    def _probe_by_probe(
-        self, rule: Rule, place: Place, collector: Collector, others: Ranks | None
-    ) -> Generator[Probe, None, None]:
-        quiet, requests = self._quiet, Requests(rule)
-        assert quiet is not None
-        try:
-            probe = requests.next(None)
-            while probe is not None:
-                self._probe = probe
-                # A window goes away and home again with each micro-batch, so it keeps the displacement.
-                place.move(probe.displacement if self._stage == "window" else probe.release())
-                collector.before(probe)
-                try:
-                    if others is not None:
-                        others.probe(self._exchanges(probe) and not collector.is_part(probe, requests.ahead))
-                    quiet.probe()
-                    yield probe
-                finally:
-                    quiet.settle()
-                    if others is not None:
-                        others.settle()
-                probe.check_used()
-                if probe.weight is None:
-                    self._scaling.unscale()
-                if not self.takes_sparse:
-                    check_dense([p.grad for p in self.params], type(self).__name__)
-                place.move(None)  # a rule may read the weights, or draw noise in their scale
-                probe = requests.next(collector.after(probe))
-            place.home()
-            self._install(collector, requests.direction)
-        finally:
-            place.home()
-            quiet.end()
 
     def _exchanges(self, probe: Probe) -> bool:
         return self.sync_ascent or not probe.ascent
@@ -128,8 +127,11 @@ class Session(Ending):
             drift = direction.drift if self._micro_share is None else direction.drift * self._micro_share
             self._drift = drift if self._drift is None else self._drift + drift
             direction = direction.direction
-        collector.install(direction)
-        self._scaling.settle(self.ranks.agree, is_scaled=direction is None)
+        installed = collector.install(direction)
+        # After a loop the caller may change it, by clipping, say.
+        self._direction = installed if self._stage == "closure" else None
+        if self._scaling is not UNSCALED:
+            self._scaling.settle(self.ranks.agree, is_scaled=direction is None)
 
     def _active(self) -> bool:
         t = self.num_steps
@@ -150,7 +152,8 @@ class Session(Ending):
         self._fill_groups()
         self._stage, self._micro_share, self._radii = stage, share, None
         if not goes_on:
-            self._scaling, self._memory, self._drift, self._num_draws = scaling, None, None, 0
+            self._scaling, self._memory, self._num_draws = scaling, None, 0
+            self._drift = self._direction = None
             self._rule_saw_gradients = False
         if self._ranks is not None and self._ranks.num_params != len(params):
             self._ranks = None  # parameters were added

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.optim import optimizer as torch_optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 # All wrappers that torch makes share their code, which tells them from what others may have put in their place.
 _WRAPPER = Optimizer.profile_hook_step(lambda _: None).__code__
@@ -24,8 +24,8 @@ def step(base: Optimizer) -> None:
         or getattr(wrapped, "__code__", None) is not _WRAPPER
         or base._optimizer_step_pre_hooks
         or base._optimizer_step_post_hooks
-        or torch_optimizer._global_optimizer_pre_hooks
-        or torch_optimizer._global_optimizer_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
         or torch.autograd._profiler_enabled()
     ):
         base.step()
