@@ -14,7 +14,7 @@ Which number an element of a parameter gets does not depend on how many processe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -158,6 +158,16 @@ class Noise:
         else:
             for i, z in self._draws():
                 local(params[i]).add_(local(z), alpha=sign * self._sign)
+
+    def put(self, params: Sequence[Tensor], origin: Mapping[int, Tensor], sign: float = 1.0) -> bool:
+        """Writes `origin` plus `sign` times this displacement to `params`, if they are ordinary; whether it has."""
+        if self._keep:
+            return self._scaled_draw().put(params, origin, sign * self._sign)
+        if self._sharded:
+            return False
+        for i, z in self._draws():
+            torch.add(origin[i], z, alpha=sign * self._sign, out=params[i])
+        return True
 
     def _scaled_draw(self) -> Vector:
         if self._drawn:

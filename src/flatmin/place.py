@@ -72,6 +72,8 @@ class Place:
     def move(self, displacement: Displacement | None) -> None:
         """Puts the parameters at `W + displacement`, wherever they were (`None`: at W)."""
         if self._moved:
+            if displacement is not None and self._crosses_to(displacement):
+                return
             self._return()
         if displacement is None:
             return
@@ -93,6 +95,16 @@ class Place:
     def _values(self) -> list[Tensor]:
         # Without a history. An interrupt at the end of `no_grad` could leave gradients switched off.
         return [p.detach() for p in self._params]
+
+    def _crosses_to(self, displacement: Displacement) -> bool:
+        """Goes from one place away to another, not by way of W: one pass over the memory instead of two."""
+        put = getattr(displacement, "put", None)
+        if put is None or not self._exact or displacement.support != [*self._saved]:
+            return False
+        if not put(self._values(), self._saved):
+            return False
+        torch.clear_autocast_cache()
+        return True
 
     def _save(self, values: list[Tensor], support: list[int]) -> None:
         here = parts(values)

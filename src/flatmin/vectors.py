@@ -12,7 +12,7 @@ norms and inner products are over all of them, so every process must ask for the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Protocol
 
@@ -194,6 +194,13 @@ class Vector:
                 torch._foreach_add_(params, self.tensors, alpha=sign)  # type: ignore[arg-type]
         else:
             _add_in_place([params[i] for i in self.support], self.present, sign)
+
+    def put(self, params: Sequence[Tensor], origin: Mapping[int, Tensor], sign: float = 1.0) -> bool:
+        """Writes `origin + sign * self` to `params`, if every entry is present and ordinary; whether it has."""
+        if self.plain:
+            for i, t in enumerate(self.tensors):
+                torch.add(origin[i], t, alpha=sign, out=params[i])  # type: ignore[call-overload]
+        return self.plain
 
     def copy_to(self, params: Sequence[Tensor]) -> None:
         """Overwrites `params` with this vector in place, where it has an entry."""

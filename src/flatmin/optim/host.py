@@ -37,6 +37,7 @@ class Host(Migration, Optimizer):
     replaces_momentum: bool = False  # whether the base should be plain SGD
     takes_sparse: bool = True  # whether its formula can be evaluated on sparse gradients
     is_random: bool = False  # whether the method draws random numbers
+    reads_weights: bool = True  # whether its rule reads the weights after its first request, or draws in their scale
     sync_ascent: bool = True  # whether processes average gradients that only say where to look
 
     def __init__(self, base: Optimizer, radius: float, seed: int | None):

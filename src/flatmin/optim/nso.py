@@ -124,6 +124,11 @@ class NSO(FlatOptimizer):
         super().__init__(base, sigma, seed=seed, **options)
 
     @property
+    def reads_weights(self) -> bool:  # type: ignore[override]
+        """With `scale="filter"`."""
+        return self.scale == "filter"
+
+    @property
     def needs_take(self) -> bool:
         """With `split_batch`."""
         return self.split_batch

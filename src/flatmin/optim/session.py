@@ -97,7 +97,8 @@ class Session(Ending):
                     self._scaling.unscale()
                 if not self.takes_sparse:
                     check_dense([p.grad for p in params], type(self).__name__)
-                place.move(None)  # a rule may read the weights, or draw noise in their scale
+                if self.reads_weights:
+                    place.move(None)
                 probe = requests.next(collector.after(probe))
             place.home()
             self._install(collector, requests.direction)

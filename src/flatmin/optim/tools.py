@@ -36,6 +36,7 @@ class Tools(Host):
 
     def weights(self) -> Vector:
         """The weights themselves, not a copy: to read, while the rule is not waiting for a gradient."""
+        assert self.reads_weights, f"the rule of {type(self).__name__} reads the weights: let the class say so"
         return Vector([p.detach() for p in self.params])
 
     def radii(self) -> Radii:
@@ -76,6 +77,7 @@ class Tools(Host):
         self, law: str = "normal", radii: Radii | None = None, scale: Scale = "absolute", *, per_rank: bool = False
     ) -> Noise:
         """A fresh displacement `radius * z`, the next of this step's stream; `per_rank`, of this process's stream."""
+        assert scale == "absolute" or self.reads_weights
         radii, seed = self.radii() if radii is None else radii, self.new_seed()
         if per_rank:
             seed = mix_seeds(seed, rank())
