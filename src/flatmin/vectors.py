@@ -47,11 +47,12 @@ class Vector:
     one operand lacks may be shared with the other); methods that end in an underscore do not.
     """
 
-    __slots__ = ("_plain", "tensors")
+    __slots__ = ("_countable", "_plain", "tensors")
 
     def __init__(self, tensors: Iterable[Tensor | None], plain: bool | None = None):
         self.tensors: tuple[Tensor | None, ...] = tuple(tensors)
         self._plain = plain  # `None`: not known yet
+        self._countable: bool | None = None
 
     def __len__(self) -> int:
         return len(self.tensors)
@@ -64,8 +65,24 @@ class Vector:
     def plain(self) -> bool:
         """Whether every entry is present, dense, and whole on this process: nearly always."""
         if self._plain is None:
-            self._plain = all(type(t) in ORDINARY and t.layout is STRIDED for t in self.tensors)  # type: ignore[union-attr]
-        return self._plain
+            self._look()
+        return self._plain  # type: ignore[return-value]
+
+    @property
+    def countable(self) -> bool:
+        """Whether it is plain, and a norm can be had as a number without cost: fp32 or wider, on the CPU."""
+        if self._countable is None:
+            self._look()
+        return self._countable  # type: ignore[return-value]
+
+    def _look(self) -> None:
+        self._plain = self._countable = True
+        for t in self.tensors:
+            if type(t) not in ORDINARY or t.layout is not STRIDED:  # type: ignore[union-attr]
+                self._plain = self._countable = False
+                return
+            if not t.is_cpu or t.dtype not in COUNTABLE:  # type: ignore[union-attr]
+                self._countable = False
 
     @property
     def support(self) -> list[int]:
@@ -158,13 +175,10 @@ class Vector:
 
     def size(self) -> float | Tensor:
         """`norm()`, as a number where that costs nothing (on the CPU), and else as a tensor on its device."""
-        tensors = self.present
-        for t in tensors:
-            if not t.is_cpu or t.dtype not in COUNTABLE:
-                return self.norm()
-        if not self.plain:
-            return self.norm().item()
-        return math.hypot(*[n.item() for n in torch._foreach_norm(tensors)]) if tensors else 0.0
+        if self.countable:
+            return math.hypot(*[n.item() for n in torch._foreach_norm(self.tensors)]) if self.tensors else 0.0  # type: ignore[arg-type]
+        norm, tensors = self.norm(), self.present
+        return norm.item() if all(t.is_cpu and t.dtype in COUNTABLE for t in tensors) else norm
 
     def isfinite(self) -> bool:
         """Whether every entry is finite. One host synchronisation; a second look if the norm overflows."""
@@ -175,11 +189,8 @@ class Vector:
 
     def isfinite_(self) -> bool:
         """The same at half the cost on the CPU, in one call for all entries; it may write over them what they are."""
-        if not self.plain:
+        if not self.countable or any(t.requires_grad for t in self.present):
             return self.isfinite()
-        for t in self.tensors:
-            if not t.is_cpu or t.requires_grad or not t.is_floating_point():  # type: ignore[union-attr]
-                return self.isfinite()
         found = NOTHING_FOUND.clone()
         try:
             torch._amp_foreach_non_finite_check_and_unscale_(self.present, found, ONE)  # GradScaler's kernel
