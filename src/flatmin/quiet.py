@@ -23,8 +23,9 @@ Measuring. Inside `undisturbed(model)` anything may be run; afterwards random st
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,8 +94,9 @@ class Quiet:
         self._known = _Modules()
         self._new: list[nn.Module] = []  # met in the present step
         self._owners = _Modules()  # those of them that have buffers
+        self._bare = _Modules()  # those that may get some: all that they have registered is None
+        self._appeared: list[nn.Module] = []  # those that got some in the first probe of the present step
         self._model = model
-        self._has_buffers = False
         if model is not None:
             self._learn(model)
         self._first = True
@@ -117,6 +119,7 @@ class Quiet:
         self._first, self._copying = True, undoable
         if not goes_on:
             self._start = Buffers(self._owners) if undoable and self._owners else None
+            self._appeared = []
 
     def probe(self) -> None:
         """Before an evaluation. The first one passes through; later ones are undone by `settle`."""
@@ -127,11 +130,11 @@ class Quiet:
                 self._after_first()
             set_random_state(self._before)
             self._later = Buffers(self._owners) if self._owners else None
-        if self._model is None and (self._first or self._has_buffers):
+        if self._model is None and (self._first or self._owners):
             # In torch's table under a key of our own: an interrupt between its function and the assignment of the
             # handle would leave the hook there for good.
             self._hooked = True
-            _global_forward_pre_hooks[id(self)] = self._meet
+            _global_forward_pre_hooks[id(self)] = self._watcher()
 
     def settle(self) -> None:
         """After an evaluation, raised or not; may be called again."""
@@ -147,12 +150,19 @@ class Quiet:
         if self._later is not None:
             self._later.put_back()
             self._later = None
+        if not self._first:
+            _strip(self._filled())
 
     def _after_first(self) -> None:
         self._after = random_state(self.devices)
         self._first, self._copying = False, True
-        for module in self._new:
+        self._appeared += self._filled()
+        for module in [*self._new, *self._appeared]:
             self._learn(module)  # it may have got a buffer in its first forward
+
+    def _filled(self) -> list[nn.Module]:
+        """Those that had no buffer and have one now."""
+        return [module for module in self._bare if _has_buffer(module)]
 
     def end(self) -> None:
         """Leaves the random state where the first probe left it, and no hook behind."""
@@ -169,31 +179,46 @@ class Quiet:
         """Puts the buffers back to where they were before the step."""
         if self._start is not None:
             self._start.put_back()
+        _strip([*self._appeared, *self._filled()])
 
     def forget(self) -> None:
-        """Drops the copies that `undo` would need."""
-        self._start = None
+        """Drops what `undo` would need."""
+        self._start, self._appeared = None, []
 
-    def _meet(self, module: nn.Module, _args: object) -> None:
-        if torch.compiler.is_compiling():
-            self._inside.append(module)  # a compiler can follow this, and little else
-            return
-        compiled = "_orig_mod" in module._modules
-        if compiled:
+    def _watcher(self) -> Callable[[nn.Module, object], None]:
+        """The hook. It runs at every call of a module, so it looks up little."""
+        known, is_compiling = self._known.seen.get, torch.compiler.is_compiling
+
+        def meet(module: nn.Module, _args: object) -> None:
+            if is_compiling():
+                self._inside.append(module)  # a compiler can follow this, and little else
+                return
+            seen = known(id(module))
+            if (
+                seen is None
+                or seen() is not module
+                or seen.compiled
+                or (module._buffers and not seen.owner and _has_buffer(module))
+            ):
+                self._meet(module)
+
+        return meet
+
+    def _meet(self, module: nn.Module) -> None:
+        if "_orig_mod" in module._modules:
             self._hide_from(module)
-        if compiled or module not in self._known or (module._buffers and module not in self._owners):
-            owners = self._learn(module)
-            if self._copying and owners:
-                self._copies().copy(owners, inside=True)
+        owners = self._learn(module)
+        if self._copying and owners:
+            self._copies().copy(owners, inside=True)
 
     def _hide_from(self, compiled: nn.Module) -> None:
         """Takes the hook away while `compiled` runs, which would compile it in."""
+        hook = _global_forward_pre_hooks.pop(id(self), None)
 
         def show(*_: object) -> None:
-            if self._hooked:
-                _global_forward_pre_hooks[id(self)] = self._meet
+            if self._hooked and hook is not None:
+                _global_forward_pre_hooks[id(self)] = hook
 
-        _global_forward_pre_hooks.pop(id(self), None)
         if id(compiled) not in self._compiled:
             self._compiled[id(compiled)] = compiled.register_forward_hook(show, always_call=True)
 
@@ -210,34 +235,65 @@ class Quiet:
         self._known.update(new)
         self._new += new
         parts = dict.fromkeys([*new, module])  # a known one may have got its first buffer since
-        owners = [part for part in parts if part._buffers]
+        owners = [part for part in parts if _has_buffer(part)]
         self._owners.update(owners)
-        self._has_buffers |= any(b is not None for part in owners for b in part._buffers.values())
+        for part in owners:
+            self._known.seen[id(part)].owner = True
+            self._bare.seen.pop(id(part), None)
+        self._bare.update(part for part in new if part._buffers and part not in self._owners)
         return owners
 
 
+class _Seen(weakref.ref[nn.Module]):
+    """A module that was met, and what has to be known of it at each of its calls."""
+
+    __slots__ = ("compiled", "owner")
+    compiled: bool
+    owner: bool
+
+    def __new__(cls, module: nn.Module, forget: Callable[[Any], object]) -> _Seen:
+        seen = super().__new__(cls, module, forget)
+        seen.compiled = "_orig_mod" in module._modules
+        seen.owner = False
+        return seen
+
+
 class _Modules:
-    """A set of modules that holds none of them; quicker than a WeakSet, since it is asked for every module's call."""
+    """A set of modules that holds none of them. Quicker than a WeakSet: it is asked at every call of a module.
+
+    Attributes:
+        seen: by the id of the module.
+    """
 
     def __init__(self) -> None:
-        self._refs: dict[int, weakref.ref[nn.Module]] = {}
+        self.seen: dict[int, _Seen] = {}
 
     def __contains__(self, module: nn.Module) -> bool:
-        ref = self._refs.get(id(module))
-        return ref is not None and ref() is module
+        seen = self.seen.get(id(module))
+        return seen is not None and seen() is module
 
     def __len__(self) -> int:
-        return len(self._refs)
+        return len(self.seen)
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return iter([module for ref in list(self._refs.values()) if (module := ref()) is not None])
+        return iter([module for seen in [*self.seen.values()] if (module := seen()) is not None])
 
     def update(self, modules: Iterable[nn.Module]) -> None:
         """Adds them."""
-        refs = self._refs
+        seen = self.seen
         for module in modules:
             key = id(module)
-            refs[key] = weakref.ref(module, lambda _, key=key: refs.pop(key, None))
+            seen[key] = _Seen(module, lambda _, key=key: seen.pop(key, None))
+
+
+def _has_buffer(module: nn.Module) -> bool:
+    return any(buffer is not None for buffer in module._buffers.values())
+
+
+def _strip(modules: Iterable[nn.Module]) -> None:
+    """Takes away the buffers that appeared in them."""
+    for module in modules:
+        module._buffers.update(dict.fromkeys(module._buffers))
 
 
 class Buffers:

@@ -12,6 +12,7 @@ norms and inner products are over all of them, so every process must ask for the
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Protocol
@@ -23,7 +24,16 @@ from flatmin.shards import ORDINARY, any_sharded, is_sharded, local, parts, summ
 
 STRIDED = torch.strided
 COUNTABLE = (torch.float32, torch.float64)  # a norm of such tensors on the CPU can be had as a number without cost
-NOTHING_FOUND, ONE = torch.zeros((), device="cpu"), torch.ones((), device="cpu")
+
+
+class _Flags(threading.local):
+    """What GradScaler's kernel needs: a flag that it sets, and a factor."""
+
+    def __init__(self) -> None:
+        self.found, self.one = torch.zeros((), device="cpu"), torch.ones((), device="cpu")
+
+
+_FLAGS = _Flags()
 
 
 class Displacement(Protocol):
@@ -189,14 +199,17 @@ class Vector:
 
     def isfinite_(self) -> bool:
         """The same at half the cost on the CPU, in one call for all entries; it may write over them what they are."""
-        if not self.countable or any(t.requires_grad for t in self.present):
+        if not self.countable:
             return self.isfinite()
-        found = NOTHING_FOUND.clone()
+        flags = _FLAGS
         try:
-            torch._amp_foreach_non_finite_check_and_unscale_(self.present, found, ONE)  # GradScaler's kernel
+            torch._amp_foreach_non_finite_check_and_unscale_(self.tensors, flags.found, flags.one)  # type: ignore[arg-type]
         except RuntimeError:  # it refuses expanded memory
             return self.isfinite()
-        return not found.item()
+        if flags.found.item():
+            flags.found.zero_()
+            return False
+        return True
 
     def add_to(self, params: Sequence[Tensor], sign: float = 1.0) -> None:
         """Adds `sign` times this vector to `params` in place (the Displacement protocol)."""

@@ -101,16 +101,18 @@ class Ending(Tools):
 
     def _finish(self, losses: Losses) -> None:
         self._stage = "idle"
-        agree = self.ranks.agree
-        if self._scaling.overflowed(agree) or bool(self.__dict__.get("found_inf", False)):
+        if self._overflowed():
             self._skip(None)  # an ordinary event of fp16 training: no warning
-        elif self._guard and (culprit := self._not_finite(losses, agree)):
+        elif self._guard and (culprit := self._not_finite(losses)):
             self._skip(culprit)
         else:
             self._apply()
         self._memory = self._drift = self._direction = None
         self._scaling.update()
         self._count("num_steps")
+
+    def _overflowed(self) -> bool:
+        return self._scaling.overflowed(self.ranks.agree) or bool(self.__dict__.get("found_inf", False))
 
     def _apply(self) -> None:
         unobserved.step(self.base)
@@ -126,10 +128,10 @@ class Ending(Tools):
         rates = Radii(float(group["lr"]) for group in self.param_groups for _ in group["params"])
         (rates * drift).add_to(self.params, sign=-1.0)
 
-    def _not_finite(self, losses: Losses, agree: Callable[[bool], bool]) -> str:
+    def _not_finite(self, losses: Losses) -> str:
         """What is not finite, "" if nothing, on this process or another."""
         culprit = self._not_finite_here(losses)
-        return culprit or ELSEWHERE if agree(bool(culprit)) else ""
+        return culprit or ELSEWHERE if self.ranks.agree(bool(culprit)) else ""
 
     def _not_finite_here(self, losses: Losses) -> str:
         """What is not finite, "" if nothing: one synchronisation for the norm of the direction and the losses.
