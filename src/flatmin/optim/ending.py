@@ -24,7 +24,7 @@ from flatmin.optim.misuse import (
     warn_skipped,
 )
 from flatmin.optim.rule import Probe
-from flatmin.optim.scaling import Scaling
+from flatmin.optim.scaling import UNSCALED, Scaling
 from flatmin.optim.tools import Tools
 from flatmin.place import Place
 from flatmin.quiet import Quiet
@@ -101,18 +101,17 @@ class Ending(Tools):
 
     def _finish(self, losses: Losses) -> None:
         self._stage = "idle"
-        if self._overflowed():
+        scaled = self._scaling is not UNSCALED
+        if (scaled and self._scaling.overflowed(self.ranks.agree)) or bool(self.__dict__.get("found_inf", False)):
             self._skip(None)  # an ordinary event of fp16 training: no warning
         elif self._guard and (culprit := self._not_finite(losses)):
             self._skip(culprit)
         else:
             self._apply()
         self._memory = self._drift = self._direction = None
-        self._scaling.update()
+        if scaled:
+            self._scaling.update()
         self._count("num_steps")
-
-    def _overflowed(self) -> bool:
-        return self._scaling.overflowed(self.ranks.agree) or bool(self.__dict__.get("found_inf", False))
 
     def _apply(self) -> None:
         unobserved.step(self.base)

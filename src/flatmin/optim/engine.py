@@ -206,7 +206,7 @@ class FlatOptimizer(Session):
         elif self._stage == "loop":
             raise ValueError(CLEARED_IN_LOOP)
         if set_to_none:
-            for group in self.param_groups:
+            for group in self.base.param_groups:
                 for p in group["params"]:
                     p.grad = None
         else:

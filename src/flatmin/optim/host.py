@@ -78,7 +78,7 @@ class Host(Migration, Optimizer):
     @property
     def num_steps(self) -> int:
         """Steps taken so far, skipped ones included."""
-        return self.param_groups[0].get("num_steps", 0)
+        return self.base.param_groups[0].get("num_steps", 0)
 
     @property
     def num_skipped(self) -> int:
@@ -118,7 +118,7 @@ class Host(Migration, Optimizer):
         return {**counters, "seed": self._seed} if self.is_random else counters
 
     def _fill_groups(self) -> None:
-        groups, name = self.param_groups, self.radius_name
+        groups, name = self.base.param_groups, self.radius_name
         for group in groups:
             if "num_skipped" not in group or name not in group:
                 group.setdefault(name, self._default_radius)
@@ -127,5 +127,5 @@ class Host(Migration, Optimizer):
             check_radius(name, group[name])
 
     def _count(self, name: str) -> None:
-        for group in self.param_groups:
+        for group in self.base.param_groups:
             group[name] += 1

@@ -45,7 +45,7 @@ class Tools(Host):
             return self._radii
         name, moved = self.radius_name, self._perturbed
         values: list[float] = []
-        for group in self.param_groups:
+        for group in self.base.param_groups:
             radius = float(group[name])
             values += [radius if p.requires_grad else 0.0 for p in group["params"]]
         if moved is not None:
