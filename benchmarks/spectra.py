@@ -89,6 +89,8 @@ class Network:
         model, batches = next(case for case in CASES if "tanh" in case.name).make()
         spectrum, vectors = torch.linalg.eigh(dense_hessian(model, batches))
         self.spectrum, self._vectors = spectrum.numpy(), vectors.numpy()
+        half = torch.linalg.eigh(dense_hessian(model, batches[: len(batches) // 2]))[1]
+        self.half = (half[:, -5:].T @ vectors).numpy()  # its top five, of half of the data
         model = model.double()
         inputs, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         self.gradient = self._gradient(model, inputs, labels)
@@ -121,6 +123,8 @@ class Network:
         signs = rng.choice([-1, 1], len(self.classes))
         yield "class gradients, random signs", signs @ self.classes
         yield "class gradients of equal size, random signs", signs @ np.stack([unit(c) for c in self.classes])
+        coarse = unit(rng.choice([-1, 1], 5) @ self.half)
+        yield "top five of half of the data, random signs, and a tenth of a random vector", coarse + 0.1 * chance
         yield "(the exact top five in equal parts, and a third of a random vector)", unit(top) + chance / 3
 
     def truth(self, sign: int) -> np.ndarray:
