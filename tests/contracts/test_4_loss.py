@@ -1,5 +1,6 @@
 """Contract 4: `step` returns the loss at the unperturbed weights where the rule evaluates there, else the mean."""
 
+import pytest
 import torch
 
 from tests.contracts.cases import Case, each_method
@@ -42,3 +43,24 @@ def test_a_loss_tensor_that_the_caller_writes_again(method):
         return total.add_(loss.detach())
 
     torch.testing.assert_close(case.optimizer.step(closure), Case(method).step())
+
+
+@each_method
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_it_has_the_kind_of_what_the_closure_returned(method, dtype):
+    case = Case(method)
+
+    def closure():
+        return case.closure().to(dtype).view(1)
+
+    with torch.device("meta"):  # the default device, which losses are not on
+        returned = case.optimizer.step(closure)
+    assert (returned.dtype, returned.shape, returned.device.type) == (dtype, (1,), "cpu")
+
+
+@each_method
+def test_a_number_is_a_number(method):
+    case, twin = Case(method), Case(method)
+    returned = case.optimizer.step(lambda: case.closure().item())  # type: ignore[arg-type]
+    assert isinstance(returned, float)
+    assert returned == pytest.approx(twin.step().item(), rel=1e-6)

@@ -49,4 +49,4 @@ class Losses:
         if self._like is None or isinstance(mean, Tensor):
             return mean
         shape, dtype = self._like
-        return torch.full(shape, mean, dtype=dtype)
+        return torch.full(shape, mean, dtype=dtype, device="cpu")

@@ -26,8 +26,8 @@ def some(count: int, seed: int) -> Part:
     """`count` samples drawn without replacement; the same ones for the same seed and batch size."""
 
     def rows(n: int) -> list[int]:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randperm(n, generator=generator)[:count].tolist()
+        generator = torch.Generator("cpu").manual_seed(seed)
+        return torch.randperm(n, generator=generator, device="cpu")[:count].tolist()
 
     return rows
 

@@ -103,7 +103,8 @@ class ESAM(FlatOptimizer):
     def rule(self) -> Rule:
         """See `esam`."""
         rho = self.radii()
-        chance = torch.rand(len(rho.values), generator=torch.Generator().manual_seed(self.new_seed())).tolist()
+        generator = torch.Generator("cpu").manual_seed(self.new_seed())
+        chance = torch.rand(len(rho.values), generator=generator, device="cpu").tolist()
         chosen = Radii(r if c < self.beta else 0.0 for r, c in zip(rho.values, chance, strict=True))
         return esam(rho, chosen, self.beta, Hardest(self.gamma))
 
