@@ -175,7 +175,7 @@ class Vector:
         """The Euclidean norm over all present entries together, a 0-dim tensor (fp32 or wider)."""
         tensors = [_values(t) for t in parts(self.present)]
         if not tensors:
-            return torch.zeros(())
+            return torch.zeros((), device="cpu")
         dtypes = {t.dtype for t in tensors}
         dtype = torch.float32 if dtypes == {torch.float32} else reduce(torch.promote_types, dtypes, torch.float32)
         norms = torch._foreach_norm(tensors, 2, dtype)
@@ -308,7 +308,7 @@ def _widened(tensor: Tensor) -> Tensor:
 def _total(terms: list[Tensor], owners: Sequence[Tensor]) -> Tensor:
     """The sum of numbers that the local parts of `owners` gave."""
     if not terms:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
     if any_sharded(owners):
         return summed(_on_one_device(terms), owners)
     return _stacked(terms).sum()

@@ -77,7 +77,7 @@ class LossDifference:
     def forms(self, v: Sequence[Tensor]) -> Tensor:
         """V' H v, in all: shape (1,), float64."""
         step = _step(v, self._length)
-        total = torch.zeros(1, dtype=torch.float64)
+        total = torch.zeros(1, dtype=torch.float64, device="cpu")
         if step > 0:
             with displaced(self._params) as place:
                 for sign in (1, -1):

@@ -188,13 +188,15 @@ def _probe(objective: Objective, seed: int) -> tuple[float, Tensor]:
             first = torch.autograd.grad(loss, params, **options)
             along = _inner(first, v)
             second = torch.autograd.grad(along, params, **options) if along.requires_grad else ()
-            value = _inner(second, v) if second else torch.zeros(())
+            value = _inner(second, v) if second else torch.zeros((), device="cpu")
             count += n
             form += n * float(value.detach())
             if value.requires_grad:
                 third = torch.autograd.grad(value, params, allow_unused=True, materialize_grads=True)
                 slope += n * torch.cat([t.flatten() for t in third]).double()
-    mean_form, mean_slope = objective.mean(Vector([torch.tensor(form, dtype=torch.float64), slope]), count).present
+    mean_form, mean_slope = objective.mean(
+        Vector([torch.tensor(form, dtype=torch.float64, device="cpu"), slope]), count
+    ).present
     return float(mean_form), mean_slope
 
 

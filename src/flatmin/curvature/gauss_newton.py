@@ -110,8 +110,8 @@ def inspect(objective: Objective, *, seed: int = 0) -> Split:
 
 def _verify(objective: Objective, seed: int) -> tuple[list[str], list[str]]:
     """Whether the blocks of R on the diagonal are zero to rounding: those that are not, and all that were tried."""
-    generator = torch.Generator().manual_seed(mix_seeds(seed, 1))
-    tried = torch.randperm(len(objective.params), generator=generator)[:CHECKS].tolist()
+    generator = torch.Generator("cpu").manual_seed(mix_seeds(seed, 1))
+    tried = torch.randperm(len(objective.params), generator=generator, device="cpu")[:CHECKS].tolist()
     params = [objective.params[i] for i in tried]
     with differentiable_twice(objective):
         batch = next(iter(objective.batches()))

@@ -147,7 +147,8 @@ def why_not(objective: Objective, way: Way, layouts: Sequence[Layout] | None, se
         with differentiable_twice(objective):
             loss = OutputLoss.of(objective, next(iter(objective.batches())))
             local = BatchLocal(loss, objective.params, layouts)
-            order = torch.randperm(len(local.params), generator=torch.Generator().manual_seed(mix_seeds(seed, 5)))
+            shuffled = torch.Generator("cpu").manual_seed(mix_seeds(seed, 5))
+            order = torch.randperm(len(local.params), generator=shuffled, device="cpu")
             tried = [local.params[i] for i in order[:CHECKS].tolist()]
             params = [objective.params[i] for i in tried]
             vectors = [draw_like(p, "rademacher", generator) for p in params]

@@ -146,7 +146,7 @@ def _rows(f: Function, x: Tensor, *, create_graph: bool) -> Tensor:
     with torch.enable_grad():
         (slope,) = torch.autograd.grad(f(x), x, create_graph=True)
         if not slope.requires_grad:
-            return torch.zeros(len(x), len(x), dtype=x.dtype)
+            return x.new_zeros(len(x), len(x))
         rows = (
             torch.autograd.grad(entry, x, retain_graph=True, create_graph=create_graph, materialize_grads=True)[0]
             for entry in slope

@@ -194,7 +194,7 @@ class Objective:
             value = n * float(loss.double())
             total, size, count = total + value, size + abs(value), count + n
             self._rounding = max(self._rounding, _eps(loss))
-        mean, mean_size = self.mean(torch.tensor([total, size], dtype=torch.float64), count).tolist()
+        mean, mean_size = self.mean(torch.tensor([total, size], dtype=torch.float64, device="cpu"), count).tolist()
         return mean, mean_size
 
     def mean(self, total: Sum, count: int) -> Sum:
@@ -257,7 +257,9 @@ class Objective:
                 value += n * float(loss.detach().double())
                 total, count = total.add_(Vector(grads) * float(n)), count + n
                 del loss, grads
-        sums = self.mean(Vector([*total.present, torch.tensor(value, dtype=torch.float64)]), count).present
+        sums = self.mean(
+            Vector([*total.present, torch.tensor(value, dtype=torch.float64, device="cpu")]), count
+        ).present
         return float(sums[-1]), Vector(sums[:-1])
 
     def zeros(self) -> Vector:

@@ -232,7 +232,7 @@ class _Sampler:
                     totals[row, column] += n * (self._mean_loss(place, u, batch) - at_home)
                 place.move(None)
                 clean, count = clean + n * at_home, count + n
-        sums = torch.tensor([clean, *totals.flat], dtype=torch.float64)
+        sums = torch.tensor([clean, *totals.flat], dtype=torch.float64, device="cpu")
         self._clean, *means = self._objective.mean(sums, count).tolist()
         self._rounds += 1
         return np.array(means).reshape(totals.shape)
