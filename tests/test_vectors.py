@@ -1,6 +1,7 @@
 """Vector and Radii against the same arithmetic on one concatenated float64 vector."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -150,3 +151,21 @@ def test_whether_odd_entries_are_finite():
     assert grown._version == 0
     assert Vector([]).isfinite_()
     assert Vector([None, torch.randn(2).double(), torch.randn(2).bfloat16()]).isfinite_()
+
+
+def test_a_vector_that_the_kernel_refuses_half_way_says_nothing_of_the_next():
+    refused = Vector([torch.tensor([math.inf]), torch.randn(4, 1).expand(4, 3)])
+    assert not refused.isfinite_()
+    assert Vector([torch.ones(3)]).isfinite_()
+
+
+def test_flags_that_a_thread_makes_in_inference_mode_serve_outside():
+    with ThreadPoolExecutor(1) as thread:
+
+        def first() -> bool:
+            with torch.inference_mode():
+                return Vector([torch.ones(3)]).isfinite_()
+
+        assert thread.submit(first).result()
+        assert not thread.submit(lambda: Vector([torch.tensor([math.nan])]).isfinite_()).result()
+        assert thread.submit(lambda: Vector([torch.ones(3)]).isfinite_()).result()

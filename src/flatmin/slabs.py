@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,31 +76,31 @@ class Slab(NamedTuple):
     in_order: bool
 
 
-def kinds(like: Sequence[Tensor], *, sharded: bool) -> tuple[tuple[Any, ...], ...]:
-    """What `slabs` has to know of the parameters, the fields of a Kind each; `sharded` if one of them may be."""
-    if not sharded:
-        return tuple([((t.shape, t.dtype, t.device), t.is_contiguous(), None) for t in like])
+def kinds(like: Sequence[Tensor], *, sharded: bool) -> tuple[Kind, ...]:
+    """What `slabs` has to know of the parameters; `sharded` if one of them may be."""
     return tuple(
-        [((t.shape, t.dtype, t.device), t.is_contiguous(), rows_of(t)[:2] if is_sharded(t) else None) for t in like]
+        [
+            Kind((t.shape, t.dtype, t.device), t.is_contiguous(), rows_of(t)[:2] if sharded and is_sharded(t) else None)
+            for t in like
+        ]
     )
 
 
 @lru_cache(maxsize=64)
 def slabs(
-    like: tuple[tuple[Any, ...], ...], support: tuple[int, ...], *, together: bool, small: int, block: int
+    like: tuple[Kind, ...], support: tuple[int, ...], *, together: bool, small: int, block: int
 ) -> tuple[Slab, ...]:
     """The slabs of a draw for the parameters in `support`, made once for parameters of these kinds.
 
     Args:
-        like: the `kinds` of all parameters.
+        like: the kinds of all parameters.
         support: those that are drawn for, by index.
         together: lay several units into one piece of memory, of up to `block` elements.
         small: elements of neighbours that have one seed together.
         block: elements of one parameter that have one seed.
     """
-    params = [Kind(*fields) for fields in like]
-    units = [list(itertools.chain(*unit)) for unit in _joined([[i] for i in support], params, small)]
-    return tuple(_slab(slab, params, block) for slab in _joined(units, params, block if together else 0))
+    units = [list(itertools.chain(*unit)) for unit in _joined([[i] for i in support], like, small)]
+    return tuple(_slab(slab, like, block) for slab in _joined(units, like, block if together else 0))
 
 
 def _slab(units: list[list[int]], like: Sequence[Kind], block: int) -> Slab:

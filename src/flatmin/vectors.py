@@ -30,7 +30,8 @@ class _Flags(threading.local):
     """What GradScaler's kernel needs: a flag that it sets, and a factor."""
 
     def __init__(self) -> None:
-        self.found, self.one = torch.zeros((), device="cpu"), torch.ones((), device="cpu")
+        with torch.inference_mode(False):  # of whoever asks first in this thread
+            self.found, self.one = torch.zeros((), device="cpu"), torch.ones((), device="cpu")
 
 
 _FLAGS = _Flags()
@@ -198,18 +199,18 @@ class Vector:
         return not bool(_total(bad, self.present))
 
     def isfinite_(self) -> bool:
-        """The same at half the cost on the CPU, in one call for all entries; it may write over them what they are."""
+        """The same at less cost on the CPU, in one call for all entries; it may write over them what they are."""
         if not self.countable:
             return self.isfinite()
-        flags = _FLAGS
+        found = _FLAGS.found
         try:
-            torch._amp_foreach_non_finite_check_and_unscale_(self.tensors, flags.found, flags.one)  # type: ignore[arg-type]
-        except RuntimeError:  # it refuses expanded memory
-            return self.isfinite()
-        if flags.found.item():
-            flags.found.zero_()
-            return False
-        return True
+            torch._amp_foreach_non_finite_check_and_unscale_(self.tensors, found, _FLAGS.one)  # type: ignore[arg-type]
+            if not found.item():
+                return True
+        except RuntimeError:  # it refuses expanded memory, perhaps half way
+            pass
+        found.zero_()
+        return self.isfinite()  # a second look: an interrupt may have left the flag set
 
     def add_to(self, params: Sequence[Tensor], sign: float = 1.0) -> None:
         """Adds `sign` times this vector to `params` in place (the Displacement protocol)."""

@@ -31,7 +31,7 @@ class Collector:
         self._clear()  # what stands there belongs to nobody
 
     def let_go(self) -> None:
-        """Of what was handed out: while the weights move, nobody but the rule should hold its memory."""
+        """Lets go of what was handed out: while the weights move, nobody but the rule should hold its memory."""
         if self._last is not None:
             self._clear()
 

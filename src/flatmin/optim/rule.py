@@ -144,10 +144,8 @@ class Requests:
     def next(self, found: Vector | None) -> Probe | None:
         """The next probe; `found` is the gradient of the last one (`None` before the first)."""
         probe = self.ahead if self._is_ahead else self._ask(found)
-        if probe is None or probe.weight is None:
-            self._is_ahead, self.ahead = False, None
-        else:
-            self._is_ahead, self.ahead = True, self._ask(NOTHING)
+        self._is_ahead = probe is not None and probe.weight is not None
+        self.ahead = self._ask(NOTHING) if self._is_ahead else None
         return probe
 
     def _ask(self, found: Vector | None) -> Probe | None:
