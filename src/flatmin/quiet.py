@@ -100,7 +100,7 @@ class Quiet:
         if model is not None:
             self._learn(model)
         self._first = True
-        self._hooked = False
+        self._open = False  # an evaluation is under way, or was cut off
         self._compiled: dict[int, RemovableHandle] = {}  # hooks of compiled models met in the present evaluation
         self._inside: list[nn.Module] = []  # met by compiled code
         self._copying = False
@@ -123,6 +123,7 @@ class Quiet:
 
     def probe(self) -> None:
         """Before an evaluation. The first one passes through; later ones are undone by `settle`."""
+        self._open = True
         if self._before is None:
             self._before = random_state(self.devices)
         else:
@@ -133,17 +134,18 @@ class Quiet:
         if self._model is None and (self._first or self._owners):
             # In torch's table under a key of our own: an interrupt between its function and the assignment of the
             # handle would leave the hook there for good.
-            self._hooked = True
             _global_forward_pre_hooks[id(self)] = self._watcher()
 
     def settle(self) -> None:
         """After an evaluation, raised or not; may be called again."""
-        if self._hooked:
-            _global_forward_pre_hooks.pop(id(self), None)
+        if not self._open:
+            return
+        _global_forward_pre_hooks.pop(id(self), None)
+        if self._compiled:
             for handle in self._compiled.values():
                 handle.remove()
             self._compiled = {}
-            self._hooked = False
+        if self._inside:
             for module in self._inside:
                 self._learn(module)
             self._inside = []
@@ -152,6 +154,7 @@ class Quiet:
             self._later = None
         if not self._first:
             _strip(self._filled())
+        self._open = False  # last: what an interrupt cuts off is done by the next call
 
     def _after_first(self) -> None:
         self._after = random_state(self.devices)
@@ -162,12 +165,12 @@ class Quiet:
 
     def _filled(self) -> list[nn.Module]:
         """Those that had no buffer and have one now."""
-        return [module for module in self._bare if _has_buffer(module)]
+        bare = self._bare.seen
+        return [m for seen in [*bare.values()] if (m := seen()) is not None and _has_buffer(m)] if bare else []
 
     def end(self) -> None:
         """Leaves the random state where the first probe left it, and no hook behind."""
-        if self._hooked or self._later is not None:
-            self.settle()
+        self.settle()
         if self._after is not None:
             set_random_state(self._after)
         elif self._new:
@@ -187,7 +190,7 @@ class Quiet:
 
     def _watcher(self) -> Callable[[nn.Module, object], None]:
         """The hook. It runs at every call of a module, so it looks up little."""
-        known, is_compiling = self._known.seen.get, torch.compiler.is_compiling
+        known, is_compiling = self._known.seen.get, torch.compiler.is_dynamo_compiling
 
         def meet(module: nn.Module, _args: object) -> None:
             if is_compiling():
@@ -216,7 +219,7 @@ class Quiet:
         hook = _global_forward_pre_hooks.pop(id(self), None)
 
         def show(*_: object) -> None:
-            if self._hooked and hook is not None:
+            if self._open and hook is not None:
                 _global_forward_pre_hooks[id(self)] = hook
 
         if id(compiled) not in self._compiled:
@@ -287,7 +290,10 @@ class _Modules:
 
 
 def _has_buffer(module: nn.Module) -> bool:
-    return any(buffer is not None for buffer in module._buffers.values())
+    for buffer in module._buffers.values():
+        if buffer is not None:
+            return True
+    return False
 
 
 def _strip(modules: Iterable[nn.Module]) -> None:

@@ -37,11 +37,11 @@ class Radii:
     @property
     def any(self) -> bool:
         """Whether anything is moved at all."""
-        return max(self.values, default=0.0) > 0
+        return any(self.values)
 
     def select(self, vector: Vector) -> Vector:
         """The entries of `vector` that these radii move; nothing is copied."""
-        assert len(self.values) == len(vector), f"{len(self.values)} radii for {len(vector)} entries"
+        assert len(self.values) == len(vector.tensors), f"{len(self.values)} radii for {len(vector)} entries"
         if all(self.values):
             return vector
         return Vector(t if value > 0 else None for value, t in zip(self.values, vector.tensors, strict=True))

@@ -46,6 +46,21 @@ def test_a_loss_tensor_that_the_caller_writes_again(method):
 
 
 @each_method
+def test_a_loss_with_a_history_that_is_written_over_later(method):
+    case, seen = Case(method), []
+
+    def closure():
+        loss = case.closure()
+        with torch.no_grad():
+            for earlier in seen:
+                earlier.fill_(-1.0)
+        seen.append(loss)
+        return loss
+
+    torch.testing.assert_close(case.optimizer.step(closure), Case(method).step())
+
+
+@each_method
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_it_has_the_kind_of_what_the_closure_returned(method, dtype):
     case = Case(method)

@@ -60,12 +60,13 @@ class Collector:
         if self._weight is not None:
             return NOTHING
         self.handed_out = True
-        self._last = self._grads()
+        self._last = found = self._grads()
         if self._others is not None and self._others.reuse_gradients:
-            return self._last.apply(_copied)
-        if any(g.requires_grad for g in self._last.present):
-            return self._last.apply(Tensor.detach)
-        return self._last
+            return found.apply(_copied)
+        for g in found.tensors:
+            if g is not None and g.requires_grad:
+                return found.apply(Tensor.detach)
+        return found
 
     def install(self, direction: Vector | None) -> Vector:
         """Puts the direction (`None`: the running sum) where the base optimizer reads it, and returns it."""
