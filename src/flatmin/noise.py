@@ -14,6 +14,7 @@ Which number an element of a parameter gets does not depend on how many processe
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
@@ -31,6 +32,7 @@ Law = Literal["normal", "uniform", "laplace", "rademacher", "binomial"]
 
 Scale = Literal["absolute", "filter"]
 
+CPU = torch.device("cpu")
 
 def _normal(out: Tensor, scale: float, generator: torch.Generator) -> Tensor:
     return out.normal_(0.0, scale, generator=generator)
@@ -91,6 +93,16 @@ def draw_like(tensor: Tensor, law: str, generator: torch.Generator, scale: float
     return _DRAW[law](torch.empty_like(tensor, requires_grad=False), scale, generator)
 
 
+class _ForCPU(threading.local):
+    """A generator for the CPU, seeded anew before each use. Made once: that takes as long as a thousand numbers."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator("cpu")
+
+
+_FOR_CPU = _ForCPU()
+
+
 def mix_seeds(*seeds: int) -> int:
     """A 63-bit seed in which each input matters (SplitMix64's finaliser over the running sum)."""
     mask, z = 2**64 - 1, 0
@@ -133,6 +145,7 @@ class Noise:
         self._keep = keep
         self._norms = filter_norms(like) if scale == "filter" else None
         self._sharded = any_sharded(like)
+        self._support = [i for i, one in enumerate(sigma.values) if one > 0]
         self._sign = 1.0
         self._drawn: list[Vector] = []  # shared with -self, so that one draw serves both
 
@@ -145,7 +158,7 @@ class Noise:
     @property
     def support(self) -> list[int]:
         """The indices of the parameters that are moved."""
-        return [i for i, sigma in enumerate(self._sigma.values) if sigma > 0]
+        return self._support
 
     def vector(self) -> Vector:
         """The displacement as a dense Vector (the draw times sigma times the sign)."""
@@ -175,42 +188,43 @@ class Noise:
         entries: list[Tensor | None] = [None] * len(self._like)
         for i, z in self._draws():
             entries[i] = z
-        vector = Vector(entries)
+        vector = Vector(entries, plain=not self._sharded and len(self._support) == len(entries))
         if self._keep:
             self._drawn.append(vector)
         return vector
 
     def _draws(self) -> Iterator[tuple[int, Tensor]]:
-        support, values = self.support, self._sigma.values
-        # Several units lie in one piece of memory where they are held together anyway, and are of one scale.
-        together = self._keep and not self._sharded and len({values[i] for i in support}) == 1
-        like = kinds(self._like, sharded=self._sharded)
-        generators: dict[torch.device, torch.Generator] = {}
-        for slab in slabs(like, tuple(support), together=together, small=SMALL, block=BLOCK):
-            device = self._like[slab.order[0]].device
+        of_kinds = kinds(self._like, sharded=self._sharded)
+        generators: dict[torch.device, torch.Generator] = {CPU: _FOR_CPU.generator}
+        for slab in slabs(of_kinds, tuple(self._support), SMALL, BLOCK):
+            device = of_kinds[slab.order[0]][2]
             if device not in generators:
                 generators[device] = torch.Generator(device)
-            for i, z in zip(slab.order, self._draw_together(slab, generators[device]), strict=True):
+            for i, z in zip(slab.order, self._draw_slab(slab, generators[device]), strict=True):
                 if self._norms is not None:
                     z.mul_(self._norms[i])
                 yield i, made_of(z, self._like[i]) if self._sharded else z
 
-    def _draw_together(self, slab: Slab, generator: torch.Generator) -> Sequence[Tensor]:
+    def _draw_slab(self, slab: Slab, generator: torch.Generator) -> Sequence[Tensor]:
         """This process's parts of the draws in `slab`."""
+        draw, scale = _DRAW[self._law], self._sigma.values[slab.order[0]]
+        if slab.simple:
+            generator.manual_seed(mix_seeds(self._seed + slab.pieces[0].key))
+            return (draw(torch.empty_like(self._like[slab.order[0]], requires_grad=False), scale, generator),)
         members, scales = [self._like[i] for i in slab.order], [self._sigma.values[i] for i in slab.order]
-        alike, draw = len(set(scales)) == 1, _DRAW[self._law]
+        alike = scales.count(scale) == len(scales)
         first = local(members[0]) if self._sharded else members[0]
         flat = first.new_empty(sum(slab.sizes), requires_grad=False)
         for piece, out in zip(slab.pieces, flat.split_with_sizes(slab.sizes), strict=True):
             generator.manual_seed(mix_seeds(self._seed + piece.key))
-            _draw_piece(out, piece, draw, scales[0] if alike else 1.0, generator)
+            _draw_piece(out, piece, draw, scale if alike else 1.0, generator)
         if slab.in_order:
             draws: Sequence[Tensor] = _unflatten_dense_tensors(flat, members)
         else:
             draws = [cut(flat, at, like) for at, like in zip(slab.offsets, members, strict=True)]
         if not alike:
-            for z, scale in zip(draws, scales, strict=True):
-                z.mul_(scale)
+            for z, factor in zip(draws, scales, strict=True):
+                z.mul_(factor)
         return draws
 
 

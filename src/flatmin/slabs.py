@@ -27,19 +27,26 @@ class Kind(NamedTuple):
     """What has to be known of a parameter to lay out a draw for it.
 
     Attributes:
-        tensor: shape (of the whole), dtype and device.
+        shape: of the whole.
+        dtype: of its elements.
+        device: where it is.
         contiguous: whether its elements lie in order.
         rows: the elements of the whole between which the rows of this process lie; `None` if it is not sharded.
     """
 
-    tensor: tuple[torch.Size, torch.dtype, torch.device]
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
     contiguous: bool
     rows: tuple[int, int] | None
 
     @property
     def numel(self) -> int:
         """The number of elements of the whole."""
-        return math.prod(self.tensor[0])
+        return math.prod(self.shape)
+
+
+Fields = tuple[torch.Size, torch.dtype, torch.device, bool, tuple[int, int] | None]  # those of a Kind
 
 
 class Piece(NamedTuple):
@@ -67,6 +74,7 @@ class Slab(NamedTuple):
         sizes: their sizes in memory.
         offsets: where each parameter would begin in it, if all of it were there.
         in_order: whether every parameter is whole and contiguous.
+        simple: whether it is one such parameter, with one seed.
     """
 
     order: tuple[int, ...]
@@ -74,51 +82,51 @@ class Slab(NamedTuple):
     sizes: tuple[int, ...]
     offsets: tuple[int, ...]
     in_order: bool
+    simple: bool
 
 
-def kinds(like: Sequence[Tensor], *, sharded: bool) -> tuple[Kind, ...]:
+def kinds(like: Sequence[Tensor], *, sharded: bool) -> tuple[Fields, ...]:
     """What `slabs` has to know of the parameters; `sharded` if one of them may be."""
-    return tuple(
-        [
-            Kind((t.shape, t.dtype, t.device), t.is_contiguous(), rows_of(t)[:2] if sharded and is_sharded(t) else None)
-            for t in like
-        ]
-    )
+    # At every draw: bare tuples, which are made and compared without Python code of ours.
+    if sharded:
+        return tuple([(t.shape, t.dtype, t.device, t.is_contiguous(), _rows(t)) for t in like])
+    return tuple([(t.shape, t.dtype, t.device, t.is_contiguous(), None) for t in like])
+
+
+def _rows(like: Tensor) -> tuple[int, int] | None:
+    return rows_of(like)[:2] if is_sharded(like) else None
 
 
 @lru_cache(maxsize=64)
 def slabs(
-    like: tuple[Kind, ...], support: tuple[int, ...], *, together: bool, small: int, block: int
+    fields: tuple[Fields, ...], support: tuple[int, ...], small: int, block: int
 ) -> tuple[Slab, ...]:
     """The slabs of a draw for the parameters in `support`, made once for parameters of these kinds.
 
     Args:
-        like: the kinds of all parameters.
+        fields: the kinds of all parameters.
         support: those that are drawn for, by index.
-        together: lay several units into one piece of memory, of up to `block` elements.
-        small: elements of neighbours that have one seed together.
+        small: elements of neighbours that have one seed together, and lie in one piece of memory.
         block: elements of one parameter that have one seed.
     """
-    units = [list(itertools.chain(*unit)) for unit in _joined([[i] for i in support], like, small)]
-    return tuple(_slab(slab, like, block) for slab in _joined(units, like, block if together else 0))
+    like = [Kind(*of_one) for of_one in fields]
+    return tuple(_slab(together, like, block) for together in _joined(support, like, small))
 
 
-def _slab(units: list[list[int]], like: Sequence[Kind], block: int) -> Slab:
-    order = tuple(itertools.chain(*units))
+def _slab(order: list[int], like: Sequence[Kind], block: int) -> Slab:
     rows = like[order[0]].rows if len(order) == 1 else None
-    if rows is not None:
-        # Of a large parameter only what this process holds; small ones are drawn together and cut afterwards.
-        pieces = tuple(_pieces(order[0], *rows, like[order[0]].numel, block))
-    else:
-        sizes = [(unit[0], sum(like[i].numel for i in unit)) for unit in units]
-        pieces = tuple(itertools.chain(*(_pieces(first, 0, size, size, block) for first, size in sizes)))
-    start = 0 if rows is None else rows[0]
+    # Of a large parameter only what this process holds; small ones are drawn together and cut afterwards.
+    numel = sum(like[i].numel for i in order)
+    start, stop = rows or (0, numel)
+    pieces = tuple(_pieces(order[0], start, stop, numel, block))
+    in_order = all(like[i].contiguous and like[i].rows is None for i in order)
     return Slab(
-        order,
+        tuple(order),
         pieces,
         sizes=tuple(piece.last - piece.first for piece in pieces),
         offsets=tuple(itertools.accumulate((like[i].numel for i in order[:-1]), initial=-start)),
-        in_order=all(like[i].contiguous and like[i].rows is None for i in order),
+        in_order=in_order,
+        simple=in_order and len(order) == len(pieces) == 1,
     )
 
 
@@ -129,16 +137,16 @@ def _pieces(unit: int, start: int, stop: int, size: int, block: int) -> Iterator
         yield Piece((unit << 40) + number, high - low, max(low, start) - low, min(high, stop) - low)
 
 
-def _joined(groups: list[list[int]], like: Sequence[Kind], limit: int) -> list[list[list[int]]]:
+def _joined(support: Sequence[int], like: Sequence[Kind], limit: int) -> list[list[int]]:
     """Neighbours that are of one kind, and of no more than `limit` elements together if there are several."""
-    found: list[list[list[int]]] = []
-    kind, room = None, 0
-    for group in groups:
-        size, own = sum(like[i].numel for i in group), like[group[0]].tensor[1:]
-        if size > room or kind != own:
+    found: list[list[int]] = []
+    of_these, room = None, 0
+    for i in support:
+        size, own = like[i].numel, (like[i].dtype, like[i].device)
+        if size > room or of_these != own:
             found.append([])
-            kind, room = own, limit
-        found[-1].append(group)
+            of_these, room = own, limit
+        found[-1].append(i)
         room -= size
     return found
 

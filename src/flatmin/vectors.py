@@ -187,7 +187,7 @@ class Vector:
     def size(self) -> float | Tensor:
         """`norm()`, as a number where that costs nothing (on the CPU), and else as a tensor on its device."""
         if self.countable:
-            return math.hypot(*[n.item() for n in torch._foreach_norm(self.tensors)]) if self.tensors else 0.0  # type: ignore[arg-type]
+            return math.hypot(*[torch.linalg.vector_norm(t).item() for t in self.tensors])  # type: ignore[arg-type]
         norm, tensors = self.norm(), self.present
         return norm.item() if all(t.is_cpu and t.dtype in COUNTABLE for t in tensors) else norm
 

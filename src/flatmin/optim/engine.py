@@ -141,15 +141,8 @@ class FlatOptimizer(Session):
             ValueError: if there is nothing to step with: no gradient, an unfinished loop, a closure that forgot
                 `backward()` or `return loss`; or a scaler that was not passed on.
         """
-        scaled_by = self.__dict__.get("grad_scale")  # set by GradScaler.step while it calls us
         if closure is None:
-            if self._initialises_state():
-                self.base.step()
-                make_room(self.remembers, self.params, self.state)
-                return None
-            self._check_ready()
-            self._check_scaled_by(scaled_by)
-            self._finish(Losses())
+            self._step_after_loop()
             return None
         if "found_inf" in self.__dict__:
             raise ValueError(SCALER_STEP)
@@ -173,6 +166,15 @@ class FlatOptimizer(Session):
 
     # Hooks and profiling belong to the base's step, which runs inside this one: once a step, not twice.
     step.hooked = True  # type: ignore[attr-defined]
+
+    def _step_after_loop(self) -> None:
+        if self._initialises_state():
+            self.base.step()
+            make_room(self.remembers, self.params, self.state)
+            return
+        self._check_ready()
+        self._check_scaled_by(self.__dict__.get("grad_scale"))  # set by GradScaler.step while it calls us
+        self._finish(Losses())
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
