@@ -62,8 +62,10 @@ def _step(workload: Workload, make_update: Callable[[nn.Module], Callable[[], No
 
 def measure(workload: Workload, rounds: int) -> dict[str, Spread]:
     """Median and quartiles of time over that of the plain step, per variant."""
-    steps = {name: _step(workload, make) for name, make in {"plain": lambda _: lambda: None, **VARIANTS}.items()}
-    times = interleaved(steps, rounds, 5 * workload.repeats)
+    variants = {"plain": lambda _: lambda: None, **VARIANTS}
+    times = interleaved(
+        lambda: {name: _step(workload, make) for name, make in variants.items()}, rounds, 5 * workload.repeats
+    )
     return {name: spread(times[name] / times["plain"]) for name in VARIANTS}
 
 

@@ -114,9 +114,12 @@ def _piece(workload: Workload, make: Callable[..., Any], step: Step) -> Piece:
 
 def measure(workload: Workload, rivals: dict[str, Any], rounds: int) -> dict[str, Spread]:
     """Median and quartiles of time over bound: ours and theirs."""
-    timed = pieces(workload, OURS)
-    timed |= {name: _piece(workload, make, step) for name, (_, make, step) in rivals.items()}
-    times = interleaved(timed, rounds, workload.repeats)
+
+    def anew() -> dict[str, Piece]:
+        theirs = {name: _piece(workload, make, step) for name, (_, make, step) in rivals.items()}
+        return pieces(workload, OURS) | theirs
+
+    times = interleaved(anew, rounds, workload.repeats)
     gradient, step = times["gradient"], times["base"] - times["gradient"]
     needed = {"SAM": 2.0, "NSO (two-point)": 2.0, "LookSAM, k = 5": 1 + 1 / K}
     needed |= {name: gradients for name, (gradients, _, _) in rivals.items()}

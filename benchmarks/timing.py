@@ -1,4 +1,8 @@
-"""Ratios of CPU time in one process: every piece takes its turn in every round, so that all see the same machine."""
+"""Ratios of CPU time in one process: every piece takes its turn in every round, so that all see the same machine.
+
+Where the tensors of a small network happen to lie in memory changes the time of a step by several percent, for as long
+as they lie there. So every few rounds all pieces are made anew.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +20,30 @@ import torch
 Piece = Callable[[], Any]
 Spread = dict[str, float]
 
+ROUNDS_PER_BUILD = 5
 
-def interleaved(pieces: Mapping[str, Piece], rounds: int, repeats: int) -> dict[str, np.ndarray]:
-    """CPU seconds of `repeats` calls of each piece, (rounds,); the first calls are not timed."""
-    for piece in pieces.values():
-        for _ in range(3):
-            piece()
-    times: dict[str, list[float]] = {name: [] for name in pieces}
-    for _ in range(rounds):
-        for name, piece in pieces.items():
-            start = time.process_time()
-            for _ in range(repeats):
+
+def interleaved(make: Callable[[], Mapping[str, Piece]], rounds: int, repeats: int) -> dict[str, np.ndarray]:
+    """CPU seconds of `repeats` calls of each piece, (rounds,); first calls of what `make` has made are not timed."""
+    times: dict[str, list[float]] = {}
+    alive = []  # so that the next ones lie elsewhere
+    for first in range(0, rounds, ROUNDS_PER_BUILD):
+        pieces = make()
+        alive.append(pieces)
+        for piece in pieces.values():
+            for _ in range(3):
                 piece()
-            times[name].append(time.process_time() - start)
+        for _ in range(first, min(first + ROUNDS_PER_BUILD, rounds)):
+            for name, piece in pieces.items():
+                times.setdefault(name, []).append(_seconds(piece, repeats))
     return {name: np.array(seconds) for name, seconds in times.items()}
+
+
+def _seconds(piece: Piece, repeats: int) -> float:
+    start = time.process_time()
+    for _ in range(repeats):
+        piece()
+    return time.process_time() - start
 
 
 def spread(ratios: np.ndarray) -> Spread:

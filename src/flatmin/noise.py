@@ -34,6 +34,7 @@ Scale = Literal["absolute", "filter"]
 
 CPU = torch.device("cpu")
 
+
 def _normal(out: Tensor, scale: float, generator: torch.Generator) -> Tensor:
     return out.normal_(0.0, scale, generator=generator)
 
@@ -188,7 +189,7 @@ class Noise:
         entries: list[Tensor | None] = [None] * len(self._like)
         for i, z in self._draws():
             entries[i] = z
-        vector = Vector(entries, plain=not self._sharded and len(self._support) == len(entries))
+        vector = Vector(entries)
         if self._keep:
             self._drawn.append(vector)
         return vector

@@ -290,10 +290,7 @@ class _Modules:
 
 
 def _has_buffer(module: nn.Module) -> bool:
-    for buffer in module._buffers.values():
-        if buffer is not None:
-            return True
-    return False
+    return any(buffer is not None for buffer in module._buffers.values())
 
 
 def _strip(modules: Iterable[nn.Module]) -> None:

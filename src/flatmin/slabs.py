@@ -98,9 +98,7 @@ def _rows(like: Tensor) -> tuple[int, int] | None:
 
 
 @lru_cache(maxsize=64)
-def slabs(
-    fields: tuple[Fields, ...], support: tuple[int, ...], small: int, block: int
-) -> tuple[Slab, ...]:
+def slabs(fields: tuple[Fields, ...], support: tuple[int, ...], small: int, block: int) -> tuple[Slab, ...]:
     """The slabs of a draw for the parameters in `support`, made once for parameters of these kinds.
 
     Args:

@@ -44,10 +44,7 @@ class Losses:
 
     def finite(self) -> bool:
         """Whether all are. One host synchronisation each, on a device."""
-        for value in self._values:
-            if not math.isfinite(value):
-                return False
-        return True
+        return all(map(math.isfinite, self._values))
 
     def reported(self) -> Any:
         """The loss at the weights, if it was asked for, else the mean of all; a tensor if tensors were given."""
