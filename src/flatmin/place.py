@@ -79,7 +79,7 @@ class Place:
             return
         values = self._values()
         if not self._exact:
-            self._away = displacement = _finite(displacement)
+            self._away = displacement = _own(_finite(displacement))
         elif len(self._saved) < len(values):
             self._save(values, displacement.support)
         self._moved = True  # first: whatever happens during the next line, home() undoes it
@@ -127,3 +127,9 @@ def _finite(displacement: Displacement) -> Displacement:
     if isinstance(displacement, Vector) and not displacement.isfinite():
         return Vector([None] * len(displacement))
     return displacement
+
+
+def _own(displacement: Displacement) -> Displacement:
+    """What is needed for the way back must not lie where others write, as a gradient may."""
+    copy = getattr(displacement, "copy", None)
+    return displacement if copy is None else copy()

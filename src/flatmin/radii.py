@@ -95,6 +95,10 @@ class Step:
         support = self.vector.support
         return support if all(self.factors) else [i for i in support if self.factors[i]]
 
+    def copy(self) -> Step:
+        """The same displacement in memory of its own."""
+        return Step(self.vector.copy(), self.factors)
+
     def __neg__(self) -> Step:
         return Step(self.vector, [-f for f in self.factors])
 

@@ -58,7 +58,7 @@ class Vector:
     one operand lacks may be shared with the other); methods that end in an underscore do not.
     """
 
-    __slots__ = ("_countable", "_plain", "tensors")
+    __slots__ = ("__weakref__", "_countable", "_plain", "tensors")
 
     def __init__(self, tensors: Iterable[Tensor | None], plain: bool | None = None):
         self.tensors: tuple[Tensor | None, ...] = tuple(tensors)
@@ -245,6 +245,14 @@ class Vector:
         both = [(a, b) for a, b in pairs if a is not None and b is not None]
         Vector(b for _, b in both).add_to([a for a, _ in both], scale)
         return Vector(a if b is None or a is not None else b * scale for a, b in pairs)
+
+    def copy(self) -> Vector:
+        """The same vector in memory of its own."""
+        return self.apply(lambda t: t.detach().clone())
+
+    def own_(self) -> None:
+        """Moves the entries to memory that nobody else writes to."""
+        self.tensors = self.copy().tensors
 
     def scale_(self, factor: float) -> None:
         """Multiplies the entries by `factor` in place."""

@@ -188,6 +188,16 @@ def build(method: str, base: Optimizer, **options: Any) -> Any:
         return flatmin.methods()[method].build(base, **{**OPTIONS.get(method, {}), **options})
 
 
+def write_into(p: Tensor, memory: Tensor) -> None:
+    """Lets every gradient of `p` lie in `memory`."""
+
+    def move(p: Tensor) -> None:
+        if p.grad is not memory:  # with several backward passes the sum stands there already
+            p.grad = memory.copy_(p.grad)  # type: ignore[arg-type]
+
+    p.register_post_accumulate_grad_hook(move)
+
+
 def radius_zero(method: str) -> dict[str, float]:
     name = flatmin.methods()[method].radius_name
     assert name is not None

@@ -9,6 +9,7 @@ from flatmin.optim.parts import half, some, take_rows
 from flatmin.optim.rule import Update, drive
 from flatmin.radii import Radii
 from flatmin.vectors import Vector
+from tests.contracts.cases import write_into
 
 
 def optimizer_of(make_rule, gradients, random=False, remembers=()):
@@ -159,6 +160,26 @@ def test_memory_is_kept_after_the_step_and_saved():
     kept = optimizer.memory.get("mean")
     assert kept is not None
     torch.testing.assert_close(kept.present[0], torch.tensor([3.0, 4.0]))
+
+
+def test_what_is_remembered_is_not_what_the_caller_clips_or_writes_over():
+    def make(o):
+        def rule():
+            g = yield HERE
+            o.memory["last"] = g
+            return g
+
+        return rule()
+
+    weight, memory = torch.nn.Parameter(torch.tensor([3.0, 4.0])), torch.zeros(2)
+    write_into(weight, memory)
+    optimizer = optimizer_of(make, 1, remembers=("last",))(SGD([weight], lr=0.0))
+    for _ in optimizer.probes():
+        (weight.square().sum() / 2).backward()
+    torch.nn.utils.clip_grad_norm_([weight], 1.0)
+    optimizer.step()
+    memory.zero_()
+    assert torch.equal(optimizer.state[weight]["flatmin_last"], torch.tensor([3.0, 4.0]))
 
 
 @pytest.mark.parametrize("form", ["closure", "loop"])

@@ -3,9 +3,14 @@
 A probe with a weight leaves its gradient in `.grad` and lets the next one add to it: no extra memory, and one
 unscaling, clipping and all-reduce for the whole step. That needs a caller who does not clear gradients, so with a
 closure (which does) the running sum is set aside instead, in memory of its own.
+
+A gradient may lie in the caller's memory, who writes the next one into it: a view of DDP's buckets, the output of a
+captured graph, a buffer that a hook moves gradients to. So what a rule keeps beyond the next evaluation is copied.
 """
 
 from __future__ import annotations
+
+import weakref
 
 from torch import Tensor
 
@@ -27,6 +32,7 @@ class Collector:
         self._sum: Vector | None = None
         self._before: list[tuple[Tensor | None, int]] = []
         self._last: Vector | None = None  # what was handed out, while it stands in .grad too
+        self._handed: weakref.ref[Vector] | None = None  # the same, as the rule has it
         self.handed_out = False  # whether the rule has seen a gradient
         self._clear()  # what stands there belongs to nobody
 
@@ -34,6 +40,12 @@ class Collector:
         """Lets go of what was handed out: while the weights move, nobody but the rule should hold its memory."""
         if self._last is not None:
             self._clear()
+
+    def secure(self) -> None:
+        """Copies what the rule still has of what was handed out: the next gradient may be written over it."""
+        if self._handed is not None and (kept := self._handed()) is not None:
+            kept.own_()
+        self._handed = None
 
     def before(self, probe: Probe) -> None:
         """Makes `.grad` ready for the evaluation of `probe`."""
@@ -61,11 +73,11 @@ class Collector:
             return NOTHING
         self.handed_out = True
         self._last = found = self._grads()
-        if self._others is not None and self._others.reuse_gradients:
-            return found.apply(_copied)
         for g in found.tensors:
             if g is not None and g.requires_grad:
-                return found.apply(Tensor.detach)
+                found = found.apply(Tensor.detach)
+                break
+        self._handed = weakref.ref(found)
         return found
 
     def install(self, direction: Vector | None) -> Vector:
@@ -131,10 +143,6 @@ class Collector:
 
 def _mark(grad: Tensor | None) -> tuple[Tensor | None, int]:
     return (grad, 0 if grad is None else local(grad)._version)
-
-
-def _copied(grad: Tensor) -> Tensor:
-    return grad.detach().clone()
 
 
 def _replaced_by_autograd(p: Tensor) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flatmin.shards import local
 from flatmin.vectors import Vector
 
 PREFIX = "flatmin_"
@@ -45,6 +46,13 @@ class Memory:
         if name not in self._names:
             raise ValueError(f"the rule remembers {name!r}: let its class say so, remembers = ({name!r},).")
         self._written[name] = vector
+
+    def leave(self, direction: Vector) -> None:
+        """Copies what lies in the memory of `direction`, which the caller may clip, or write the next gradient over."""
+        for vector in self._written.values():
+            pairs = zip(vector.tensors, direction.tensors, strict=True)
+            if any(a is not None and b is not None and local(a).data_ptr() == local(b).data_ptr() for a, b in pairs):
+                vector.own_()
 
     def commit(self) -> bool:
         """Keeps what was written, if anything. Called after the base's step, which may set up the state itself."""

@@ -14,6 +14,9 @@ With g the gradient at the weights, and r = rho g / |g|:
 A rule never touches a parameter, never calls a loss, and does not know the base optimizer. So it can be run on a
 paper function (`drive`) as well as inside a training step (`flatmin.optim.engine`).
 
+A gradient that is handed out may be kept: it is copied before the next one could be written over it. What shares its
+memory (`radii.select(g)`) is not; so keep g.
+
 The weighted form exists because it needs no memory: the gradients of several probes add up where backward leaves
 them, so that a step has one unscaling, one clipping and one all-reduce.
 """

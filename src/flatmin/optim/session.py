@@ -84,6 +84,7 @@ class Session(Ending):
                 collector.let_go()
                 # A window goes away and home again with each micro-batch, so it keeps the displacement.
                 place.move(probe.displacement if stage == "window" else probe.release())
+                collector.secure()
                 collector.before(probe)
                 if others is not None:
                     others.probe(self._exchanges(probe) and not collector.is_part(probe, requests.ahead))
@@ -129,6 +130,8 @@ class Session(Ending):
             self._drift = drift if self._drift is None else self._drift + drift
             direction = direction.direction
         installed = collector.install(direction)
+        if self._memory is not None:
+            self._memory.leave(installed)
         # After a loop the caller may change it, by clipping, say.
         self._direction = installed if self._stage == "closure" else None
         if self._scaling is not UNSCALED:

@@ -22,7 +22,7 @@ def eigen_sam(rho: Radii, alpha: float, start: Vector | None, memory) -> Rule:
 
     With `start` v is found again by power iteration on H v = [g(W + h v) - g(W - h v)] / 2h: ten more gradients.
     """
-    g = rho.select((yield HERE))
+    g = yield HERE
     v = memory.get("eigenvector")
     if start is not None:
         v = _unit(start if v is None else v)
@@ -32,7 +32,7 @@ def eigen_sam(rho: Radii, alpha: float, start: Vector | None, memory) -> Rule:
             v = _unit(rho.select(ahead - behind))
             del ahead, behind
         memory["eigenvector"] = v
-    u = _unit(g)
+    u = _unit(rho.select(g))
     if v is not None:
         u = u + v.reject(u) * (u.dot(v).sign() * alpha)
     e = rho * u
