@@ -10,6 +10,7 @@ formed within a round, and its median and quartiles over rounds are reported. Ru
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -146,13 +147,17 @@ def measured(name: str, rounds: int) -> dict[str, Spread]:
 
 def main() -> None:
     """Runs the benchmark and writes `results/step.json`."""
-    arguments = options(__doc__, RESULTS, rounds=21).parse_args()
-    names = [w.name for w in (*WORKLOADS, *LARGE_BATCHES)]
+    parser = options(__doc__, RESULTS, rounds=21)
+    parser.add_argument("--case", default="", help="only the networks whose name begins so; the others are kept")
+    arguments = parser.parse_args()
+    names = [w.name for w in (*WORKLOADS, *LARGE_BATCHES) if w.name.startswith(arguments.case)]
+    before = json.loads(arguments.out.read_text()) if arguments.case else {"workloads": {}}
     # Each in a process of its own: what earlier ones have left in the allocator changes the times of later ones.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as process:
         found = process.map(measured, names, itertools.repeat(arguments.rounds))
-        workloads = dict(zip(names, found, strict=True))
-    print(markdown(write(arguments.out, arguments.rounds, workloads=workloads)))
+        workloads = before["workloads"] | dict(zip(names, found, strict=True))
+    fewest = min(arguments.rounds, before.get("rounds", arguments.rounds))
+    print(markdown(write(arguments.out, fewest, workloads=workloads)))
 
 
 if __name__ == "__main__":

@@ -50,8 +50,7 @@ class Memory:
     def leave(self, direction: Vector) -> None:
         """Copies what lies in the memory of `direction`, which the caller may clip, or write the next gradient over."""
         for vector in self._written.values():
-            pairs = zip(vector.tensors, direction.tensors, strict=True)
-            if any(a is not None and b is not None and local(a).data_ptr() == local(b).data_ptr() for a, b in pairs):
+            if any(map(_in_one_memory, vector.tensors, direction.tensors)):
                 vector.own_()
 
     def commit(self) -> bool:
@@ -65,6 +64,12 @@ class Memory:
                     self._state[p][PREFIX + name] = entry.detach()
         self._written = {}
         return any_written
+
+
+def _in_one_memory(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None or a.layout is not torch.strided or b.layout is not torch.strided:
+        return a is not None and a is b
+    return local(a).data_ptr() == local(b).data_ptr()
 
 
 def make_room(names: Sequence[str], params: Sequence[Tensor], state: Any) -> None:
