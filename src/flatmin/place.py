@@ -19,7 +19,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from flatmin.shards import ORDINARY, is_sharded, local, parts
+from flatmin.shards import is_sharded, parts
 from flatmin.vectors import Displacement, Vector
 from flatmin.versions import unversioned
 
@@ -107,10 +107,10 @@ class Place:
         return True
 
     def _save(self, values: list[Tensor], support: list[int]) -> None:
+        here = parts(values)
         for i in support:
             if i not in self._saved:
-                value = values[i]
-                self._saved[i] = (value if type(value) in ORDINARY else local(value)).clone()
+                self._saved[i] = here[i].clone()
 
     def _return(self) -> None:
         if self._away is not None:

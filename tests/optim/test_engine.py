@@ -162,12 +162,13 @@ def test_memory_is_kept_after_the_step_and_saved():
     torch.testing.assert_close(kept.present[0], torch.tensor([3.0, 4.0]))
 
 
-def test_what_is_remembered_is_not_what_the_caller_clips_or_writes_over():
+@pytest.mark.parametrize("factor", [None, 2.0])
+def test_what_is_remembered_is_not_what_the_caller_clips_or_writes_over(factor):
     def make(o):
         def rule():
             g = yield HERE
             o.memory["last"] = g
-            return g
+            return g if factor is None else g * factor
 
         return rule()
 

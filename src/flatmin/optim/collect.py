@@ -31,14 +31,14 @@ class Collector:
         self._weight: float | None = None  # of the running sum that stands in .grad
         self._sum: Vector | None = None
         self._before: list[tuple[Tensor | None, int]] = []
-        self._last: Vector | None = None  # what was handed out, while it stands in .grad too
+        self.last: Vector | None = None  # what was handed out, while it stands in .grad too
         self._handed: weakref.ref[Vector] | None = None  # the same, as the rule has it
         self.handed_out = False  # whether the rule has seen a gradient
         self._clear()  # what stands there belongs to nobody
 
     def let_go(self) -> None:
         """Lets go of what was handed out: while the weights move, nobody but the rule should hold its memory."""
-        if self._last is not None:
+        if self.last is not None:
             self._clear()
 
     def secure(self) -> None:
@@ -72,11 +72,9 @@ class Collector:
         if self._weight is not None:
             return NOTHING
         self.handed_out = True
-        self._last = found = self._grads()
-        for g in found.tensors:
-            if g is not None and g.requires_grad:
-                found = found.apply(Tensor.detach)
-                break
+        self.last = found = self._grads()
+        if any(g.requires_grad for g in found.present):
+            found = found.apply(Tensor.detach)
         self._handed = weakref.ref(found)
         return found
 
@@ -91,7 +89,7 @@ class Collector:
                 self._set_aside()
             direction = self._sum
         assert direction is not None, "the rule returned None but weighted no probe"
-        if direction is self._last:
+        if direction is self.last:
             return direction
         for p, d in zip(self._params, direction.tensors, strict=True):
             p.grad = d
@@ -118,7 +116,7 @@ class Collector:
         return Vector([p.grad for p in self._params])
 
     def _clear(self) -> None:
-        self._last = None
+        self.last = None
         for p in self._params:
             p.grad = None
 

@@ -7,7 +7,6 @@ count, a seed) lives in the groups, so that the layout is torch's and `torch.dis
 
 from __future__ import annotations
 
-import math
 import secrets
 from typing import Any
 
@@ -125,9 +124,7 @@ class Host(Migration, Optimizer):
                 group.setdefault(name, self._default_radius)
                 for common, value in self._common().items():
                     group.setdefault(common, groups[0].get(common, value))
-            radius = group[name]
-            if type(radius) is not float or not 0.0 <= radius < math.inf:
-                check_radius(name, radius)
+            check_radius(name, group[name])
 
     def _count(self, name: str) -> None:
         for group in self.base.param_groups:

@@ -47,11 +47,11 @@ class Memory:
             raise ValueError(f"the rule remembers {name!r}: let its class say so, remembers = ({name!r},).")
         self._written[name] = vector
 
-    def leave(self, direction: Vector) -> None:
-        """Copies what lies in the memory of `direction`, which the caller may clip, or write the next gradient over."""
-        for vector in self._written.values():
-            if any(map(_in_one_memory, vector.tensors, direction.tensors)):
-                vector.own_()
+    def leave(self, *gradients: Vector | None) -> None:
+        """Copies what lies in the memory of `gradients`, which the caller may clip, or write the next ones over."""
+        for name, vector in self._written.items():
+            if any(g is not None and any(map(_in_one_memory, vector.tensors, g.tensors)) for g in gradients):
+                self._written[name] = vector.copy()
 
     def commit(self) -> bool:
         """Keeps what was written, if anything. Called after the base's step, which may set up the state itself."""

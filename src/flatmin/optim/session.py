@@ -129,9 +129,9 @@ class Session(Ending):
             drift = direction.drift if self._micro_share is None else direction.drift * self._micro_share
             self._drift = drift if self._drift is None else self._drift + drift
             direction = direction.direction
-        installed = collector.install(direction)
+        last, installed = collector.last, collector.install(direction)
         if self._memory is not None:
-            self._memory.leave(installed)
+            self._memory.leave(installed, last)
         # After a loop the caller may change it, by clipping, say.
         self._direction = installed if self._stage == "closure" else None
         if self._scaling is not UNSCALED:
