@@ -1,5 +1,7 @@
 """Hessian, Gauss-Newton, residual and Fisher products against dense float64 matrices; kept graphs."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 import flatmin
 from flatmin.curvature.operators import FisherOperator, GaussNewtonOperator, HessianOperator, ResidualOperator
 from flatmin.vectors import Vector
+from tests.contracts.live_bytes import LiveBytes
 from tests.curvature.nets import NETS, criterion, dense_gauss_newton, dense_hessian, make
 
 
@@ -167,3 +170,43 @@ def test_kept_graphs_hold_the_gradient_too(name):
         handle.remove()
         assert len(evaluations) == num_evaluations
         evaluations.clear()
+
+
+@pytest.mark.parametrize("kind", [HessianOperator, ResidualOperator, GaussNewtonOperator, FisherOperator])
+def test_kept_graphs_take_the_memory_that_is_said_and_no_copy_of_the_parameters_each(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 64))
+    data = [(torch.randn(2, 64), torch.randint(64, (2,))) for _ in range(10)]
+    copy = sum(p.numel() * p.element_size() for p in model.parameters())
+
+    def live_and_said(batches):
+        objective = flatmin.Objective(model, criterion, batches)
+        with LiveBytes() as memory:
+            memory.ignore(*model.parameters(), *[t for batch in batches for t in batch])
+            operator = kind(objective)
+            operator.product(objective.zeros().apply(torch.ones_like))
+            operator.product(objective.zeros().apply(torch.ones_like))
+            gc.collect()
+            return memory.live, operator._graph_bytes
+
+    (few, said_of_few), (many, said_of_many) = live_and_said(data[:2]), live_and_said(data)
+    assert 0 < many - few < 2 * (said_of_many - said_of_few) < copy
+
+
+@pytest.mark.parametrize("kind", [HessianOperator, GaussNewtonOperator])
+def test_a_product_goes_through_all_kept_graphs_and_is_that_of_fresh_ones(kind):
+    """Ragged batches, one of which does not use the first layer."""
+    torch.manual_seed(0)
+    first, last = nn.Linear(5, 4).double(), nn.Linear(4, 3).double()
+    model = nn.ModuleList([first, last])
+
+    def forward(model, batch):
+        x, y = batch
+        return model[1](x if x.shape[1] == 4 else torch.tanh(model[0](x))), y
+
+    batches = [(torch.randn(n, d, dtype=torch.float64), torch.randint(3, (n,))) for n, d in [(7, 5), (3, 4), (7, 5)]]
+    objective = flatmin.Objective(model, criterion, batches, forward=forward)
+    kept, fresh = kind(objective), kind(objective, graph_memory=0)
+    for _ in range(3):
+        v = random_like(objective)
+        torch.testing.assert_close(flat(kept.product(v)), flat(fresh.product(v)), rtol=1e-12, atol=1e-15)

@@ -8,7 +8,8 @@
 They have one face: `product(v)`, `objective`, `num_params`, `cost` (gradients of the data per product) and `method`
 (what is computed). Batches are weighted by their samples. The graphs of all batches are kept between products if they
 fit into `graph_memory` bytes (estimated from the first batch), which saves a third of the work; they are built anew
-when the weights have changed. Memory is else that of one batch's graph, whatever the number of batches.
+when the weights have changed. Memory is else that of one batch's graph, whatever the number of batches. A product goes
+through all kept graphs at once: on small networks that takes a quarter less time than batch by batch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, Literal, Protocol, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any, Generic, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ from flatmin.curvature.batches import Batch
 from flatmin.curvature.differences import dots
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.outputs import OutputLoss, output_tensor
+from flatmin.curvature.pairing import Pairing
 from flatmin.curvature.products import BatchHessian, Way, check_finite, choose_way, derivative
 from flatmin.noise import mix_seeds
 from flatmin.place import num_displaced
@@ -43,6 +46,15 @@ class BatchOperator(Protocol):
 
     def forms(self, v: Sequence[Tensor]) -> Tensor:
         """v_p' (A v)_p for each parameter p, float64."""
+        ...
+
+
+class Recorded(BatchOperator, Protocol):
+    """An operator of one batch that has a graph."""
+
+    @staticmethod
+    def sum(parts: Sequence[Any], vectors: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+        """sum_b A_b v_b, one tensor per parameter, for one pass through all graphs."""
         ...
 
 
@@ -95,13 +107,11 @@ class PerBatch(ABC, Generic[Curvature]):
 
     def batches(self) -> Iterator[tuple[Curvature, Batch]]:
         """The curvature of each batch, and the batch. Whoever iterates deletes it before asking for the next."""
-        versions = [(local(p).data_ptr(), p._version) for p in self.objective.params]
-        versions.append((num_displaced(), 0))  # a graph built while they were away has versions that count again
-        with self.way.context(self.objective, as_recorded=self.as_recorded):
-            if self._kept and versions == self._versions:
+        with self._context():
+            if self._current():
                 yield from self._kept  # inside too: checkpointing evaluates the model again
                 return
-            self._kept = []
+            self._kept, versions = [], self._seen()
             kept = []
             for index, batch in enumerate(self.objective.batches()):
                 item = [(self._open(batch, self.objective.number(index)), batch)]
@@ -109,6 +119,17 @@ class PerBatch(ABC, Generic[Curvature]):
                     kept += item
                 yield item.pop()
         self._kept, self._versions = kept, versions
+
+    def _context(self) -> AbstractContextManager[None]:
+        return self.way.context(self.objective, as_recorded=self.as_recorded)
+
+    def _current(self) -> bool:
+        """Whether there are graphs of the weights as they are."""
+        return bool(self._kept) and self._versions == self._seen()
+
+    def _seen(self) -> list[tuple[int, int]]:
+        versions = [(local(p).data_ptr(), p._version) for p in self.objective.params]
+        return [*versions, (num_displaced(), 0)]  # a graph built while they were away has versions that count again
 
     @abstractmethod
     def _open(self, batch: Batch, index: int) -> Curvature: ...
@@ -121,14 +142,29 @@ class Operator(PerBatch[BatchOperator]):
         """A v. A missing entry of `v` is zero."""
         params = self.objective.params
         full = [torch.zeros_like(p) if t is None else t for t, p in zip(v.tensors, params, strict=True)]
-        total, count = self.objective.zeros(), 0
-        for curvature, batch in self.batches():
-            part = curvature.product(full, last=not self._keeps)
-            total, count = total.add_(Vector(part), float(batch.size)), count + batch.size
-            del curvature, part
+        total, count = self._through_kept(full) if self._current() else self._one_by_one(full)
         product = self.objective.mean(total, count)
         check_finite(product.present, self.objective)
         return product
+
+    def _one_by_one(self, v: list[Tensor]) -> tuple[Vector, int]:
+        """The sum over samples of A v, and their number."""
+        total, count = self.objective.zeros(), 0
+        for curvature, batch in self.batches():
+            part = curvature.product(v, last=not self._keeps)
+            total, count = total.add_(Vector(part), float(batch.size)), count + batch.size
+            del curvature, part
+        return total, count
+
+    def _through_kept(self, v: list[Tensor]) -> tuple[Vector, int]:
+        """The same, from graphs that are there."""
+        parts = cast(list[Recorded], [part for part, _ in self._kept])
+        sizes = [batch.size for _, batch in self._kept]
+        unit = sizes[0]  # so that v need not be multiplied, where all have this size
+        weighted = {n: v if n == unit else [t * (n / unit) for t in v] for n in set(sizes)}
+        with self._context():
+            found = type(parts[0]).sum(parts, [weighted[n] for n in sizes])
+        return Vector(found) * float(unit), sum(sizes)
 
     def gradient(self) -> Vector:
         """The gradient of the objective, wherever the operator comes by it most cheaply."""
@@ -150,13 +186,13 @@ class HessianOperator(Operator):
         return self.way.curvature(lambda: batch.evaluate().loss, self.objective.params)
 
     def gradient(self) -> Vector:
-        """The gradient of the objective: from the graphs, if they are kept, at no cost but theirs."""
-        if not self._keeps or self.objective.group is not None:  # others of the group may keep none
+        """The gradient of the objective: where graphs will be kept, while they are built and at no cost but theirs."""
+        if not self._keeps or self._current() or self.objective.group is not None:  # others of it may keep none
             return self.objective.gradient()
         total, count = self.objective.zeros(), 0
         for curvature, batch in self.batches():
             assert isinstance(curvature, BatchHessian)
-            total, count = total.add_(Vector(curvature.gradient), float(batch.size)), count + batch.size
+            total, count = total.add_(Vector(curvature.take_gradient()), float(batch.size)), count + batch.size
             del curvature
         return self.objective.mean(total, count)
 
@@ -267,21 +303,38 @@ class BatchFactored:
         options = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
         grads = torch.autograd.grad(outputs, params, grad_outputs=self._dual, **options)
         self._used = [i for i, g in enumerate(grads) if g.requires_grad]
-        self._pulled = [grads[i] for i in self._used]
+        self._pairing = Pairing([grads[i] for i in self._used]) if self._used else None
 
     def product(self, v: Sequence[Tensor], *, last: bool = False) -> tuple[Tensor, ...]:
         """J' B J v, one tensor per parameter. After the `last` product the graph is gone."""
-        if not self._used:
-            return tuple(torch.zeros_like(p) for p in self._params)
-        along = self.push(v)
-        return derivative([self._outputs], self._params, [self._middle(along)], last=last)
+        return BatchFactored.sum([self], [v], last=last)
 
-    def push(self, v: Sequence[Tensor]) -> Tensor:
-        """J v, of the shape of the outputs."""
-        (along,) = torch.autograd.grad(
-            self._pulled, self._dual, grad_outputs=[v[i] for i in self._used], retain_graph=True
-        )
-        return along
+    @staticmethod
+    def sum(
+        parts: Sequence[BatchFactored], vectors: Sequence[Sequence[Tensor]], *, last: bool = False
+    ) -> tuple[Tensor, ...]:
+        """sum_b J_b' B_b J_b v_b, one tensor per parameter, for two passes through all graphs."""
+        params = parts[0]._params
+        used = [(part, v) for part, v in zip(parts, vectors, strict=True) if part._used]
+        if not used:
+            return tuple(torch.zeros_like(p) for p in params)
+        parts = [part for part, _ in used]
+        changes = BatchFactored._pushed(parts, [v for _, v in used])
+        back = [part._middle(change) for part, change in zip(parts, changes, strict=True)]
+        return derivative([part._outputs for part in parts], params, back, last=last)
+
+    @staticmethod
+    def _pushed(parts: Sequence[BatchFactored], vectors: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+        """J_b v_b for each part, of the shape of its outputs."""
+        pairings = [part._pairing for part in parts if part._pairing is not None]
+        numbers = [
+            pairing.along([v[i] for i in part._used]) for part, pairing, v in zip(parts, pairings, vectors, strict=True)
+        ]
+        try:
+            return torch.autograd.grad(numbers, [part._dual for part in parts], retain_graph=True)
+        finally:
+            for pairing in pairings:
+                pairing.forget()
 
     def forms(self, v: Sequence[Tensor]) -> Tensor:
         """v_p' (J' B J v)_p for each parameter p, float64."""

@@ -32,6 +32,7 @@ from flatmin.curvature.differences import (
 )
 from flatmin.curvature.graph import check_differentiable, check_whole
 from flatmin.curvature.objective import Objective
+from flatmin.curvature.pairing import Pairing
 from flatmin.curvature.swapped import Swapped, worthwhile
 from flatmin.noise import draw_like, mix_seeds
 from flatmin.shards import local, summed_apart
@@ -51,9 +52,9 @@ def differentiable_twice(objective: Objective) -> Iterator[None]:
 
 
 def derivative(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], v: Sequence[Tensor], *, last: bool = False
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], v: Sequence[Tensor] | None = None, *, last: bool = False
 ) -> tuple[Tensor, ...]:
-    """The derivative by `inputs` of the inner product of `outputs` and `v`, without a history.
+    """The derivative by `inputs` of the inner product of `outputs` (numbers, without `v`) and `v`, without a history.
 
     The graph is kept, unless this is the `last` derivative: its memory is then used again on the way.
     """
@@ -66,28 +67,46 @@ def derivative(
 class BatchHessian:
     """The Hessian of one batch's loss, as a map v -> H v; the graph is built once and used for every product.
 
-    Cost: one gradient to build, about two per product.
-
-    Attributes:
-        gradient: of the batch's loss, one tensor per parameter.
+    Cost: one gradient to build, about two per product. Memory: the graph.
     """
 
     def __init__(self, loss: Tensor, params: Sequence[Tensor]):
         self._params = params
         grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True, materialize_grads=True)
-        self.gradient = tuple(g.detach() for g in grads)
+        self._gradient = tuple(g.detach() for g in grads)
         self._curved = [i for i, g in enumerate(grads) if g.requires_grad]
-        self._grads = [grads[i] for i in self._curved]
+        self._pairing = Pairing([grads[i] for i in self._curved]) if self._curved else None
 
     def check(self) -> None:
         """Raises RuntimeError if the second derivative would silently be wrong."""
-        check_differentiable(self._grads)
+        check_differentiable([self._pairing.number] if self._pairing else [])
+
+    def take_gradient(self) -> tuple[Tensor, ...]:
+        """The gradient of the batch's loss, one tensor per parameter: once, and before the first product."""
+        gradient, self._gradient = self._gradient, ()
+        return gradient
 
     def product(self, v: Sequence[Tensor], *, last: bool = False) -> tuple[Tensor, ...]:
         """H v, one tensor per parameter. After the `last` product the graph is gone."""
-        if not self._curved:
-            return tuple(torch.zeros_like(p) for p in self._params)
-        return derivative(self._grads, self._params, [v[i] for i in self._curved], last=last)
+        return BatchHessian.sum([self], [v], last=last)
+
+    @staticmethod
+    def sum(
+        parts: Sequence[BatchHessian], vectors: Sequence[Sequence[Tensor]], *, last: bool = False
+    ) -> tuple[Tensor, ...]:
+        """sum_b H_b v_b, one tensor per parameter, for one pass through all graphs."""
+        numbers = []
+        for part, v in zip(parts, vectors, strict=True):
+            part._gradient = ()
+            if part._pairing is not None:
+                numbers.append(part._pairing.along([v[i] for i in part._curved]))
+        params = parts[0]._params
+        try:
+            return derivative(numbers, params, last=last) if numbers else tuple(torch.zeros_like(p) for p in params)
+        finally:
+            for part in parts:
+                if part._pairing is not None:
+                    part._pairing.forget()
 
     def forms(self, v: Sequence[Tensor]) -> Tensor:
         """v_p' (H v)_p for each parameter p, float64."""
