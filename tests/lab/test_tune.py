@@ -5,6 +5,7 @@ import json
 import pytest
 
 import flatmin.lab.pool as pool
+from flatmin.lab.train import train
 from flatmin.lab.tune import Tune
 
 
@@ -40,8 +41,18 @@ def test_finished_runs_are_used_again_and_never_overwritten(tmp_path, monkeypatc
     monkeypatch.setattr(pool, "train", lambda *_: pytest.fail("trained again"))
     tune(tmp_path).run()
     assert json.loads((tmp_path / "tuning" / "tuning.json").read_text()) == before
-    with pytest.raises(ValueError, match="is a run with another settings"):
-        tune(tmp_path, lr=(0.2,)).run()
+
+
+def test_a_grid_is_extended_without_doing_its_runs_again(tmp_path, monkeypatch):
+    tune(tmp_path).run()
+    trained = []
+    monkeypatch.setattr(pool, "train", lambda spec, *rest: (trained.append(spec), train(spec, *rest)))
+    tune(tmp_path, lr=(0.03, 0.1)).run()
+    assert [(spec.method, spec.settings.lr) for spec in trained] == [("base", 0.03), ("sam", 0.03)]
+    trials = json.loads((tmp_path / "tuning" / "tuning.json").read_text())["trials"]
+    assert [[trial["lr"] for trial in rows] for rows in trials.values()] == [[0.03, 0.1]] * 2
+    with pytest.raises(ValueError, match="is a run with another num_steps"):
+        tune(tmp_path, num_gradients=20).run()
 
 
 def test_a_trial_that_diverges_is_null_in_the_file(tmp_path):

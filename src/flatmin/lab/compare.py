@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flatmin.lab.display import Live, print_table
-from flatmin.lab.folder import FORMAT, check_name, done, locked, prepare, read_config
+from flatmin.lab.folder import FORMAT, check_name, locked, prepare, read_config, unfinished
 from flatmin.lab.parts import settings_of, split_name
 from flatmin.lab.pool import run_all
 from flatmin.lab.records import RunRecord, read_run, write_json
@@ -36,8 +36,8 @@ class Compare:
     """What is equal: mini-batch gradients (a two-gradient method takes half the steps), or steps."""
     num_gradients: int | None = None
     """The budget: gradients per run, or steps with --budget steps. Default: the task's."""
-    name: str = "digits"
-    """Name of the folder in --out."""
+    name: str | None = None
+    """Name of the folder in --out. Default: the task's."""
     out: Path = Path("runs")
     """Where comparisons are kept."""
     jobs: int = 2
@@ -52,12 +52,12 @@ class Compare:
             raise ValueError("--methods is empty: name at least one, the first is the control.")
         if len(set(self.methods)) < len(self.methods):
             raise ValueError(f"--methods names a method twice: {' '.join(self.methods)}.")
-        check_name(self.name)
+        check_name(self.task if self.name is None else self.name)
 
     @property
     def folder(self) -> Path:
         """Where this comparison is kept."""
-        return self.out / self.name
+        return self.out / (self.task if self.name is None else self.name)
 
     def specs(self) -> list[RunSpec]:
         """All runs, method by method within a seed, so that an interrupted comparison is balanced.
@@ -115,10 +115,10 @@ class Compare:
     def _run(self) -> Path:
         specs = self.specs()
         records = self.folder / "records"
-        todo = [spec for spec in specs if not done(spec, records)]
+        todo = unfinished((spec, records) for spec in specs)
         write_json(self.folder / "comparison.json", self.config())
         with Live(len(specs), len(specs) - len(todo), str(self.folder)) as live:
-            run_all([(spec, records) for spec in todo], self.jobs, live)
+            run_all(todo, self.jobs, live)
         return self.conclude()
 
     def conclude(self) -> Path:
@@ -139,7 +139,7 @@ class Compare:
         if missing:
             raise ValueError(
                 f"{len(missing)} of {len(paths)} runs of {self.folder} are not finished. Continue it with flatmin "
-                f"compare --name {self.name}, and the options that it was begun with."
+                f"compare --name {self.folder.name}, and the options that it was begun with."
             )
         for spec, path in paths.items():
             found[spec.method].append(read_run(path))

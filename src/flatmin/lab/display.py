@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from flatmin.lab.summary import COLUMNS, Column
+from flatmin.lab.summary import Column, shown
 
 
 class Live:
@@ -84,7 +84,7 @@ def print_table(summary: dict[str, Any], console: Console | None = None) -> None
     names = list(summary["methods"])
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-    for column in COLUMNS:
+    for column in shown(summary):
         row = []
         for name in names:
             text = format_cell(column, summary["methods"][name]["columns"][column.key]).replace(" ±", "±")
@@ -108,7 +108,7 @@ def print_table(summary: dict[str, Any], console: Console | None = None) -> None
 
 def markdown_table(summary: dict[str, Any]) -> str:
     """The comparison as a Markdown table, one method a row; bold where significantly best."""
-    columns = [c for c in COLUMNS if c.key != "steps"]
+    columns = [c for c in shown(summary) if c.key != "steps"]
     lines = [f"| | {' | '.join(c.title for c in columns)} |", "|---|" + "---:|" * len(columns)]
     for name, entry in summary["methods"].items():
         cells = [format_cell(c, entry["columns"][c.key]) for c in columns]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from flatmin.lab.fingerprint import fingerprint
 from flatmin.lab.records import cannot_write, make_writable, read_run
+from flatmin.lab.tasks import get_task
 from flatmin.lab.train import RunSpec
 
 try:
@@ -53,21 +55,36 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def done(spec: RunSpec, folder: Path) -> bool:
-    """Whether the run is finished; a record of another run under its name is refused."""
-    path = folder / f"{spec.name}.jsonl"
-    if not path.exists():
-        return False
-    found = read_run(path).header["spec"]
-    wanted = spec.to_dict()
-    changed = [key for key in wanted if found.get(key) != wanted[key]]
-    if changed:
-        key = changed[0]
-        raise ValueError(
-            f"{path} is a run with another {key} ({found.get(key)}, not {wanted[key]}). It is left as it is: choose "
-            "another --name or --out."
-        )
-    return True
+def unfinished(runs: Iterable[tuple[RunSpec, Path]]) -> list[tuple[RunSpec, Path]]:
+    """Those of the runs (spec, folder) that are still to be done.
+
+    Raises:
+        ValueError: for a record of another run under a run's name: with other settings, or of a task that was edited.
+    """
+    todo: list[tuple[RunSpec, Path]] = []
+    tasks: dict[tuple[str, int], dict[str, Any]] = {}  # as they are now
+    for spec, folder in runs:
+        path = folder / f"{spec.name}.jsonl"
+        if not path.exists():
+            todo.append((spec, folder))
+            continue
+        header = read_run(path).header
+        found, wanted = header["spec"], spec.to_dict()
+        for key in wanted:
+            if found.get(key) != wanted[key]:
+                raise ValueError(_other(path, f"with another {key} ({found.get(key)}, not {wanted[key]})"))
+        if (before := header.get("task")) is not None:
+            now = tasks.get((spec.task, spec.seed)) or fingerprint(
+                get_task(spec.task), get_task(spec.task).load(spec.seed)
+            )
+            tasks[spec.task, spec.seed] = now
+            if changed := [part for part in now if before.get(part) != now[part]]:
+                raise ValueError(_other(path, f"of the task {spec.task} with another {' and '.join(changed)}"))
+    return todo
+
+
+def _other(path: Path, how: str) -> str:
+    return f"{path} is a run {how}. It is left as it is: choose another --name or --out."
 
 
 @contextmanager

@@ -62,8 +62,10 @@ def settings_of(task: Task, name: str) -> Settings:
     if name in task.settings:
         return task.settings[name]
     if method.name not in task.settings:
+        there = f"It has them for: {', '.join(task.settings)}." if task.settings else "It has none yet."
         raise ValueError(
-            f"task {task.name!r} has no settings for method {method.name!r}. It has: {', '.join(task.settings)}."
+            f"task {task.name!r} has no settings for method {method.name!r}. {there} Find some with flatmin tune "
+            f"--task {task.name} --methods base {method.name}, and copy what it prints into the task's settings."
         )
     return replace(task.settings[method.name], parts=parts)
 
@@ -77,7 +79,7 @@ class Training:
         parts: part -> strength.
         num_steps: of the run.
         epoch: steps in one epoch.
-        num_classes: of the labels.
+        num_classes: of the labels; `None` if the targets are not labels.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class Training:
         *,
         num_steps: int,
         epoch: int,
-        num_classes: int,
+        num_classes: int | None,
     ):
         self._criterion, self._parts, self._num_classes = criterion, parts, num_classes
         if "label-smoothing" in parts:
@@ -96,6 +98,8 @@ class Training:
                 raise ValueError(f"label smoothing needs a cross-entropy, and the loss is {type(criterion).__name__}.")
             self._criterion = copy.copy(criterion)
             self._criterion.label_smoothing = parts["label-smoothing"]  # type: ignore[assignment]
+        if "mixup" in parts and num_classes is None:
+            raise ValueError("mixup mixes labels, and the targets of this task are not labels.")
         params = [p for p in model.parameters() if p.requires_grad]
         penalty, radius = parts.get("distance-penalty"), parts.get("distance-projection")
         self._penalty = None if penalty is None else DistancePenalty(params, penalty)
@@ -113,7 +117,7 @@ class Training:
 
         def evaluate(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
             inputs, targets = take(*batch)
-            if "mixup" in self._parts:
+            if "mixup" in self._parts and self._num_classes is not None:
                 inputs, targets = mixup(inputs, targets, self._num_classes, self._parts["mixup"])
             loss = mean(criterion(model(inputs), targets))
             return loss if self._penalty is None else loss + self._penalty()

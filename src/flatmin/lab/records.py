@@ -3,7 +3,7 @@
 A run is written to `<name>.jsonl.partial` line by line and renamed to `<name>.jsonl` when it is finished. So a file
 without the suffix is complete, and one with it is the rest of an interrupted run, which is started again.
 
-    {"type": "run", "format": "flatmin-run/1", ...}     what was run: spec, versions, commit
+    {"type": "run", "format": "flatmin-run/1", ...}     what was run: spec, digests of the task, versions, commit
     {"type": "progress", "step": 100, ...}              every few steps
     {"type": "result", "status": "finished", ...}       the last line; or "diverged", with a message
 """
@@ -29,7 +29,7 @@ RUN_FIELDS = ("spec.method", "spec.seed", "spec.settings", "versions")
 RESULT_FIELDS = (
     ("message",),
     (
-        *("test_accuracy", "test_loss", "train_loss", "gap", "seconds", "gradients", "steps"),
+        *("test_loss", "train_loss", "gap", "seconds", "gradients", "steps"),
         *("flatness.trace.value", "flatness.trace.stderr", "flatness.trace.per_layer", "flatness.top_eigenvalue.value"),
     ),
 )

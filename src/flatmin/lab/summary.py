@@ -60,22 +60,31 @@ COLUMNS = (
 Runs = Mapping[str, Sequence[RunRecord]]  # method -> its runs
 
 
+def shown(summary: Mapping[str, Any]) -> list[Column]:
+    """The columns that a summary has: all, or all but the accuracy, where targets are no labels."""
+    (entry, *_) = summary["methods"].values()
+    return [column for column in COLUMNS if column.key in entry["columns"]]
+
+
 def summarize(runs: Runs) -> dict[str, Any]:
     """The summary as plain data: per method and column mean, interval and values; best and versus per column."""
+    columns = [
+        c for c in COLUMNS if all(c.path[0] in r.result for records in runs.values() for r in records if r.finished)
+    ]
     methods = {
         name: {
             "num_runs": len(records),
             "num_diverged": sum(not r.finished for r in records),
             "messages": [r.result["message"] for r in records if not r.finished],
-            "columns": {c.key: _describe([c.of(r) for r in records if r.finished]) for c in COLUMNS},
+            "columns": {c.key: _describe([c.of(r) for r in records if r.finished]) for c in columns},
             "trace_stderr": _rms([r.result["flatness"]["trace"]["stderr"] for r in records if r.finished]),
         }
         for name, records in runs.items()
     }
     return {
         "methods": methods,
-        "best": {c.key: _best(runs, c) for c in COLUMNS if c.better},
-        "versus": {c.key: _versus(runs, c) for c in COLUMNS if c.better},
+        "best": {c.key: _best(runs, c) for c in columns if c.better},
+        "versus": {c.key: _versus(runs, c) for c in columns if c.better},
     }
 
 

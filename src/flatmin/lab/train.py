@@ -17,6 +17,7 @@ from torch.optim import SGD, Optimizer
 
 from flatmin.curvature import measure
 from flatmin.extras import need
+from flatmin.lab.fingerprint import fingerprint
 from flatmin.lab.parts import Evaluation, Training, split_name
 from flatmin.lab.processes import Alone
 from flatmin.lab.records import RunWriter, Unwritten, environment
@@ -65,19 +66,21 @@ def train(spec: RunSpec, folder: Path, report: Progress = lambda *_: None, proce
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    header = {"spec": spec.to_dict(), **environment(), **processes.about()}
     try:
+        task = get_task(spec.task)
+        splits = task.load(spec.seed)
+        header = {"spec": spec.to_dict(), "task": fingerprint(task, splits), **environment(), **processes.about()}
         with RunWriter(folder / f"{spec.name}.jsonl", header) if processes.is_first else Unwritten() as writer:
-            writer.finish(_train(spec, writer, report, folder / f"{spec.name}.safetensors", processes))
+            writer.finish(_train(spec, splits, writer, report, folder / f"{spec.name}.safetensors", processes))
     finally:
         torch.set_num_threads(threads)
 
 
 def _train(
-    spec: RunSpec, writer: RunWriter | Unwritten, report: Progress, weights: Path, processes: Alone
+    spec: RunSpec, splits: Splits, writer: RunWriter | Unwritten, report: Progress, weights: Path, processes: Alone
 ) -> dict[str, Any]:
     task = get_task(spec.task)
-    splits = Splits(*((x.to(processes.device), y.to(processes.device)) for x, y in task.load(spec.seed)))
+    splits = Splits(*((x.to(processes.device), y.to(processes.device)) for x, y in splits))
     torch.manual_seed(spec.seed)
     model = task.build_model().to(processes.device)
     optimizer = build_optimizer(spec, model, len(splits.train[1]))
@@ -121,13 +124,14 @@ def _train(
 
 def _training(spec: RunSpec, model: nn.Module, splits: Splits) -> Training:
     task, labels = get_task(spec.task), torch.cat([labels for _, labels in splits])
+    classes = None if labels.is_floating_point() else int(labels.max()) + 1
     return Training(
         model,
         task.criterion,
         spec.settings.parts,
         num_steps=spec.num_steps,
         epoch=-(-len(splits.train[1]) // task.batch_size),
-        num_classes=int(labels.max()) + 1,
+        num_classes=classes,
     )
 
 
@@ -172,12 +176,14 @@ def _in_order(data: tuple[Tensor, Tensor], size: int) -> list[tuple[Tensor, ...]
 
 @torch.no_grad()
 def _scores(model: nn.Module, criterion: nn.Module, splits: Splits) -> dict[str, float]:
+    """Losses, the gap between them, and the accuracies where targets are labels."""
     model.eval()
     scores: dict[str, float] = {}
     for name, (inputs, labels) in splits._asdict().items():
         outputs = model(inputs)
         scores[f"{name}_loss"] = float(criterion(outputs, labels))
-        scores[f"{name}_accuracy"] = float((outputs.argmax(1) == labels).double().mean())
+        if not labels.is_floating_point():
+            scores[f"{name}_accuracy"] = float((outputs.argmax(1) == labels).double().mean())
     model.train()
     return {**scores, "gap": scores["test_loss"] - scores["train_loss"]}
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from flatmin.lab.display import Live
-from flatmin.lab.folder import done, locked
+from flatmin.lab.folder import locked, unfinished
 from flatmin.lab.parts import split_name
 from flatmin.lab.pool import run_all
 from flatmin.lab.records import environment, make_writable, read_run, write_json
@@ -31,8 +31,8 @@ class Tune:
     """Choose learning rate and radius for each method by validation loss, on an equal number of trials each.
 
     The control is tuned over learning rate x weight decay, the other methods over learning rate x radius at the
-    control's best weight decay. Interrupted, it continues where it stopped. What it finds is printed and written to
-    tuning.json; `compare` takes its settings from the task's definition, where the winners are copied by hand.
+    control's best weight decay. Interrupted, or with a larger grid, it continues where it stopped. What it finds is
+    written to tuning.json and printed as it stands in a task's `settings`, from which `compare` takes them.
     """
 
     task: str = "digits"
@@ -49,8 +49,10 @@ class Tune:
     """Radii, for methods with a sigma."""
     num_seeds: int = 5
     """Seeds of every trial."""
-    out: Path = Path("runs/tuning")
-    """Where the runs and tuning.json are written."""
+    num_gradients: int | None = None
+    """Mini-batch gradients of a trial. Default: the task's, which is what the winners are for."""
+    out: Path | None = None
+    """Where the runs and tuning.json are written. Default: runs/tuning-<task>."""
     jobs: int = 2
     """Runs at the same time."""
     best: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
@@ -63,12 +65,19 @@ class Tune:
                 process at work in the folder; nothing is trained then.
         """
         self._check()
-        make_writable(self.out)
-        with locked(self.out):
+        make_writable(self.folder)
+        with locked(self.folder):
             self._run()
+
+    @property
+    def folder(self) -> Path:
+        """Where the runs are kept."""
+        return Path("runs") / f"tuning-{self.task}" if self.out is None else self.out
 
     def _check(self) -> None:
         get_task(self.task)
+        if self.num_gradients is not None and self.num_gradients < 1:
+            raise ValueError(f"--num-gradients must be at least 1, got {self.num_gradients}.")
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"--methods names at least one method, and none twice, got {' '.join(self.methods)!r}.")
         radii = {name: split_name(name)[0].radius_name for name in self.methods}
@@ -88,9 +97,31 @@ class Tune:
         for method in self.methods:
             trials[method] = self._tune(method)
             self.best[method] = min(trials[method], key=lambda t: t["validation_loss"])
-            print(f"{method}: {self.best[method]}")
-        record = {"task": self.task, "num_seeds": self.num_seeds, **environment(), "best": self.best, "trials": trials}
-        write_json(self.out / "tuning.json", record)
+            print(_as_settings(method, self.best[method]))
+            for remark in self._at_the_edge(method):
+                print(remark)
+        record = {"task": self.task, "num_seeds": self.num_seeds, "num_gradients": self._budget, **environment()}
+        write_json(self.folder / "tuning.json", {**record, "best": self.best, "trials": trials})
+        print(f"all trials: {self.folder / 'tuning.json'}")
+
+    @property
+    def _budget(self) -> int:
+        return self.num_gradients or get_task(self.task).num_gradients
+
+    def _at_the_edge(self, method: str) -> list[str]:
+        """What to add to the grid: the best may lie beyond it."""
+        best, radius = self.best[method], split_name(method)[0].radius_name
+        grids = {"lr": ("lr", self.lr)}
+        if radius is None:
+            grids["weight_decay"] = ("weight-decay", self.weight_decay)
+        else:
+            grids["radius"] = ("rho", self.rho) if radius == "rho" else ("sigma", self.sigma)
+        remarks = []
+        for key, (option, grid) in grids.items():
+            if len(grid) > 1 and best[key] in (min(grid), max(grid)) and best[key] > 0:
+                end = "smallest" if best[key] == min(grid) else "largest"
+                remarks.append(f"    {best[key]:g} is the {end} --{option} that was tried: try one beyond it.")
+        return remarks
 
     def _settings(self, method: str) -> list[Settings]:
         rule, parts = split_name(method)
@@ -106,31 +137,47 @@ class Tune:
         return [Settings(lr=lr, weight_decay=decay, radius=r, parts=parts) for lr, r in grid]
 
     def _tune(self, method: str) -> list[dict[str, Any]]:
-        steps = max(1, int(get_task(self.task).num_gradients // split_name(method)[0].gradients))
+        steps = max(1, int(self._budget // split_name(method)[0].gradients))
         candidates = self._settings(method)
         trials = [
             [
                 (
                     RunSpec(task=self.task, method=method, seed=FIRST_SEED + i, num_steps=steps, settings=settings),
-                    self.out / f"{method}-{number}",
+                    self.folder / f"{method}-{_label(settings)}",
                 )
                 for i in range(self.num_seeds)
             ]
-            for number, settings in enumerate(candidates)
+            for settings in candidates
         ]
         runs = [run for trial in trials for run in trial]
         for _, folder in runs:
             make_writable(folder)
-        todo = [(spec, folder) for spec, folder in runs if not done(spec, folder)]
-        with Live(len(runs), len(runs) - len(todo), f"{self.out} {method}") as live:
+        todo = unfinished(runs)
+        with Live(len(runs), len(runs) - len(todo), f"{self.folder} {method}") as live:
             run_all(todo, self.jobs, live)
         return [_outcome(settings, trial) for settings, trial in zip(candidates, trials, strict=True)]
 
 
+def _label(settings: Settings) -> str:
+    """The name of a trial's folder: the same settings have the same, on whatever grid."""
+    radius = "" if settings.radius is None else f"-radius{settings.radius:g}"
+    return f"lr{settings.lr:g}-decay{settings.weight_decay:g}{radius}"
+
+
+def _as_settings(method: str, best: dict[str, Any]) -> str:
+    """A line for a task's `settings`."""
+    parts = {"lr": best["lr"], "weight_decay": best["weight_decay"], "radius": best["radius"], "parts": best["parts"]}
+    given = ", ".join(f"{name}={value!r}" for name, value in parts.items() if value)
+    return f'    "{method}": Settings({given}),  # validation loss {best["validation_loss"]:.4g}'
+
+
 def _outcome(settings: Settings, trial: list[tuple[RunSpec, Path]]) -> dict[str, Any]:
     results = [read_run(folder / f"{spec.name}.jsonl").result for spec, folder in trial]
-    return {
+    outcome = {
         **dataclasses.asdict(settings),
         "validation_loss": float(np.mean([r.get("validation_loss", math.inf) for r in results])),
-        "validation_accuracy": float(np.mean([r.get("validation_accuracy", 0.0) for r in results])),
     }
+    accuracies = [r["validation_accuracy"] for r in results if "validation_accuracy" in r]
+    if accuracies:  # of targets that are labels; a run that diverged counts as none right
+        outcome["validation_accuracy"] = float(sum(accuracies) / len(results))
+    return outcome

@@ -10,7 +10,7 @@ from flatmin.extras import need
 from flatmin.lab.display import budget_line, format_cell, trace_error
 from flatmin.lab.records import RunRecord, write_text
 from flatmin.lab.report import charts
-from flatmin.lab.summary import COLUMNS, LEVEL
+from flatmin.lab.summary import LEVEL, shown
 from flatmin.lab.tasks import get_task
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
@@ -30,6 +30,7 @@ def write_report(path: Path, summary: dict[str, Any], runs: Mapping[str, Sequenc
         budget=budget_line(summary),
         verdict=_verdict(summary),
         figures=[(title, note, safe(svg)) for title, note, svg in charts.figures(runs)],
+        untested=[column.title for column in shown(summary) if not column.better],
         settings={name: records[0].header["spec"]["settings"] for name, records in runs.items() if records},
         header=first.header if first else {},
         messages=[m for entry in summary["methods"].values() for m in entry["messages"]],
@@ -41,7 +42,7 @@ def write_report(path: Path, summary: dict[str, Any], runs: Mapping[str, Sequenc
 def _rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
     control, *_ = summary["methods"]
     rows = []
-    for column in COLUMNS:
+    for column in shown(summary):
         cells = []
         for name, entry in summary["methods"].items():
             versus = summary["versus"].get(column.key, {}).get(name)
@@ -71,20 +72,30 @@ def _mark(versus: dict[str, Any] | None, better: int) -> str:
 def _verdict(summary: dict[str, Any]) -> list[str]:
     """One sentence per method: whether it generalises better than the control here, and whether it is flatter."""
     control, *others = summary["methods"]
+    score = "test_accuracy" if "test_accuracy" in summary["versus"] else "test_loss"
     sentences = []
     for name in others:
-        accuracy = summary["versus"]["test_accuracy"][name]
-        trace = summary["versus"]["trace"][name]
-        if accuracy["difference"] is None or trace["difference"] is None:
+        versus = {key: summary["versus"][key][name] for key in (score, "trace")}
+        if any(v["difference"] is None for v in versus.values()):
             sentences.append(f"{name}: no finished run to compare with {control}.")
             continue
-        control_trace = summary["methods"][control]["columns"]["trace"]["mean"]
-        change = 100 * trace["difference"] / control_trace if control_trace else float("nan")
-        sentences.append(
-            f"{name} against {control}: test accuracy {accuracy['difference']:+.2f} points "
-            f"({_significance(accuracy['p'])}), Hessian trace {change:+.0f}% ({_significance(trace['p'])})."
-        )
+        said = [
+            f"{TITLES[key]} {_change(key, v['difference'], summary['methods'][control])} ({_significance(v['p'])})"
+            for key, v in versus.items()
+        ]
+        sentences.append(f"{name} against {control}: {', '.join(said)}.")
     return sentences
+
+
+TITLES = {"test_accuracy": "test accuracy", "test_loss": "test loss", "trace": "Hessian trace"}
+
+
+def _change(key: str, difference: float, control: dict[str, Any]) -> str:
+    if key == "test_accuracy":
+        return f"{difference:+.2f} points"
+    before = control["columns"][key]["mean"]
+    change = 100 * difference / before if before else float("nan")
+    return f"{change:+.1f}%" if key == "test_loss" else f"{change:+.0f}%"
 
 
 def _significance(p: float | None) -> str:

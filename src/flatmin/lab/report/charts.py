@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,11 +42,30 @@ def figures(runs: Runs) -> list[tuple[str, str, str]]:
         ("Training", f"Against gradients spent, so that methods are at equal cost. {band}", _svg(_curves, finished)),
         ("Trace per layer", f"At the end, on the training data. {band}", _svg(_layers, finished)),
         (
-            "Accuracy against trace",
+            f"{_score(finished).title} against trace",
             "One point per seed, with the standard error of its trace. Flatter is to the left.",
             _svg(_scatter, finished),
         ),
     ]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a method is judged by: the accuracy, or the loss where targets are no labels."""
+
+    key: str
+    title: str
+    label: str
+    scale: float
+
+
+ACCURACY = Score("test_accuracy", "Accuracy", "test accuracy, %", 100)
+LOSS = Score("test_loss", "Test loss", "test loss", 1)
+
+
+def _score(runs: Runs) -> Score:
+    found = all(ACCURACY.key in r.result for records in runs.values() for r in records)
+    return ACCURACY if found else LOSS
 
 
 def _svg(draw: Any, runs: Runs) -> str:
@@ -65,9 +85,10 @@ def _cycle(n: int) -> list[str]:
 
 def _curves(figure: Any, runs: Runs, colours: Mapping[str, str]) -> None:
     left, right = figure.subplots(1, 2)
+    score = _score(runs)
     for name, records in runs.items():
         gradients = [p["gradients"] for p in records[0].progress]
-        for axes, key, scale in ((left, "train_loss", 1), (right, "test_accuracy", 100)):
+        for axes, key, scale in ((left, "train_loss", 1), (right, score.key, score.scale)):
             values = scale * np.array([[p[key] for p in r.progress] for r in records])
             if key == "train_loss":  # on a logarithmic axis the interval is that of the logarithms
                 mean, half = _interval(np.log(np.maximum(values, 1e-12)))
@@ -80,7 +101,7 @@ def _curves(figure: Any, runs: Runs, colours: Mapping[str, str]) -> None:
             axes.set_xlabel("mini-batch gradients")
     left.set_yscale("log")
     left.set_ylabel("training loss (geometric mean)")
-    right.set_ylabel("test accuracy, %")
+    right.set_ylabel(score.label)
     figure.legend(*right.get_legend_handles_labels(), loc="outside right upper")
 
 
@@ -101,11 +122,12 @@ def _layers(figure: Any, runs: Runs, colours: Mapping[str, str]) -> None:
 
 def _scatter(figure: Any, runs: Runs, colours: Mapping[str, str]) -> None:
     axes = figure.subplots()
+    score = _score(runs)
     for name, records in runs.items():
         traces = [r.result["flatness"]["trace"] for r in records]
         axes.errorbar(
             [t["value"] for t in traces],
-            [100 * r.result["test_accuracy"] for r in records],
+            [score.scale * r.result[score.key] for r in records],
             xerr=[t["stderr"] for t in traces],
             fmt="o",
             ms=5,
@@ -115,7 +137,7 @@ def _scatter(figure: Any, runs: Runs, colours: Mapping[str, str]) -> None:
             alpha=0.8,
         )
     axes.set_xlabel("Hessian trace of the training loss")
-    axes.set_ylabel("test accuracy, %")
+    axes.set_ylabel(score.label)
     figure.legend(loc="outside right upper")
 
 

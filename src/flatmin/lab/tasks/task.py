@@ -12,7 +12,11 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Splits(NamedTuple):
-    """Inputs and integer labels; `validation` is for choosing settings, `test` for nothing but the last number."""
+    """Inputs and targets; `validation` is for choosing settings, `test` for nothing but the last number.
+
+    Integer targets are class labels. With targets that are floating-point numbers (regression, say) there is no
+    accuracy: the comparison is by test loss.
+    """
 
     train: Pair
     validation: Pair
@@ -51,13 +55,14 @@ class Task:
         summary: one line.
         source: where the data comes from.
         licence: of the data.
-        load: seed -> Splits. The seed chooses the training samples; the test set never changes.
+        load: seed -> Splits. The seed chooses the training samples; the test set never changes. All tensors are in
+            memory.
         build_model: a freshly initialised model (from torch's random state).
         criterion: the loss, a mean over the batch.
         batch_size: of training.
         num_gradients: mini-batch gradients that a run may spend.
-        settings: method name -> its tuned settings.
-        tuning: how the settings were chosen.
+        settings: method name -> its tuned settings; may be empty until `flatmin tune` has found some.
+        tuning: how the settings were chosen: one sentence, which the report repeats.
     """
 
     name: str
