@@ -144,9 +144,11 @@ class Noise:
         self._law = law
         self._seed = seed
         self._keep = keep
-        self._norms = filter_norms(like) if scale == "filter" else None
         self._sharded = any_sharded(like)
         self._support = [i for i, one in enumerate(sigma.values) if one > 0]
+        self._norms: dict[int, Tensor] | None = None
+        if scale == "filter":  # of those that are moved: others may be of a type that has no norm
+            self._norms = dict(zip(self._support, filter_norms([like[i] for i in self._support]), strict=True))
         self._sign = 1.0
         self._drawn: list[Vector] = []  # shared with -self, so that one draw serves both
 

@@ -102,6 +102,7 @@ class Quiet:
         self._first = True
         self._open = False  # an evaluation is under way, or was cut off
         self._compiled: dict[int, RemovableHandle] = {}  # hooks of compiled models met in the present evaluation
+        self._ends: list[RemovableHandle] = []  # hooks at the end of modules that were copied inside a forward
         self._inside: list[nn.Module] = []  # met by compiled code
         self._copying = False
         self._start: Buffers | None = None  # before the first probe: for a step that is skipped
@@ -141,10 +142,10 @@ class Quiet:
         if not self._open:
             return
         _global_forward_pre_hooks.pop(id(self), None)
-        if self._compiled:
-            for handle in self._compiled.values():
+        if self._compiled or self._ends:
+            for handle in [*self._compiled.values(), *self._ends]:
                 handle.remove()
-            self._compiled = {}
+            self._compiled, self._ends = {}, []
         if self._inside:
             for module in self._inside:
                 self._learn(module)
@@ -212,7 +213,9 @@ class Quiet:
             self._hide_from(module)
         owners = self._learn(module)
         if self._copying and owners:
-            self._copies().copy(owners, inside=True)
+            note = self._copies().copy(owners, inside=True)
+            if not isinstance(module, torch.jit.ScriptModule):
+                self._ends.append(module.register_forward_hook(note, always_call=True))
 
     def _hide_from(self, compiled: nn.Module) -> None:
         """Takes the hook away while `compiled` runs, which would compile it in."""
@@ -299,30 +302,65 @@ def _strip(modules: Iterable[nn.Module]) -> None:
         module._buffers.update(dict.fromkeys(module._buffers))
 
 
+class _Kept:
+    """A buffer as it was."""
+
+    __slots__ = ("buffer", "left", "module", "name", "own", "value")
+
+    def __init__(self, module: nn.Module, name: str, buffer: Tensor | None, *, own: bool):
+        self.module, self.name, self.buffer = module, name, buffer
+        self.own = own  # whether it is certainly the module's
+        self.value = None if buffer is None else buffer.detach().clone()
+        self.left = buffer  # what was registered in its place at the end of the forward inside which it was found
+
+    @property
+    def came_back(self) -> bool:
+        """Whether it belongs where it was. Inside `functional_call` somebody else's buffer is registered.
+
+        What the forward left there is then no longer there: the module's own buffer is.
+        """
+        return self.own or self.module._buffers.get(self.name) is self.left
+
+
 class Buffers:
     """Copies of the buffers of modules."""
 
     def __init__(self, owners: Iterable[nn.Module] = ()):
-        self._kept: list[tuple[nn.Module, str, Tensor | None, Tensor | None, bool]] = []
+        self._kept: list[_Kept] = []
         self.copy(owners)
 
-    def copy(self, owners: Iterable[nn.Module], *, inside: bool = False) -> None:
-        """Adds the buffers of `owners`; `inside` a forward, where a module may wear somebody else's buffers."""
-        for module in owners:
-            for name, buffer in module._buffers.items():
-                value = None if buffer is None else buffer.detach().clone()
-                self._kept.append((module, name, buffer, value, inside))
+    def copy(self, owners: Iterable[nn.Module], *, inside: bool = False) -> Callable[..., None]:
+        """Adds the buffers of `owners`.
+
+        If that is `inside` a forward, what is returned is to be called at its end.
+        """
+        found = [_Kept(m, name, buffer, own=not inside) for m in owners for name, buffer in m._buffers.items()]
+        self._kept += found
+
+        def note(*_: object) -> None:
+            for kept in found:
+                kept.left = kept.module._buffers.get(kept.name)
+
+        return note
 
     def put_back(self) -> None:
-        """Restores values, and which tensor is registered; may be called again."""
-        pairs = [(b, v) for _, _, b, v, _ in self._kept if b is not None and v is not None and _can_be_written(b)]
+        """Restores sizes and values, and which tensor is registered; may be called again."""
+        pairs = [
+            (k.buffer, k.value)
+            for k in self._kept
+            if k.buffer is not None and k.value is not None and _can_be_written(k.buffer)
+        ]
         if pairs:
             buffers, values = zip(*pairs, strict=True)
             with unversioned(buffers):
+                for buffer, value in pairs:
+                    if buffer.shape != value.shape:
+                        buffer.resize_(value.shape)
                 _copy([b.detach() for b in buffers], list(values))
-        for module, name, buffer, _, inside in self._kept:
-            if not inside:  # inside `functional_call` what was registered is not the module's own
-                module._buffers[name] = buffer
+        for kept in self._kept:
+            if kept.came_back:
+                kept.module._buffers[kept.name] = kept.buffer
+                kept.left = kept.buffer
 
 
 def _copy(buffers: list[Tensor], values: list[Tensor]) -> None:
@@ -335,6 +373,8 @@ def _copy(buffers: list[Tensor], values: list[Tensor]) -> None:
 
 def _can_be_written(buffer: Tensor) -> bool:
     """False for tensors that nobody can have changed in place: made in inference mode, or expanded."""
+    if buffer.layout is not torch.strided:
+        return not buffer.is_inference()
     strides = buffer.stride()
     expanded = 0 in strides and any(n > 1 for n, stride in zip(buffer.shape, strides, strict=True) if stride == 0)
     return not expanded and not buffer.is_inference()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ class Step:
 
 def check_radius(name: str, value: float) -> float:
     """Returns `value` if it can be a radius, else raises a `ValueError` that says what it is for."""
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+    if isinstance(value, bool) or not (isinstance(value, Real) and math.isfinite(value) and value >= 0):
         raise ValueError(
             f"{name} must be a finite number >= 0, got {value!r}. It is the size of the perturbation in "
             "the units of the weights; 0 turns the method into its base optimizer."

@@ -159,17 +159,23 @@ class Vector:
         """`function` of every present entry; it must map zero to zero if missing entries are to stay right."""
         return self.with_present(function(t) for t in self.present)
 
+    def within(self, other: Vector) -> Vector:
+        """The entries that `other` has too; nothing is copied."""
+        if other.complete:
+            return self
+        return Vector(None if b is None else a for a, b in zip(self.tensors, other.tensors, strict=True))
+
     def reject(self, other: Vector) -> Vector:
         """The part orthogonal to `other`: `v - (v.o / o.o) o`; all of it where `other` is zero."""
         share = self.dot(other) / other.dot(other)
         return self - other * torch.nan_to_num(share, nan=0.0, posinf=0.0, neginf=0.0)
 
     def dot(self, other: Vector) -> Tensor:
-        """The inner product over the common support, a 0-dim tensor (fp32 or wider)."""
+        """The inner product over the common support, a 0-dim tensor (fp32 or wider); of complex entries as pairs."""
         _same_length(self, other)
         pairs = zip(self.tensors, other.tensors, strict=True)
         common = [(a, b) for a, b in pairs if a is not None and b is not None]
-        terms = [(_widened(local(a)) * _widened(local(b))).sum() for a, b in common]
+        terms = [_inner(local(a), local(b)) for a, b in common]
         return _total(terms, [a for a, _ in common])
 
     def norm(self) -> Tensor:
@@ -308,6 +314,12 @@ def _values(tensor: Tensor) -> Tensor:
     """What there is to add up: the entries of a sparse tensor, two numbers for a complex one."""
     values = tensor.coalesce().values() if tensor.is_sparse else tensor
     return torch.view_as_real(values) if values.is_complex() else values
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    if a.is_complex():
+        a, b = _values(a), _values(b)
+    return (_widened(a) * _widened(b)).sum()
 
 
 def _widened(tensor: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def test_outside_its_window_a_rule_is_the_base_optimizer(method):
         if calls > 1:
             perturbed.append(step)
     if case.optimizer.gradients_per_step > 1:
-        assert perturbed == [3, 5, 7]
+        assert perturbed == ([3, 7] if method == "looksam" else [3, 5, 7])  # of these every second, k = 2
     control = Case("base").run(3).snapshot()
     assert_same(Case(method, options={"start": 3}).run(3).snapshot(), control)
     assert differs(Case(method, options={"start": 2}).run(3).snapshot(), control)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.contracts.cases import MODELS, Case, assert_same, build, differs, each_method, each_whole_method
+from tests.contracts.cases import MODELS, Case, Normalizer, assert_same, build, differs, each_method, each_whole_method
 
 with_buffers = pytest.mark.parametrize("model_name", ["batchnorm", "spectral-norm", "custom-norm"])
 
@@ -291,3 +291,127 @@ def test_modules_made_in_every_step_are_forgotten(method):
     for _ in range(5):
         case.optimizer.step(closure)
     assert len(case.optimizer._quiet._owners) <= 2
+
+
+@each_method
+@pytest.mark.parametrize("named", [False, True])
+def test_a_first_step_that_is_skipped_leaves_buffers_that_forward_replaces(method, named):
+    case = Case(method, model_name="custom-norm")
+    if named:
+        case.optimizer._model = case.model
+    before = buffers(case)
+    case.x[0] = float("nan")
+    with pytest.warns(RuntimeWarning, match="skipped step 0"):
+        case.step()
+    assert_same(buffers(case), before)
+    case.x[0] = 0.0
+    case.run(2)
+    assert case.optimizer.num_skipped == 1
+
+
+@pytest.mark.parametrize("method", ["sam", "nso"])
+def test_a_module_that_is_first_met_in_a_skipped_step_is_as_before(method):
+    case = Case(method, model_name="plain").run(2)
+    new = Normalizer(8)
+    hidden = [new]
+    case.model[1].register_forward_hook(lambda _part, _args, output: hidden[0](output))
+    before = {k: v.clone() for k, v in new.state_dict().items()}
+    case.x[0] = float("nan")
+    with pytest.warns(RuntimeWarning, match="skipped"):
+        case.step()
+    assert_same(new.state_dict(), before)
+
+
+@pytest.mark.parametrize("method", ["sam", "nso"])
+def test_the_buffers_of_a_functional_call_are_not_taken_for_the_modules_own(method):
+    case = Case(method, model_name="custom-norm")
+    own = dict(case.model.named_buffers())
+    others = {k: v.clone() + 1 for k, v in own.items()}
+
+    def closure():
+        case.optimizer.zero_grad()
+        out = torch.func.functional_call(case.model, {**dict(case.model.named_parameters()), **others}, (case.x,))
+        loss = nn.functional.cross_entropy(out, case.y)
+        loss.backward()
+        return loss
+
+    values = {k: v.clone() for k, v in own.items()}
+    case.x[0] = float("nan")
+    with pytest.warns(RuntimeWarning, match="skipped"):
+        case.optimizer.step(closure)
+    assert all(case.model.get_buffer(name) is buffer for name, buffer in own.items())
+    assert_same(dict(case.model.named_buffers()), values)
+
+
+class Resized(nn.Module):
+    """As observers of quantisation do: its buffer gets its size in the first forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("largest", torch.tensor([]))
+
+    def forward(self, x):
+        if self.largest.numel() == 0:
+            self.largest.resize_(x.shape[1]).fill_(0.0)
+        self.largest.copy_(torch.maximum(self.largest, x.detach().abs().amax(0)))
+        return x
+
+
+@pytest.mark.parametrize("method", ["sam", "nso"])
+def test_a_buffer_that_is_resized_in_a_skipped_step_has_its_size_again(method):
+    case = Case(method, model_name="plain")
+    case.model.insert(1, Resized())
+    case.x[0] = float("nan")
+    with pytest.warns(RuntimeWarning, match="skipped"):
+        case.step()
+    assert case.model[1].largest.numel() == 0
+    assert case.optimizer.num_steps == 1
+    case.x[0] = 0.0
+    case.run(1)
+    assert case.model[1].largest.numel() == 8
+    assert case.optimizer.num_skipped == 1
+
+
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state")
+@pytest.mark.parametrize("layout", ["csr", "csc", "coo"])
+@pytest.mark.parametrize("named", [False, True])
+def test_sparse_buffers(layout, named):
+    case = Case("sam", model_name="plain")
+    sparse = torch.eye(64) * 0.5
+    adjacency = getattr(sparse, f"to_sparse{'' if layout == 'coo' else '_' + layout}")()
+    case.model.register_buffer("adjacency", adjacency)
+    case.x, plain = (case.model.adjacency @ case.x), Case("sam", model_name="plain")
+    plain.x = case.x
+    if named:
+        case.optimizer._model = case.model
+    case.run(2)
+    plain.run(2)
+    for p, q in zip(case.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert torch.equal(case.model.adjacency.to_dense(), torch.eye(64) * 0.5)
+
+
+@pytest.mark.parametrize("method", ["sam", "nso"])
+def test_a_buffer_in_the_memory_of_a_parameter_does_not_undo_the_way_home(method):
+    case = Case(method, model_name="plain").run(1)
+    case.model.register_buffer("tied", case.model[0].weight.detach())
+    case.run(1)
+    before = case.snapshot()
+    probes = case.optimizer.probes()
+    next(probes)
+    case.loss().backward()
+    next(probes)
+    probes.close()
+    case.optimizer.zero_grad()
+    assert_same(case.snapshot(), before)
+
+
+def test_an_overflow_leaves_buffers_without_the_guard_too():
+    case = Case("sam", model_name="batchnorm", options={"guard": False})
+    before = buffers(case)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    for _ in case.optimizer.probes(scaler):
+        scaler.scale(1e3 * case.loss()).backward()
+    case.optimizer.step()
+    assert case.optimizer.num_skipped == 1
+    assert_same(buffers(case), before)

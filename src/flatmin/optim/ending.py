@@ -29,6 +29,7 @@ from flatmin.optim.tools import Tools
 from flatmin.place import Place
 from flatmin.quiet import Quiet
 from flatmin.radii import Radii
+from flatmin.shards import local
 from flatmin.vectors import Vector
 
 ELSEWHERE = "loss of another process"
@@ -55,8 +56,11 @@ class Ending(Tools):
 
     def _initialises_state(self) -> bool:
         """torch.distributed.checkpoint steps with learning rate 0 and zero gradients to set up the base's state."""
-        idle = self._stage == "idle" and not self._under_way
-        return idle and not self.state and all(group.get("lr") == 0 for group in self.param_groups)
+        if self._stage != "idle" or self._under_way or self.state:
+            return False
+        if any(group.get("lr") != 0 for group in self.param_groups):
+            return False
+        return not any(p.grad is not None and local(p.grad).count_nonzero() for p in self.params)
 
     def _check_ready(self) -> None:
         if self._stage == "idle":

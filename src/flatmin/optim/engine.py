@@ -26,11 +26,12 @@ from flatmin.optim.losses import Losses
 from flatmin.optim.memory import make_room
 from flatmin.optim.misuse import (
     CLEARED_IN_LOOP,
-    NO_LOSS,
     SCALER_STEP,
     check_base,
     check_closure,
+    check_loss,
     check_options,
+    check_perturbed,
     check_window,
 )
 from flatmin.optim.rule import Probe
@@ -73,7 +74,7 @@ class FlatOptimizer(Session):
         base = check_base(base, type(self).__name__)
         check_options(unknown, type(self), self.radius_name)
         super().__init__(base, radius, seed)
-        self._perturbed = None if perturb is None else list(perturb)
+        self._perturbed = None if perturb is None else check_perturbed(perturb, self.params)
         self._restore: str = check_restore(restore)
         self._low_memory = low_memory
         self._guard = guard
@@ -158,8 +159,7 @@ class FlatOptimizer(Session):
             except RuntimeError as error:
                 explain(error)
                 raise
-            if loss is None:
-                raise ValueError(NO_LOSS)
+            check_loss(loss)
             losses.add(loss, probe)
         self._finish(losses)
         return losses.reported()

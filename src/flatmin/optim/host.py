@@ -13,7 +13,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from flatmin.optim.migration import Migration
-from flatmin.optim.misuse import check_names
+from flatmin.optim.misuse import check_minimises, check_names, warn_leftover
 from flatmin.radii import check_radius
 
 
@@ -47,7 +47,8 @@ class Host(Migration, Optimizer):
         # optimizer that already has them: it only sets up the hooks.
         self.__setstate__({"base": base})
         check_names(base, type(self).__name__, (self.radius_name, *self._common()))
-        self._fill_groups()
+        self._warn_of_leftovers()
+        self._fill_groups(new_only=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -87,7 +88,7 @@ class Host(Migration, Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the base optimizer; it may set its own radius."""
-        check_radius(self.radius_name, param_group.get(self.radius_name, self._default_radius))
+        self._check_group(param_group)
         self.base.add_param_group(param_group)
         self._fill_groups()
 
@@ -103,7 +104,7 @@ class Host(Migration, Optimizer):
         for group, options in zip(self.param_groups, before, strict=True):
             for name, value in options.items():
                 group.setdefault(name, value)
-        self._fill_groups()
+        self._fill_groups(new_only=False)
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks, a step that a scheduler has wrapped, and what a step under way holds belong to this instance.
@@ -117,15 +118,30 @@ class Host(Migration, Optimizer):
             counters["num_remembered"] = 0
         return {**counters, "seed": self._seed} if self.is_random else counters
 
-    def _fill_groups(self) -> None:
+    def _fill_groups(self, *, new_only: bool = True) -> None:
+        """Gives groups what they lack; `new_only`, those that have nothing of ours yet (at every step)."""
         groups, name = self.base.param_groups, self.radius_name
         for group in groups:
-            if "num_skipped" not in group or name not in group:
+            if not new_only or "num_skipped" not in group or name not in group:
                 group.setdefault(name, self._default_radius)
                 for common, value in self._common().items():
                     group.setdefault(common, groups[0].get(common, value))
+                self._check_group(group)
             check_radius(name, group[name])
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_minimises(type(self).__name__, group)
+        check_radius(self.radius_name, group.get(self.radius_name, self._default_radius))
+
+    def _warn_of_leftovers(self) -> None:
+        """What an earlier wrapper left in the groups stays in charge, as a checkpoint's options do: not silently."""
+        ours = {self.radius_name: self._default_radius, "seed": self._seed if self.is_random else None}
+        for group in self.base.param_groups:
+            for name, value in ours.items():
+                if "num_skipped" in group and value is not None and group.get(name, value) != value:
+                    warn_leftover(type(self).__name__, name, group[name], value)
+                    return
 
     def _count(self, name: str) -> None:
         for group in self.base.param_groups:
-            group[name] += 1
+            group[name] = group.get(name, 0) + 1  # a group may have been added to the base during the step

@@ -62,6 +62,8 @@ class Memory:
                 # from setting it up later.
                 if entry is not None and p.grad is not None:
                     self._state[p][PREFIX + name] = entry.detach()
+                elif entry is None and PREFIX + name in self._state.get(p, ()):
+                    self._state[p][PREFIX + name] = torch.zeros_like(self._state[p][PREFIX + name])
         self._written = {}
         return any_written
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
+
+from flatmin.optim.options import EngineOptions
 
 NOTHING_TO_STEP = """step() before any gradient. Either pass a closure,
     opt.step(closure)    # it clears the gradients, computes the loss, calls backward and returns the loss
@@ -19,8 +24,6 @@ NO_BACKWARD = (
     "no parameter has a gradient after this probe: the closure (or the body of the probes() loop) must call "
     "loss.backward(), on a loss that depends on the optimizer's parameters."
 )
-
-NO_LOSS = "the closure returned None. End it with `return loss`."
 
 ALREADY_UNDER_WAY = (
     "a step is already under way: step() and probes() cannot be called from inside a closure or a probes() loop. If "
@@ -98,8 +101,8 @@ def check_base(base: object, name: str) -> Optimizer:
         )
     if isinstance(base, LBFGS):
         raise ValueError(f"{name} cannot wrap LBFGS, which evaluates the loss by itself. Use a first-order optimizer.")
-    if any(group.get("maximize") for group in base.param_groups):
-        raise ValueError(f"{name} minimises: set maximize=False and change the sign of the loss.")
+    for group in base.param_groups:
+        check_minimises(name, group)
     if any(word in type(base).__name__.lower() for word in ("lion", "sign")):
         warnings.warn(
             f"{name} around {type(base).__name__}: an update by signs alone keeps little of a perturbed gradient. "
@@ -115,6 +118,23 @@ def check_base(base: object, name: str) -> Optimizer:
     return base
 
 
+def check_minimises(name: str, group: Mapping[str, Any]) -> None:
+    """Raises a `ValueError` for a group that ascends."""
+    if group.get("maximize"):
+        raise ValueError(f"{name} minimises: set maximize=False and change the sign of the loss.")
+
+
+def warn_leftover(name: str, option: str, found: object, given: object) -> None:
+    """Says that the base optimizer has been wrapped before, by which its groups have options already."""
+    warnings.warn(
+        f"the base optimizer's groups have {option}={found} from an earlier wrapper or a checkpoint: {name} goes on "
+        f"with that, and not with {option}={given}. Make a new base optimizer for each wrapper, or set "
+        f"group[{option!r}].",
+        UserWarning,
+        stacklevel=5,
+    )
+
+
 def check_names(base: Optimizer, name: str, ours: Iterable[str]) -> None:
     """Raises a `ValueError` if the base has a group option of its own by one of our names."""
     if taken := sorted(set(ours) & set(base.defaults)):
@@ -128,6 +148,33 @@ def check_closure(closure: object) -> None:
     """Raises a `ValueError` for the closure of Lightning's automatic optimization, which knows one micro-batch only."""
     if getattr(getattr(closure, "func", None), "__qualname__", "") == "Precision._wrap_closure":
         raise ValueError(NO_CALLBACK)
+
+
+def check_loss(loss: object) -> None:
+    """Raises a `ValueError` if a closure returned something else than a loss."""
+    if loss is None:
+        raise ValueError("the closure returned None. End it with `return loss`.")
+    if isinstance(loss, (tuple, list, dict)):
+        raise ValueError(f"the closure returned a {type(loss).__name__}: let it return the loss alone, a number.")
+
+
+def check_perturbed(chosen: Iterable[object], params: Iterable[Tensor]) -> list[Tensor]:
+    """Returns the parameters that `perturb=` names, or raises a `ValueError` if none of them can be moved."""
+    found: list[Tensor] = []
+    for one in chosen:
+        if not isinstance(one, Tensor):
+            raise ValueError(
+                f"perturb= takes parameters, got {type(one).__name__}. Write perturb=[p for name, p in "
+                "model.named_parameters() if ...], or perturb=flatmin.norm_parameters(model)."
+            )
+        found.append(one)
+    known = {id(p) for p in params}
+    if not any(id(p) in known for p in found):
+        raise ValueError(
+            "perturb= names no parameter of the base optimizer, so that nothing would be perturbed. "
+            + ("It is empty." if not found else "Are they those of another model?")
+        )
+    return found
 
 
 def check_dense(gradients: Iterable[Tensor | None], name: str) -> None:
@@ -146,7 +193,10 @@ def check_options(unknown: Iterable[str], cls: type, radius_name: str) -> None:
         elif name == "sync_ascent":
             hint = "its gradients are part of its direction or of its memory, and are averaged over processes"
         else:
-            hint = f"see help({cls.__name__})"
+            known = [*inspect.signature(cls).parameters, *EngineOptions.__annotations__]
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}? See" if near else "see"
+            hint = f"{hint} help({cls.__name__})"
         raise ValueError(f"{cls.__name__} has no option {name!r}: {hint}.")
 
 

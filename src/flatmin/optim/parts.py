@@ -50,5 +50,6 @@ def take_rows(batch: Any, rows: Any) -> Any:
     if isinstance(batch, Mapping):
         return {key: take_rows(value, rows) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(take_rows(value, rows) for value in batch)
+        taken = [take_rows(value, rows) for value in batch]
+        return type(batch)(*taken) if hasattr(batch, "_fields") else type(batch)(taken)  # a namedtuple takes fields
     return batch

@@ -29,6 +29,15 @@ from flatmin.vectors import Vector
 Stage = Literal["idle", "closure", "loop", "window", "ready"]
 
 
+# Whose loop has ended, and who has not stepped yet.
+_READY: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _install(params: list[Tensor], gradients: Vector) -> None:
+    for p, g in zip(params, gradients.tensors, strict=True):
+        p.grad = g
+
+
 class Session(Ending):
     """The first part of a step, until the direction stands."""
 
@@ -77,7 +86,10 @@ class Session(Ending):
         others = None if self.ranks.alone else self.ranks
         collector, active = Collector(params, stage != "closure", others), self._active()
         requests = Requests(self.rule() if active else plain())
+        elsewhere: list[tuple[list[Tensor], Vector]] = []
         try:
+            if _READY:
+                self._set_aside_elsewhere(params, elsewhere)
             probe = requests.next(None)
             while probe is not None:
                 self._probe = probe
@@ -107,19 +119,35 @@ class Session(Ending):
                 collector.combine(share, earlier)
             self._rule_saw_gradients |= collector.handed_out and active
             self._stage = "idle" if stage == "closure" else "ready"
+            _READY.add(self)
         except RuntimeError as error:
             explain(error)
             raise
         finally:
             try:
+                quiet.settle()  # before the weights come home: a buffer may lie in the memory of one
                 place.home()
-                quiet.settle()
                 if others is not None:
                     others.settle()
             finally:  # an interrupt may have cut the first one off
                 place.home()
                 quiet.end()
+            if earlier is not None and self._stage == "loop":  # left half-way: earlier micro-batches stay
+                _install(params, earlier)
+                self._stage = "ready"
+            for theirs, direction in elsewhere:
+                _install(theirs, direction)
             self._place = self._probe = self._radii = None
+
+    @staticmethod
+    def _set_aside_elsewhere(params: list[Tensor], found: list[tuple[list[Tensor], Vector]]) -> None:
+        """Takes away what other optimizers are about to step along: a loss here may add gradients to it."""
+        own = {id(p) for p in params}
+        for other in [*_READY]:
+            if other._stage == "ready":
+                theirs = [p for p in other.params if id(p) not in own]
+                found.append((theirs, Vector([p.grad for p in theirs])))
+                _install(theirs, Vector([None] * len(theirs)))
 
     def _exchanges(self, probe: Probe) -> bool:
         return self.sync_ascent or not probe.ascent
@@ -154,6 +182,7 @@ class Session(Ending):
         if self._stage == "ready" and not goes_on:
             raise ValueError(DIRECTION_LOST)
         self._fill_groups()
+        _READY.discard(self)
         self._stage, self._micro_share, self._radii = stage, share, None
         if not goes_on:
             self._scaling, self._memory, self._num_draws = scaling, None, 0
@@ -163,5 +192,5 @@ class Session(Ending):
             self._ranks = None  # parameters were added
         if self._quiet is None:
             self._quiet = Quiet(params, self._model)
-        self._quiet.begin(undoable=self._guard, goes_on=goes_on)
+        self._quiet.begin(undoable=self._guard or scaling is not UNSCALED, goes_on=goes_on)
         return Vector([p.grad for p in params]) if goes_on else None

@@ -27,6 +27,8 @@ class Tools(Host):
     _num_draws: int
     _perturbed: list[Tensor] | None
     _radii: Radii | None  # those of the step under way
+    _every: int
+    _start: int
     _ranks: Ranks | None
 
     @property
@@ -52,6 +54,11 @@ class Tools(Host):
             chosen = {id(p) for p in moved}
             values = [r if id(p) in chosen else 0.0 for r, p in zip(values, self.params, strict=True)]
         return Radii(values)
+
+    @property
+    def num_perturbed(self) -> int:
+        """How many steps before this one were perturbed, of those that `every`, `start` and `stop` leave."""
+        return (self.num_steps - self._start) // self._every
 
     @property
     def memory(self) -> Memory:

@@ -25,7 +25,7 @@ def eigen_sam(rho: Radii, alpha: float, start: Vector | None, memory) -> Rule:
     g = yield HERE
     v = memory.get("eigenvector")
     if start is not None:
-        v = _unit(start if v is None else v)
+        v = _unit(rho.select(start if v is None else v))
         for _ in range(NUM_ITERATIONS):
             ahead = yield v * STEP
             behind = yield v * -STEP
@@ -58,7 +58,7 @@ class EigenSAM(FlatOptimizer):
         base: an optimizer instance.
         rho: radius; a group option; 0.1 in the published runs.
         alpha: how far to bend; 0.2 in the published runs; 0 is SAM.
-        frequency: steps between two searches for v; 100 in the published runs.
+        frequency: perturbed steps between two searches for v; 100 in the published runs.
         seed: of the first vector; `None` is really random.
         options: see `flatmin.optim.options.EngineOptions`.
 
@@ -95,7 +95,7 @@ class EigenSAM(FlatOptimizer):
     def rule(self) -> Rule:
         """See `eigen_sam`."""
         rho, start = self.radii(), None
-        if (self.num_steps - self._start) % self.frequency == 0:
+        if self.num_perturbed % self.frequency == 0:
             start = self.noise("normal", Radii(float(r > 0) for r in rho.values)).vector()
         return eigen_sam(rho, self.alpha, start, self.memory)
 

@@ -21,7 +21,7 @@ def fisher_sam(rho: Radii, eta: float) -> Rule:
 
 def _step(rho: Radii, g: Vector, eta: float) -> Vector:
     g = rho.select(g)
-    lifted = g.apply(lambda t: t / (1.0 + eta * t * t))
+    lifted = g.apply(lambda t: t / (1.0 + eta * (t * t.conj()).real))
     return rho * (lifted * g.dot(lifted).rsqrt().nan_to_num(nan=0.0, posinf=0.0))
 
 

@@ -18,7 +18,7 @@ def looksam(rho: Radii, alpha: float, fresh: bool, memory) -> Rule:
     g = yield HERE
     v = memory.get("ascent")
     if not fresh and v is not None:
-        return g + v * (g.norm() * alpha)
+        return g + v.within(g) * (g.norm() * alpha)  # what has no gradient is not trained: frozen, or unused
     perturbed = yield rho.ascent(g)
     sideways = perturbed.reject(g)
     memory["ascent"] = sideways * sideways.norm().reciprocal().nan_to_num(nan=0.0, posinf=0.0)
@@ -37,7 +37,8 @@ class LookSAM(FlatOptimizer):
     Args:
         base: an optimizer instance.
         rho: radius; a group option.
-        k: how often the second gradient is taken; the paper uses 5.
+        k: how often the second gradient is taken, among the steps that `every`, `start` and `stop` leave; the paper
+            uses 5.
         alpha: weight of the remembered direction; the paper uses 0.7.
         options: see `flatmin.optim.options.EngineOptions`.
 
@@ -64,7 +65,7 @@ class LookSAM(FlatOptimizer):
 
     def rule(self) -> Rule:
         """See `looksam`."""
-        return looksam(self.radii(), self.alpha, (self.num_steps - self._start) % self.k == 0, self.memory)
+        return looksam(self.radii(), self.alpha, self.num_perturbed % self.k == 0, self.memory)
 
     @property
     def gradients_per_step(self) -> float:

@@ -30,7 +30,8 @@ class WSAM(FlatOptimizer):
         base step along g, then W <- W - lr a (g_p - g)        (decoupled, the default)
         base step along (1 - a) g + a g_p                      (coupled)
 
-    so that an adaptive base optimizer does not rescale the sharpness term. gamma = 1/2 coupled is SAM.
+    so that an adaptive base optimizer does not rescale the sharpness term. gamma = 1/2 coupled is SAM. Clipping `.grad`
+    clips g, or all of the coupled direction, but not the decoupled term.
 
     Args:
         base: an optimizer instance with a learning rate `lr` in its groups.
