@@ -335,3 +335,40 @@ def test_errors_are_of_the_right_size(which):
     assert len(ratios) >= 5
     assert min(ratios) > 0.3
     assert max(ratios) < 2  # the residuals are hundreds of times larger
+
+
+def several_outputs(kind):
+    torch.manual_seed(0)
+    x = torch.randn(60, 6, dtype=torch.float64)
+    model = torch.nn.Linear(6, 4).double()
+    if kind == "regression":
+        return model, torch.nn.MSELoss(), x, torch.randn(60, 4, dtype=torch.float64)
+    torch.nn.init.zeros_(model.weight)
+    torch.nn.init.zeros_(model.bias)
+    return model, criterion, x, torch.randint(4, (60,))
+
+
+@pytest.mark.parametrize("kind", ["regression", "softmax at zero"])
+@pytest.mark.parametrize("which", ["LA", "SA"])
+@pytest.mark.parametrize("k", [2, 5, 9])
+def test_eigenvalues_that_occur_several_times_are_counted_on_request(kind, which, k):
+    model, loss, x, y = several_outputs(kind)
+    truth = torch.linalg.eigvalsh(dense_hessian(model, lambda: loss(model(x), y)))
+    truth = truth.flip(0)[:k] if which == "LA" else truth[:k]
+    objective = flatmin.Objective(model, loss, [(x, y)])
+    result = flatmin.top_eigenvalues(objective, k, which=which, multiple=True, vectors=True, max_products=400)
+    assert result.converged
+    np.testing.assert_allclose(result.values, truth, rtol=1e-3, atol=1e-12)
+    assert all(abs(v - t) <= r + 1e-12 for v, t, r in zip(result.values, truth.tolist(), result.residuals, strict=True))
+    rows = torch.stack([torch.cat([t.flatten() for t in v.present]) for v in result.vectors])
+    torch.testing.assert_close(rows @ rows.T, torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_single_values_are_not_counted_twice():
+    model, x, y = make("tanh")
+    objective = flatmin.Objective(model, criterion, [(x, y)])
+    once, again = (flatmin.top_eigenvalues(objective, 3, multiple=multiple) for multiple in (False, True))
+    assert again.values == once.values
+    assert again.num_products >= once.num_products + 8
+    with pytest.warns(RuntimeWarning, match="not converged"):
+        assert not flatmin.top_eigenvalues(objective, 3, multiple=True, max_products=once.num_products + 2).converged

@@ -32,6 +32,7 @@ from flatmin.curvature.space import Space
 from flatmin.extras import need
 from flatmin.noise import mix_seeds
 
+RESOLVED = 0.02  # of the mass
 CONVERGED = 1e-3  # residual over the spread of the spectrum below which a Ritz pair is an eigenpair
 
 
@@ -44,7 +45,7 @@ class DensityResult(Measurement):
         weights: for each probe, how much; they add up to 1.
         eigenvalues: those that were found one by one, ascending. They are among the nodes, with weight 1 / num_params.
         num_params: the number of eigenvalues, d.
-        zero: eigenvalues of this size and below cannot be told from zero.
+        zero: eigenvalues of this size and below are rounding.
     """
 
     nodes: tuple[tuple[float, ...], ...]
@@ -63,15 +64,34 @@ class DensityResult(Measurement):
         shares, blurs = [], []
         for x, w in zip(map(np.array, self.nodes), map(np.array, self.weights), strict=True):
             shares.append(float(w[(x >= low) & (x < high)].sum()))
-            blurs.append(sum(_blur(x, w, bound) for bound in (low, high)))
+            blurs.append(float(_blur(x, w, np.array([low, high])).sum()))
         return Estimate(
             value=float(np.mean(shares)), stderr=math.hypot(stderr(np.array(shares)), float(np.mean(blurs)))
         )
 
     @property
     def negative_mass(self) -> Estimate:
-        """The share of the eigenvalues below -`zero`."""
-        return self.mass(high=-self.zero)
+        """The share of the eigenvalues below -`resolved`."""
+        return self.mass(high=-self.resolved)
+
+    @property
+    def resolved(self) -> float:
+        """How far from zero an eigenvalue must lie for its sign to be told; `zero` at least.
+
+        Most eigenvalues of a network are next to zero, on both sides, and one node of the quadrature has the weight of
+        all of them. Where it lies by chance, positive or negative, says nothing of how many are on which side. So this
+        is the smallest distance, up to a tenth of the lowest node's, at which the mass below is known to within 2% or
+        a fifth of the uncertainty next to zero; more steps bring it down.
+        """
+        lowest = max(-min(x[0] for x in self.nodes), 0.0)
+        inside = {-x for nodes in self.nodes for x in nodes if self.zero < -x < 0.1 * lowest}
+        distances = np.array([self.zero, *sorted(inside)])
+        distances[1:] *= 1 + 1e-6  # a little beyond the node
+        blurs = np.mean(
+            [_blur(np.array(x), np.array(w), -distances) for x, w in zip(self.nodes, self.weights, strict=True)], axis=0
+        )
+        good = np.flatnonzero(blurs <= max(RESOLVED, blurs[0] / 5))
+        return float(distances[good[0]]) if len(good) else self.zero
 
     def quadrature(self) -> tuple[np.ndarray, np.ndarray]:
         """All nodes, ascending, and their weights in the mean over probes."""
@@ -215,9 +235,10 @@ def _bump(distance: np.ndarray, width: float | np.ndarray) -> np.ndarray:
     return np.exp(-0.5 * (distance / width) ** 2) / (width * math.sqrt(2 * math.pi))
 
 
-def _blur(nodes: np.ndarray, weights: np.ndarray, bound: float) -> float:
-    """The standard deviation of the mass below `bound`, uniform between what the two nodes around it allow."""
-    above = int(np.searchsorted(nodes, bound))
-    if above in (0, len(nodes)):
-        return 0.0
-    return float(weights[above - 1] + weights[above]) / math.sqrt(12)
+def _blur(nodes: np.ndarray, weights: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """The standard deviation of the mass below each bound, uniform between what the two nodes around it allow."""
+    above = np.searchsorted(nodes, bounds)
+    inside = (above > 0) & (above < len(nodes))
+    last = len(nodes) - 1
+    around = weights[np.clip(above - 1, 0, last)] + weights[np.clip(above, 0, last)]
+    return np.where(inside, around, 0.0) / math.sqrt(12)

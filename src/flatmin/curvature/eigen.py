@@ -13,23 +13,30 @@ size = min(|theta|, theta_max - theta_min), since the spread does not change wit
 
 The last one costs nothing where the values stand apart, and finds most of the wrong answers where they do not
 (docs/decisions/0013-stopping.md).
+
+An eigenvalue that occurs several times, exactly, is one to a Krylov space: it holds one vector of that eigenspace, and
+further copies only as rounding brings them in. Networks have such values by symmetry only: a linear model with several
+outputs, a layer at zero. With `multiple=True` the search is done again, from a random vector orthogonal to what was
+found, until nothing as large comes.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flatmin.curvature.lanczos import Lanczos
+from flatmin.curvature.lanczos import Lanczos, Rows
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import HessianOperator, Operator
 from flatmin.curvature.results import EigenResult
 from flatmin.curvature.space import Space, flatten, shaped
+from flatmin.noise import mix_seeds
 from flatmin.vectors import Vector
 
 MIN_PRODUCTS = 8  # before that a start that is nearly orthogonal to the wanted vector shows nothing of it
@@ -48,6 +55,7 @@ def top_eigenvalues(
     max_basis: int | None = None,
     start: Vector | Literal["gradient", "random"] = "gradient",
     vectors: bool = False,
+    multiple: bool = False,
     seed: int = 0,
 ) -> EigenResult:
     """The `k` algebraically largest ("LA") or smallest ("SA") eigenvalues of the Hessian.
@@ -65,6 +73,8 @@ def top_eigenvalues(
         start: "gradient" (plus as much of a random vector, for eigenvectors that the gradient has no part in),
             "random", or a vector, such as `result.vectors[0]` of an earlier measurement (plus a little noise).
         vectors: whether the result holds the eigenvectors too.
+        multiple: count eigenvalues that occur several times as often as they occur; else once, or as often as rounding
+            shows them. One more search at least, of 8 products or more, and one for each copy that is found.
         seed: of the starting vector.
 
     Returns:
@@ -90,26 +100,30 @@ def top_eigenvalues(
     lanczos = Lanczos(operator.product, objective.params, seed=seed, start=_start(operator, start, seed))
     search = _Search(lanczos, k, 1.0 if which == "LA" else -1.0, tol)
     converged = search.run(max_products, max_basis)
+    pairs, products = search.pairs(with_vectors=vectors or multiple), lanczos.num_products
+    if multiple and converged:
+        pairs, converged, more = _with_copies(pairs, operator, search, max_products - products, max_basis, seed)
+        products += more
     if not converged:
         warnings.warn(
-            f"top_eigenvalues is not converged after {lanczos.num_products} products: residuals "
-            f"{search.residuals.tolist()} for values {search.values.tolist()}. Raise max_products or tol.",
+            f"top_eigenvalues is not converged after {products} products: residuals {[p.residual for p in pairs]} for "
+            f"values {[p.value for p in pairs]}. Raise max_products or tol.",
             RuntimeWarning,
             stacklevel=2,
         )
     return EigenResult(
-        value=float(search.values[0]),
-        stderr=float(search.residuals[0]),
-        method=f"Lanczos, full reorthogonalisation; {operator.method}",
-        num_products=lanczos.num_products,
+        value=pairs[0].value,
+        stderr=pairs[0].residual,
+        method=f"Lanczos, full reorthogonalisation{', multiples searched' if multiple else ''}; {operator.method}",
+        num_products=products,
         num_samples=objective.num_samples,
         seed=seed,
-        values=tuple(float(v) for v in search.values),
-        residuals=tuple(float(r) for r in search.residuals),
-        errors=tuple(float(e) for e in search.errors),
+        values=tuple(p.value for p in pairs),
+        residuals=tuple(p.residual for p in pairs),
+        errors=tuple(p.error for p in pairs),
         converged=converged,
         which=which,
-        vectors=search.vectors(objective.params) if vectors else (),
+        vectors=tuple(shaped(p.vector, objective.params) for p in pairs if p.vector is not None) if vectors else (),
     )
 
 
@@ -147,11 +161,48 @@ def _start(operator: Operator, start: Vector | str, seed: int) -> Tensor | None:
     return given / size + share * chance / math.sqrt(space.dot(chance, chance))
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """A Ritz pair with its residual and the estimate of its error; the vector is flat, of norm 1."""
+
+    value: float
+    residual: float
+    error: float
+    vector: Tensor | None
+
+
+def _with_copies(
+    pairs: list[_Pair], operator: Operator, search: _Search, max_products: int, max_basis: int, seed: int
+) -> tuple[list[_Pair], bool, int]:
+    """The k wanted pairs among `pairs` and what lies beside them, whether they were found, and products used."""
+    params, k, sign, used = operator.objective.params, len(pairs), search.sign, 0
+    found = Rows(Space(params))
+    for pair in pairs:
+        assert pair.vector is not None
+        found.append(pair.vector)
+    while len(found) < operator.num_params:
+        if used >= max_products:
+            return pairs, False, used
+        lanczos = Lanczos(operator.product, params, seed=mix_seeds(seed, len(found)), deflated=found)
+        beside = _Search(lanczos, 1, sign, search.tol)
+        converged = beside.run(max_products - used, max_basis)
+        used += lanczos.num_products
+        (new,) = beside.pairs(with_vectors=True)
+        if not converged:
+            return pairs, False, used
+        if sign * new.value <= sign * pairs[-1].value + search.tol * abs(pairs[-1].value):
+            break  # nothing larger than the last of them
+        assert new.vector is not None
+        found.append(new.vector)
+        pairs = sorted([*pairs, new], key=lambda pair: -sign * pair.value)[:k]
+    return pairs, True, used
+
+
 class _Search:
     """Products until the k wanted Ritz pairs are found."""
 
     def __init__(self, lanczos: Lanczos, k: int, sign: float, tol: float):
-        self._lanczos, self._k, self._sign, self._tol = lanczos, k, sign, tol
+        self._lanczos, self._k, self.sign, self.tol = lanczos, k, sign, tol
         self._history: list[tuple[np.ndarray, np.ndarray]] = []  # values and residuals, without rounding
         self._lowest, self._highest = math.inf, -math.inf  # of the spectrum, as far as it was seen
         self.values = self.residuals = self.errors = np.empty(0)  # the wanted end first; the latter two with rounding
@@ -167,18 +218,23 @@ class _Search:
             if found or self._lanczos.num_products >= max_products:
                 return found
 
-    def vectors(self, params: tuple[Tensor, ...]) -> tuple[Vector, ...]:
-        """The eigenvectors of `values`, of norm 1."""
+    def pairs(self, *, with_vectors: bool) -> list[_Pair]:
+        """What was found, the wanted end first."""
+        numbers = [
+            (float(v), float(r), float(e)) for v, r, e in zip(self.values, self.residuals, self.errors, strict=True)
+        ]
+        if not with_vectors:
+            return [_Pair(*of_one, None) for of_one in numbers]
         rows = self._lanczos.vectors(self._coordinates[:, : len(self.values)])
-        return tuple(shaped(rows.row(i).clone(), params) for i in range(len(rows)))
+        return [_Pair(*of_one, rows.row(i).clone()) for i, of_one in enumerate(numbers)]
 
     def _look(self) -> bool:
         theta, residuals, coordinates = self._lanczos.ritz()
         self._lowest, self._highest = min(self._lowest, theta[0]), max(self._highest, theta[-1])
-        order = np.argsort(-self._sign * theta)
+        order = np.argsort(-self.sign * theta)
         self._coordinates = coordinates[:, order]
         values, bounds = theta[order][: self._k], residuals[order][: self._k]
-        ahead = self._sign * np.sort(self._sign * self._lanczos.ahead())[::-1][: len(values)]
+        ahead = self.sign * np.sort(self.sign * self._lanczos.ahead())[::-1][: len(values)]
         self.values, self.residuals = values, bounds + self._lanczos.rounding
         self.errors = np.minimum(np.abs(ahead - values), bounds) + self._lanczos.rounding
         self._history = [*self._history[-FALLS:], (values, bounds)]
@@ -189,7 +245,7 @@ class _Search:
             return False
         values, bounds = (np.stack(rows) for rows in zip(*self._history, strict=True))
         floor = self._lanczos.floor
-        allowed = self._tol * np.minimum(np.abs(self.values), self._highest - self._lowest)
+        allowed = self.tol * np.minimum(np.abs(self.values), self._highest - self._lowest)
         small = bounds[-1] <= np.maximum(allowed, floor)
         stays = np.abs(values[-1 - STABLE :] - values[-1]).max(0) <= np.maximum(allowed, 10 * floor)
         falls = (bounds[1:] <= FALL * bounds[:-1]).all(0) | (bounds[-1] <= np.maximum(TINY * allowed, floor))
@@ -199,5 +255,5 @@ class _Search:
         # The wanted vectors and half of the others, from the wanted end: the nearest ones slow convergence down most.
         keep = self._k + (self._lanczos.size - self._k) // 2
         theta, _, coordinates = self._lanczos.ritz()
-        order = np.argsort(-self._sign * theta)[:keep]
+        order = np.argsort(-self.sign * theta)[:keep]
         self._lanczos.restart(theta[order], coordinates[:, order])

@@ -126,8 +126,13 @@ class Work:
                 return self.split(split)
             if split is not None and split.exact:
                 return self._by_variance(split)
-        except Uncovered as error:  # the first batch said otherwise
-            why = str(error)
+        except torch.OutOfMemoryError:
+            raise
+        except (
+            Uncovered,
+            *NOT_DIFFERENTIABLE,
+        ) as error:  # the first batch said otherwise, or the loss bends no further
+            why = str(error).splitlines()[0][:100]
         found = self._go_on(self._pilot(self._vectors(HessianOperator)))
         found.method += f" (auto: {why or split.reason})"  # type: ignore[union-attr]
         return found

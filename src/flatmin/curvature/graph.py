@@ -95,6 +95,8 @@ def curved(result: Tensor, params: Sequence[Tensor]) -> set[int]:
 
 def _curved_here(node: Node, inputs: list[int], union: int) -> int:
     name = kind(node)
+    if name == "Abs" and _of_complex(node):
+        return union
     if name in LINEAR:
         return 0
     if name == "Div" and len(inputs) > 0:
@@ -104,6 +106,11 @@ def _curved_here(node: Node, inputs: list[int], union: int) -> int:
     if name in BILINEAR and not getattr(node, "_saved_training", False):
         return inputs[0] & inputs[1] if len(inputs) > 1 else 0
     return union
+
+
+def _of_complex(node: Node) -> bool:
+    given = getattr(node, "_saved_self", None)
+    return isinstance(given, Tensor) and given.is_complex()
 
 
 def _children_first(result: Tensor) -> Iterator[Node]:

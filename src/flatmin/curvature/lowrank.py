@@ -22,6 +22,7 @@ from torch import Tensor
 
 from flatmin.curvature.operators import Operator
 from flatmin.curvature.probes import Budget, VectorProbes, run
+from flatmin.curvature.space import Space
 from flatmin.noise import draw_like, mix_seeds
 from flatmin.vectors import Vector
 
@@ -55,8 +56,8 @@ class _Basis:
         self._operator, self._params = operator, operator.objective.params
         self._generator = torch.Generator(self._params[0].device).manual_seed(mix_seeds(seed, 3))
         self.sizes = [p.numel() for p in self._params]
-        empty = torch.empty(operator.num_params, 0, dtype=self._params[0].dtype, device=self._params[0].device)
-        self.w = self.y = self.q = self.z = empty
+        like = Space(self._params).like  # fp32 or wider: there is no decomposition in half precision
+        self.w = self.y = self.q = self.z = like.new_empty(operator.num_params, 0)
 
     @property
     def num_products(self) -> int:
@@ -79,12 +80,12 @@ class _Basis:
 
     def project(self, v: list[Tensor]) -> list[Tensor]:
         """P v."""
-        flat = torch.cat([t.flatten() for t in v])
+        flat = torch.cat([t.flatten().to(self.q.dtype) for t in v])
         return self.unflatten(flat - self.q @ (self.q.T @ flat))
 
     def unflatten(self, flat: Tensor) -> list[Tensor]:
         """A flat vector as one tensor per parameter."""
-        return [t.view_as(p) for t, p in zip(flat.split(self.sizes), self._params, strict=True)]
+        return [t.view_as(p).to(p.dtype) for t, p in zip(flat.split(self.sizes), self._params, strict=True)]
 
     def by_param(self, a: Tensor, b: Tensor) -> np.ndarray:
         """The inner product of the columns of `a` and `b` for each parameter: (columns, parameters)."""
@@ -95,7 +96,7 @@ class _Basis:
         found = []
         for column in columns.T:
             product = self._operator.product(Vector(self.unflatten(column.contiguous())))
-            found.append(torch.cat([t.flatten() for t in product.present]).to(columns.dtype))
+            found.append(torch.cat([t.flatten().to(columns.dtype) for t in product.present]))
         return torch.stack(found, 1) if found else columns
 
 
@@ -126,7 +127,7 @@ def hutch_plus_plus(
     """
     basis = _Basis(operator, seed)
     total = budget.max_products
-    doubles = budget.rtol is not None or variance < math.inf
+    doubles = budget.rtol is not None or variance < math.inf or budget.max_seconds is not None
     size = START if doubles else max(total // 3, 1)
     while True:
         basis.extend(max(min(size, (total - basis.num_products - START) // 2), 1))
@@ -139,7 +140,10 @@ def hutch_plus_plus(
         if size <= START and not basis.full and samples.sum(1).var(ddof=1) > variance / 2:
             samples, constant = samples[:0], 0 * constant
             break
+        # The next round takes four products for each test vector there is; half of the time goes to the rest.
         if basis.full or left <= 4 * size or 4 * size + START > budget.max_products:
+            break
+        if budget.used(basis.num_products, 6 * size) > 1 / 2:
             break
     if len(samples) and not basis.full:
         samples = run(draw, budget, samples, known + float(constant.sum()))
@@ -155,12 +159,14 @@ def xtrace(operator: Operator, budget: Budget, seed: int) -> LowRank:
     """The trace of `operator` by XTrace. Test vectors are doubled until the error is small enough."""
     basis = _Basis(operator, seed)
     total = budget.max_products
-    size = START if budget.rtol is not None else max(total // 2, 2)
+    size = START if budget.rtol is not None or budget.max_seconds is not None else max(total // 2, 2)
     while True:
         basis.extend(max(min(size, (total - basis.num_products) // 2), 2))
         size = basis.w.shape[1]
         samples = _leave_one_out(basis)
-        if basis.full or basis.num_products + 4 > total or budget.met(samples.sum(1)):
+        if basis.full or basis.num_products + 4 > total or (budget.rtol is not None and budget.met(samples.sum(1))):
+            break
+        if budget.used(basis.num_products, 2 * size) > 1:
             break
     return LowRank(
         constant=np.zeros(samples.shape[1]),

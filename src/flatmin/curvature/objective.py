@@ -133,7 +133,7 @@ class Objective:
         """Inside, the model may be evaluated; on leaving everything is as before."""
         own = [(generator, generator.get_state()) for generator in generators(self.data)]
         try:
-            with undisturbed(self.model, eval_mode=self.eval_mode), self._undisturbed_shards():
+            with undisturbed(self.model, eval_mode=self.eval_mode), self._undisturbed_shards(), _one_path():
                 yield
         finally:
             for generator, state in own:
@@ -303,7 +303,12 @@ class Objective:
         loss = getattr(outputs, "loss", outputs) if own else self.criterion(outputs, targets)  # type: ignore[misc]
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"the criterion must return a scalar tensor, got {shape}. Use reduction='mean'.")
+            if own:
+                raise ValueError(
+                    f"without a criterion the model must return its loss, a scalar tensor; it gave {shape}."
+                )
+            mend = "Use reduction='mean'." if isinstance(loss, Tensor) else "Let it return the loss alone."
+            raise ValueError(f"the criterion must return a scalar tensor, got {shape}. {mend}")
         if getattr(self.criterion, "reduction", "mean") == "sum":
             loss = loss / count
         # Sharded, the mean over all processes is checked, so that all of them raise.
@@ -314,6 +319,20 @@ class Objective:
         if not math.isfinite(value := loss.item()):
             raise ValueError(f"the loss is {value} on a batch of {count}: there is nothing to measure.")
         return loss
+
+
+@contextmanager
+def _one_path() -> Iterator[None]:
+    """Inside, torch's transformer layers compute the same with gradients and without.
+
+    Their fast path, which is taken without, gives other outputs at padded positions.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _eps(value: object) -> float:

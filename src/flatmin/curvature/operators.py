@@ -29,9 +29,9 @@ from flatmin.curvature.objective import Objective
 from flatmin.curvature.outputs import OutputLoss, output_tensor
 from flatmin.curvature.pairing import Pairing
 from flatmin.curvature.products import BatchHessian, Way, check_finite, choose_way, derivative
+from flatmin.curvature.seen import seen
 from flatmin.noise import mix_seeds
 from flatmin.place import num_displaced
-from flatmin.shards import local
 from flatmin.vectors import Vector
 
 GRAPH_MEMORY = 2**31
@@ -87,7 +87,7 @@ class PerBatch(ABC, Generic[Curvature]):
         self._graph_bytes = int(self.way.graph_bytes * objective.num_samples)
         self._keeps = self.way.name == "autograd" and self._graph_bytes <= graph_memory
         self._kept: list[tuple[Curvature, Batch]] = []
-        self._versions: list[tuple[int, int]] = []
+        self._made_of: tuple[Any, ...] = ()
 
     @property
     def num_params(self) -> int:
@@ -111,25 +111,32 @@ class PerBatch(ABC, Generic[Curvature]):
             if self._current():
                 yield from self._kept  # inside too: checkpointing evaluates the model again
                 return
-            self._kept, versions = [], self._seen()
+            self._kept, made_of = [], self._seen()
             kept = []
             for index, batch in enumerate(self.objective.batches()):
                 item = [(self._open(batch, self.objective.number(index)), batch)]
                 if self._keeps:
                     kept += item
                 yield item.pop()
-        self._kept, self._versions = kept, versions
+        self._kept, self._made_of = kept, made_of
 
     def _context(self) -> AbstractContextManager[None]:
         return self.way.context(self.objective, as_recorded=self.as_recorded)
 
     def _current(self) -> bool:
         """Whether there are graphs of the weights as they are."""
-        return bool(self._kept) and self._versions == self._seen()
+        return bool(self._kept) and self._made_of == self._seen()
 
-    def _seen(self) -> list[tuple[int, int]]:
-        versions = [(local(p).data_ptr(), p._version) for p in self.objective.params]
-        return [*versions, (num_displaced(), 0)]  # a graph built while they were away has versions that count again
+    def _seen(self) -> tuple[Any, ...]:
+        if not self._keeps:
+            return ()
+        model = self.objective.model
+        # A graph built while the weights were away has versions that count again.
+        return seen([*self.objective.params, *model.parameters(), *model.buffers()]), num_displaced()
+
+    def release(self) -> None:
+        """Lets go of the graphs that are kept."""
+        self._kept = []
 
     @abstractmethod
     def _open(self, batch: Batch, index: int) -> Curvature: ...

@@ -137,6 +137,14 @@ class Budget:
             left = min(left, int((self.max_seconds - (now - self._start)) / each))
         return max(self._together(left), 0)
 
+    def used(self, done: int, more: int) -> float:
+        """The share of the time that will be used after `more` products like the `done` ones; 0 without a limit."""
+        if self.max_seconds is None:
+            return 0.0
+        elapsed = time.monotonic() - self._start
+        share = elapsed * (1 + more / max(done, 1)) / self.max_seconds
+        return self._together(math.ceil(100 * min(share, 1e6))) / 100
+
     def spend(self, products: int) -> None:
         """Takes products out of the budget that were used otherwise."""
         self.max_products = max(self.max_products - products, 1)

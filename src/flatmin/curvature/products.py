@@ -7,12 +7,14 @@
 Sharded parameters (FSDP2) begin with "difference": what gathers and scatters them cannot be differentiated twice.
 
 "auto" takes the first that works on the first batch. Each is compared there with another one, on one random vector: the
-relative difference is part of every result (for a network with kinks, such as ReLU, it is large by nature). A parameter
+relative difference is part of every result (for a network with kinks, such as ReLU, it is large by nature). Double
+backward must also be symmetric, which it is not where torch's second derivative of an operation is wrong. A parameter
 that the loss does not use, or uses linearly, contributes zeros.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -40,6 +42,7 @@ from flatmin.vectors import Vector
 
 NAMES = {"autograd": "double backward", "difference": "differences of gradients", "loss": "differences of losses"}
 SHARDED = "sharded parameters, FSDP2"
+ASYMMETRY = 10  # in units of the root of the rounding
 NOT_DIFFERENTIABLE = (RuntimeError,)  # what autograd raises, for a missing derivative too
 
 
@@ -71,7 +74,7 @@ class BatchHessian:
     """
 
     def __init__(self, loss: Tensor, params: Sequence[Tensor]):
-        self._params = params
+        self.params = params
         grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True, materialize_grads=True)
         self._gradient = tuple(g.detach() for g in grads)
         self._curved = [i for i, g in enumerate(grads) if g.requires_grad]
@@ -100,7 +103,7 @@ class BatchHessian:
             part._gradient = ()
             if part._pairing is not None:
                 numbers.append(part._pairing.along([v[i] for i in part._curved]))
-        params = parts[0]._params
+        params = parts[0].params
         try:
             return derivative(numbers, params, last=last) if numbers else tuple(torch.zeros_like(p) for p in params)
         finally:
@@ -141,6 +144,8 @@ class Way:
         if self.cross_check is None:
             return text
         other = "other lengths" if self.name != "autograd" else NAMES["difference"]
+        if self.cross_check > 0.1 and self.name == "autograd":
+            return f"{text} ({other} see kinks too: they differ by {self.cross_check:.1g} on one batch)"
         return f"{text}, within {self.cross_check:.1g} of {other} on one batch"
 
     @contextmanager
@@ -168,7 +173,7 @@ class Way:
 def choose_way(objective: Objective, products: str = "auto", *, seed: int = 0) -> Way:
     """The way to compute products with the Hessian of `objective`: `products`, or the first that works ("auto").
 
-    Cost: about five gradients of the first batch (eight more if it comes to differences).
+    Cost: about seven gradients of the first batch (eight more if it comes to differences).
 
     Raises:
         ValueError: if `products` is unknown, or the way that it names is not possible ("autograd" of a sharded model).
@@ -210,10 +215,11 @@ def _try(objective: Objective, way: Way, seed: int) -> Way:
             with _GraphSize(params) as graph:
                 loss = batch.evaluate().loss
                 check_differentiable([loss])
-                hessian = BatchHessian(loss, params)
+                hessian, size = BatchHessian(loss, params), 1 + abs(float(loss.detach()))
                 del loss
             hessian.check()
             product = Vector(hessian.product(v))
+            _check_symmetric(hessian, v, product, size, seed)
             del hessian
         else:
             return _with_length(way, lambda: batch.evaluate().loss, params, v)
@@ -224,6 +230,22 @@ def _try(objective: Objective, way: Way, seed: int) -> Way:
         except NOT_DIFFERENTIABLE:
             check = None
     return replace(way, cross_check=check, graph_bytes=graph.total / batch.size)
+
+
+def _check_symmetric(hessian: BatchHessian, v: list[Tensor], product: Vector, loss: float, seed: int) -> None:
+    """Raises RuntimeError if u' H v is not v' H u for a random u: then some second derivative is wrong.
+
+    Unlike differences of gradients that is not confused by kinks. For random signs, an antisymmetric part of H shows
+    with about its own norm. What rounding does to a loss of size `loss` is left out.
+    """
+    params = hessian.params
+    u = _random(params, mix_seeds(seed, 1))
+    there, back = (float(dots(a, b).sum()) for a, b in ((u, product.present), (v, hessian.product(u))))
+    eps = max(torch.finfo(p.dtype).eps for p in params)
+    number, weights = sum(p.numel() for p in params), float(Vector([p.detach() for p in params]).norm())
+    rounding = 1e3 * eps * loss * number / max(weights, 1e-30) ** 2
+    if abs(there - back) > max(ASYMMETRY * math.sqrt(eps) * float(product.norm()), rounding):
+        raise RuntimeError("the second derivative of an operation is not symmetric")
 
 
 def _with_length(way: Way, scalar: Scalar, params: Sequence[Tensor], v: list[Tensor]) -> Way:

@@ -71,7 +71,7 @@ class FlatnessReport:
         if ascent := self.ascent_sharpness:
             found.append(("worst rise", str(ascent), f"rho = {ascent.rho:g}, {ascent.metric}; a lower bound"))
         if density := self.density:
-            found.append(("negative", str(density.negative_mass), "share of the eigenvalues"))
+            found.append(("negative", str(density.negative_mass), f"share of eigenvalues < -{density.resolved:.2g}"))
         return found
 
     @property

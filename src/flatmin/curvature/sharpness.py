@@ -210,13 +210,16 @@ class _Sampler:
             per_layer={str(n): Estimate(value=float(c.mean()), stderr=self._error(c)) for n, c in columns},
             samples=tuple(float(t) for t in total),
             num_losses=self._rounds + samples.size * len(self._signs),
-            converged=budget.met(total),
+            converged=budget.met(total) and self._above_rounding(total, budget.rtol),
             **entries,
         )
 
     def _error(self, samples: np.ndarray) -> float:
         """The standard error of the draws, and the rounding of the losses whose difference each of them is."""
         return math.hypot(stderr(samples), self._eps * self._clean)
+
+    def _above_rounding(self, samples: np.ndarray, rtol: float | None) -> bool:
+        return rtol is None or bool(self._eps * abs(self._clean) <= rtol * abs(samples.mean()))
 
     @torch.no_grad()
     def _round(self, first: int, size: int) -> np.ndarray:

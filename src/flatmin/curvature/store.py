@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from flatmin.curvature.results import Estimate
 from flatmin.shards import local
 
 Result = TypeVar("Result")
+ROUNDING = 1e-4
 
 
 class Store:
@@ -37,6 +39,8 @@ class Store:
         self._about = {"weights": _digest(objective), "loss": loss, "num_samples": objective.num_samples}
         self._parts: dict[str, Any] = {}
         self._writes = objective.first
+        if self._path is not None and self._writes:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path is not None and (text := objective.text_of_first(self._text)):
             self._parts = self._parsed(text)
 
@@ -63,8 +67,8 @@ class Store:
             about, parts = data["about"], data["parts"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a file of results that a measurement kept.") from error
-        if about != self._about:
-            differing = [name for name, value in self._about.items() if about.get(name) != value]
+        differing = [name for name, value in self._about.items() if not _alike(about.get(name), value)]
+        if differing:
             raise ValueError(f"{path} is about another measurement ({', '.join(differing)} differ). Name another file.")
         return parts
 
@@ -72,6 +76,13 @@ class Store:
         new = path.with_name(path.name + ".new")
         new.write_text(json.dumps({"about": self._about, "parts": self._parts}, indent=1))
         os.replace(new, path)  # whole, or not at all
+
+
+def _alike(before: Any, now: Any) -> bool:
+    """Equal; a loss up to what other batches, of a loader that shuffles, change by rounding."""
+    if isinstance(now, float) and isinstance(before, (int, float)):
+        return math.isclose(before, now, rel_tol=ROUNDING)
+    return before == now
 
 
 def _digest(objective: Objective) -> str:

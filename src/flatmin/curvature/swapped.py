@@ -19,7 +19,7 @@ from flatmin.curvature.graph import kind, nodes
 from flatmin.curvature.second import BatchNorm, Convolution, Given, LayerNorm, Pointwise
 from flatmin.shards import ORDINARY
 
-KINDS = {"Convolution", "NativeBatchNorm", "CudnnBatchNorm", "NativeLayerNorm", "Gelu", "Silu"}
+KINDS = {"Convolution", "NativeBatchNorm", "CudnnBatchNorm", "NativeLayerNorm", "Gelu", "Silu", "WeightNormInterface"}
 PRECISE = (torch.float32, torch.float64)
 
 
@@ -109,6 +109,11 @@ def _silu(input: Tensor, inplace: bool = False) -> Given:
     return Pointwise.apply(input, "silu") if not inplace and _covered(input) else None
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Given:
+    """Stands for `torch._weight_norm`, whose second derivative is wrong in torch 2.13 (the matrix is not symmetric)."""
+    return v * (g / torch.norm_except_dim(v, 2, dim)) if _covered(v, g) else None
+
+
 BETTER: dict[Callable[..., Any], Callable[..., Given]] = {
     torch.conv1d: _convolution(1),
     torch.conv2d: _convolution(2),
@@ -117,4 +122,5 @@ BETTER: dict[Callable[..., Any], Callable[..., Given]] = {
     F.layer_norm: _layer_norm,
     F.gelu: _gelu,
     F.silu: _silu,
+    torch._weight_norm: _weight_norm,
 }

@@ -130,6 +130,7 @@ class Tracker:
         try:
             found = self._measure(mix_seeds(self._seed, len(self.points)))
         finally:  # an interrupted measurement costs as well
+            self._operator.release()  # training goes on, with other weights
             self._last = self._clock() - begin
             self._spent += self._last
         self.points.append(TrackPoint(step=step, seconds=self._last, overhead=self.overhead, **found))
