@@ -146,7 +146,7 @@ def test_negative_mass_is_of_eigenvalues_whose_sign_can_be_told():
     for seed in range(12):
         result = flatmin.spectral_density(objective_with(spectrum), num_probes=5, num_steps=20, seed=seed)
         found, truth = result.negative_mass, float((spectrum < -result.resolved).double().mean())
-        assert result.zero < result.resolved < 0.1
+        assert result.zero < result.resolved < 0.5
         z.append((found.value - truth) / found.stderr)
         errors.append(found.stderr)
     assert max(map(abs, z)) < 3

@@ -80,11 +80,11 @@ class DensityResult(Measurement):
 
         Most eigenvalues of a network are next to zero, on both sides, and one node of the quadrature has the weight of
         all of them. Where it lies by chance, positive or negative, says nothing of how many are on which side. So this
-        is the smallest distance, up to a tenth of the lowest node's, at which the mass below is known to within 2% or
+        is the smallest distance, up to half of the lowest node's, at which the mass below is known to within 2% or
         a fifth of the uncertainty next to zero; more steps bring it down.
         """
         lowest = max(-min(x[0] for x in self.nodes), 0.0)
-        inside = {-x for nodes in self.nodes for x in nodes if self.zero < -x < 0.1 * lowest}
+        inside = {-x for nodes in self.nodes for x in nodes if self.zero < -x < 0.5 * lowest}
         distances = np.array([self.zero, *sorted(inside)])
         distances[1:] *= 1 + 1e-6  # a little beyond the node
         blurs = np.mean(
