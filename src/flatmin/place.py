@@ -12,7 +12,8 @@ happened in between. Two ways, one choice:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
 
@@ -24,6 +25,7 @@ from flatmin.vectors import Displacement, Vector
 from flatmin.versions import unversioned
 
 _num_displaced = 0
+_away: dict[int, Place] = {}  # those of training steps whose parameters are not at home
 
 Restore = Literal["exact", "recompute"]
 
@@ -52,6 +54,20 @@ def num_displaced() -> int:
     return _num_displaced
 
 
+def warn_if_away(params: Iterable[Tensor], what: str) -> None:
+    """Warns if some of `params` are displaced by a training step that is under way."""
+    if not _away:
+        return
+    asked = {id(p) for p in params}
+    if any(id(p) in asked for place in _away.values() for p in place._params):
+        warnings.warn(
+            f"{what} inside the body of a probes() loop or a closure: the weights are displaced there, so it is not "
+            "about your model. Move it after the loop.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
 def check_restore(restore: str) -> str:
     """Returns `restore` if it is known, else raises a `ValueError`."""
     if restore not in get_args(Restore):
@@ -62,8 +78,9 @@ def check_restore(restore: str) -> str:
 class Place:
     """Where the parameters are. `home()` may be called at any time and any number of times."""
 
-    def __init__(self, params: Sequence[Tensor], restore: str = "exact"):
+    def __init__(self, params: Sequence[Tensor], restore: str = "exact", *, announced: bool = False):
         self._params = params
+        self._announced = announced  # to `warn_if_away`
         self._exact = restore == "exact"
         self._saved: dict[int, Tensor] = {}
         self._moved = False
@@ -83,6 +100,8 @@ class Place:
         elif len(self._saved) < len(values):
             self._save(values, displacement.support)
         self._moved = True  # first: whatever happens during the next line, home() undoes it
+        if self._announced:
+            _away[id(self)] = self
         displacement.add_to(values)
         torch.clear_autocast_cache()
 
@@ -119,6 +138,7 @@ class Place:
             away = [self._params[i].detach() for i in self._saved]
             torch._foreach_copy_(parts(away), [*self._saved.values()])
         self._moved, self._away = False, None
+        _away.pop(id(self), None)
         torch.clear_autocast_cache()
 
 

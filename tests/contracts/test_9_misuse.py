@@ -314,7 +314,7 @@ def test_maximising_is_refused():
     [
         ({"sigma": 0.1}, "SAM has no option 'sigma': its radius is rho"),
         ({"lr": 0.1}, "SAM has no option 'lr': that belongs to the base optimizer"),
-        ({"rhoo": 0.1}, r"SAM has no option 'rhoo': see help\(SAM\)"),
+        ({"rhoo": 0.1}, r"SAM has no option 'rhoo': did you mean 'rho'\? See help\(SAM\)"),
     ],
 )
 def test_unknown_options(options, message):

@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+
+def of_objective(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Makes a function whose first argument is an Objective say so to whoever passes a model."""
+
+    @wraps(function)
+    def checked(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        if args:
+            check_objective(function.__name__, args[0])
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def check_objective(name: str, given: object) -> None:
+    """Raises a `ValueError` for a model where an Objective should be."""
+    if isinstance(given, nn.Module):
+        raise ValueError(
+            f"{name} measures an Objective, got the model {type(given).__name__}. Write objective = "
+            f"flatmin.Objective(model, criterion, data), then flatmin.{name}(objective, ...); or for the most important "
+            "numbers at once flatmin.measure(model, criterion, data)."
+        )
 
 
 def check_model(model: object, criterion: object) -> None:
@@ -30,6 +56,11 @@ def choose_parameters(model: nn.Module, params: Any) -> Mapping[str, Tensor]:
         chosen = {name: p for name, p in named.items() if params(name, p)}
     else:
         names = [params] if isinstance(params, str) else list(params)
+        if any(not isinstance(name, str) for name in names):
+            raise ValueError(
+                f"params takes names of parameters, or a function (name, parameter) -> bool, got "
+                f"{type(next(n for n in names if not isinstance(n, str))).__name__}."
+            )
         missing = [name for name in names if name not in named]
         if missing:
             raise ValueError(f"no parameter is called {missing[0]!r}. The model has: {', '.join(named)}.")

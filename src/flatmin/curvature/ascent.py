@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from flatmin.curvature.arguments import of_objective
 from flatmin.curvature.metrics import Metric, ToWeights, ball
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.results import Measurement
@@ -52,6 +53,7 @@ class AscentResult(Measurement):
         return f">= {self.value:.4g}"
 
 
+@of_objective
 def ascent_sharpness(
     objective: Objective,
     rho: float,

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from flatmin.curvature.arguments import of_objective
 from flatmin.curvature.eigen import as_operator, top_eigenvalues
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import Operator
@@ -49,6 +50,7 @@ class RayleighSum(Measurement):
     converged: bool = True
 
 
+@of_objective
 def block_eigenvalues(objective: Objective, k: int = 1, **options: Any) -> dict[str, EigenResult]:
     """The `k` largest eigenvalues of each layer's diagonal block of the Hessian, by layer.
 
@@ -74,6 +76,7 @@ def block_eigenvalues(objective: Objective, k: int = 1, **options: Any) -> dict[
     return {name: top_eigenvalues(part, min(k, part.num_params), **options) for name, part in parts.items()}
 
 
+@of_objective
 def layerwise_rayleigh_sum(
     objective: Objective | Operator, *, tol: float = 1e-3, max_products: int = 100, seed: int = 0
 ) -> RayleighSum:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from flatmin.curvature.arguments import of_objective
 from flatmin.curvature.eigen import as_operator
 from flatmin.curvature.lanczos import Lanczos, Rows
 from flatmin.curvature.objective import Objective
@@ -122,21 +123,22 @@ class DensityResult(Measurement):
         grid = np.linspace(nodes[0] - 4 * blur, nodes[-1] + 4 * blur, 1000)
         mean, error = self.density(grid, blur)
         floor = 1e-3 / self.num_params / blur
-        ax.plot(grid, np.maximum(mean, floor), color="#0072B2")
+        drawn = np.where(mean > floor, mean, np.nan)  # less than a thousandth of an eigenvalue is nothing
+        ax.plot(grid, drawn, color="#0072B2", label=f"mean of {len(self.nodes)} probes")
         if len(self.nodes) > 1:
-            low, high = np.maximum(mean - 2 * error, floor), np.maximum(mean + 2 * error, floor)
-            ax.fill_between(grid, low, high, color="#0072B2", alpha=0.2, lw=0)
+            low, high = np.maximum(drawn - 2 * error, floor), drawn + 2 * error
+            ax.fill_between(grid, low, high, color="#0072B2", alpha=0.25, lw=0, label="2 standard errors")
         ax.plot(
             self.eigenvalues, [floor] * len(self.eigenvalues), "|", color="#D55E00", ms=12, label="found one by one"
         )
         ax.set_yscale("log")
-        ax.set_xlabel(f"eigenvalue ({len(self.nodes)} probes)")
-        ax.set_ylabel("density")
-        if self.eigenvalues:
-            ax.legend(frameon=False)
+        ax.set_xlabel("eigenvalue")
+        ax.set_ylabel(f"density, smoothed by {blur:.2g}")
+        ax.legend(frameon=False)
         return ax
 
 
+@of_objective
 def spectral_density(
     objective: Objective | Operator, *, num_probes: int = 10, num_steps: int = 40, seed: int = 0
 ) -> DensityResult:

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flatmin.curvature.arguments import of_objective
 from flatmin.curvature.lanczos import Lanczos, Rows
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import HessianOperator, Operator
@@ -45,6 +46,7 @@ FALLS, FALL = 4, 0.7  # products over which its residual must fall, each time by
 TINY = 0.1  # ... unless it is so small a part of what is allowed
 
 
+@of_objective
 def top_eigenvalues(
     objective: Objective | Operator,
     k: int = 1,
@@ -109,7 +111,7 @@ def top_eigenvalues(
             f"top_eigenvalues is not converged after {products} products: residuals {[p.residual for p in pairs]} for "
             f"values {[p.value for p in pairs]}. Raise max_products or tol.",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return EigenResult(
         value=pairs[0].value,

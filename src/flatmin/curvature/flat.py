@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flatmin.curvature.arguments import of_objective
 from flatmin.curvature.eigen import top_eigenvalues
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import HessianOperator
@@ -76,6 +77,7 @@ class FlatMinimumEstimate:
         return True if self.loss <= eps and slope.value + 2 * slope.stderr <= eps_prime else None
 
 
+@of_objective
 def flat_minimum_estimate(
     objective: Objective, *, num_probes: int = 16, num_eigenvectors: int = 5, seed: int = 0
 ) -> FlatMinimumEstimate:
@@ -127,6 +129,7 @@ def flat_minimum_estimate(
     )
 
 
+@of_objective
 def model_function(objective: Objective) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """The loss as a function of one vector, and the weights as that vector: for `flat_minimum` on a small model.
 

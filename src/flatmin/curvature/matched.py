@@ -97,6 +97,7 @@ def compare_at_matched_loss(
 
 def _curve(measured: Measured | Sequence[Measured]) -> list[tuple[float, Estimate]]:
     """Loss and trace of each, by ascending loss."""
+    measured = getattr(measured, "points", measured)  # of a Tracker
     items: Sequence[Any] = measured if isinstance(measured, Sequence) else [measured]
     if not items:
         raise ValueError("there are no measurements to compare.")

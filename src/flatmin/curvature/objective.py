@@ -15,7 +15,7 @@ from flatmin.curvature.arguments import check_model, choose_parameters
 from flatmin.curvature.batches import Batch, SampleCount, check_data, forward_pair, generators
 from flatmin.curvature.sharded import NOT_POSSIBLE, Together, gradients
 from flatmin.distributed import reshard, summed_over
-from flatmin.place import Place, displaced
+from flatmin.place import Place, displaced, warn_if_away
 from flatmin.quiet import undisturbed
 from flatmin.shards import any_sharded
 from flatmin.vectors import Vector
@@ -131,6 +131,7 @@ class Objective:
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Inside, the model may be evaluated; on leaving everything is as before."""
+        warn_if_away(self.params, "measuring")
         own = [(generator, generator.get_state()) for generator in generators(self.data)]
         try:
             with undisturbed(self.model, eval_mode=self.eval_mode), self._undisturbed_shards(), _one_path():

@@ -89,6 +89,7 @@ class TraceResult(Measurement):
         ax.barh(names, [p.value for p in parts], xerr=[p.stderr for p in parts], color="#4c72b0", capsize=3)
         ax.invert_yaxis()
         ax.set_xlabel(f"Hessian trace (total {self})")
+        ax.set_ylabel("layer")
         return ax
 
 

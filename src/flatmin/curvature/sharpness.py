@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from flatmin.curvature.arguments import of_objective
 from flatmin.curvature.batches import Batch
 from flatmin.curvature.metrics import Metric, ball
 from flatmin.curvature.objective import Objective
@@ -73,6 +74,7 @@ class SharpnessResult(Measurement):
         return student_interval(self.value, self.stderr, len(self.samples), level)
 
 
+@of_objective
 def noise_stability(
     objective: Objective,
     sigma: float,
@@ -136,6 +138,7 @@ def noise_stability(
     )
 
 
+@of_objective
 def average_sharpness(
     objective: Objective,
     rho: float,

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from flatmin.curvature.arguments import of_objective
 from flatmin.curvature.batches import Batch
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.results import plain
@@ -67,6 +68,7 @@ class LossSlice:
         return ax
 
 
+@of_objective
 def loss_slice(
     objective: Objective,
     *directions: Vector,
@@ -98,7 +100,16 @@ def loss_slice(
     low, high = span if isinstance(span, tuple) else (-span, span)
     names = [f"direction {i}" for i in range(1, 1 + len(directions))] if labels is None else list(labels)
     if len(directions) not in (1, 2):
-        raise ValueError(f"a slice has one or two directions, got {len(directions)}.")
+        raise ValueError(
+            f"a slice has one or two directions, got {len(directions)}. Eigenvectors are kept by top_eigenvalues(..., "
+            "vectors=True) only."
+        )
+    for direction in directions:
+        if not isinstance(direction, Vector):
+            raise ValueError(
+                f"a direction is a Vector, such as random_direction(objective), got {type(direction).__name__}. Give "
+                "eigenvectors one by one: loss_slice(objective, *result.vectors)."
+            )
     if len(names) != len(directions):
         raise ValueError(f"{len(directions)} directions have {len(names)} labels.")
     if num_points < 2 or not low < high:
@@ -114,6 +125,7 @@ def loss_slice(
     )
 
 
+@of_objective
 def random_direction(objective: Objective, *, seed: int = 0) -> Vector:
     """A random direction in which every filter is as long as that of the weights; a vector (a bias) counts as one.
 
@@ -129,6 +141,7 @@ def random_direction(objective: Objective, *, seed: int = 0) -> Vector:
     return times_norms(noise, [wanted / own for wanted, own in lengths])
 
 
+@of_objective
 def direction_to(objective: Objective, state: Mapping[str, Tensor]) -> Vector:
     """From the weights to those of a checkpoint of the same model: 0 is here, 1 is there.
 
@@ -141,6 +154,8 @@ def direction_to(objective: Objective, state: Mapping[str, Tensor]) -> Vector:
     Raises:
         ValueError: for a parameter that the checkpoint lacks, or has in another shape.
     """
+    if isinstance(state, nn.Module):
+        raise ValueError("a checkpoint is a mapping from names to tensors: pass model.state_dict().")
     parts = []
     for name, p in zip(objective.names, objective.params, strict=True):
         if name not in state or state[name].shape != p.shape:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from flatmin.curvature.arguments import of_objective
 from flatmin.curvature.estimators import Found, Work
 from flatmin.curvature.gauss_newton import inspect
 from flatmin.curvature.objective import Objective
@@ -26,6 +27,7 @@ MAX_PRODUCTS = 1000
 METHODS = ("auto", "hutchinson", "gauss-newton", "hutch++", "xtrace")
 
 
+@of_objective
 def trace(
     objective: Objective,
     *,

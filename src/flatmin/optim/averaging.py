@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flatmin.buffers import Buffers
 from flatmin.distributed import reshard
 from flatmin.optim.iterates import Kind, first_step, next_share
 from flatmin.optim.names import Known, matched
 from flatmin.optim.norms import Forward, Norms
-from flatmin.place import Place
-from flatmin.quiet import Buffers, undisturbed
+from flatmin.place import Place, warn_if_away
+from flatmin.quiet import undisturbed
 from flatmin.shards import any_sharded, is_sharded, part_of, parts
 
 SHARDED = (
@@ -117,6 +118,7 @@ class Averager:
             ValueError: inside `applied()`, or if the model has other parameters than before.
         """
         self._check_outside("update()")
+        warn_if_away(self._model.parameters(), "an average is updated")
         step = self._num_updates + 1
         due = step >= self._first and step % self._every == 0
         if due:

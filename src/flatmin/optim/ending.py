@@ -46,6 +46,7 @@ class Ending(Tools):
     _direction: Vector | None  # what stands in `.grad`, where nobody can have changed it
     _drift: Vector | None
     _rule_saw_gradients: bool
+    _dropped: bool  # the direction of a loop, by zero_grad()
     _session: weakref.ref[Generator[Probe, None, None]] | None
     _place: Place | None
 
@@ -64,7 +65,7 @@ class Ending(Tools):
 
     def _check_ready(self) -> None:
         if self._stage == "idle":
-            raise ValueError(NOTHING_TO_STEP)
+            raise ValueError(DIRECTION_CLEARED if self._dropped else NOTHING_TO_STEP)
         if self._stage != "ready":
             raise ValueError(STEP_IN_LOOP if self._under_way else ABANDONED)
         if all(p.grad is None for p in self.params):

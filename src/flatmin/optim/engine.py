@@ -202,6 +202,7 @@ class FlatOptimizer(Session):
         """Clears the gradients, and drops the direction of a finished or abandoned loop."""
         if not self._under_way:
             self._heal()
+            self._dropped = self._stage == "ready"
             self._stage = "idle"
         elif self._stage == "window":
             return  # a framework's loop clears at the first micro-batch, whose gradients are being collected

@@ -61,6 +61,9 @@ class Host(Migration, Optimizer):
         """The base does the work that these hooks are about, and runs them: once, with itself as the optimizer."""
         setattr(self, hooks, getattr(self.base, hooks))
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} around {self.base!r}"
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The base optimizer's groups, the same objects; our options live in them."""

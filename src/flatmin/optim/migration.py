@@ -53,6 +53,12 @@ def not_here(name: str) -> AttributeError:
     """The error for a name that `flatmin` does not have: what to write, if it is known from another package."""
     if name in FUNCTIONS:
         return AttributeError(f"flatmin has no {name}(): {FUNCTIONS[name]}")
+    from flatmin.optim.registry import methods  # which is made of classes that need this module
+
+    for method in methods().values():
+        if method.factory is not None and name.lower().replace("_", "") == method.name.replace("-", ""):
+            options = "".join(f", {key}={value!r}" for key, value in method.options.items())
+            return AttributeError(f"flatmin has no {name}: write flatmin.{method.factory.__name__}(base{options})")
     return AttributeError(f"module 'flatmin' has no attribute {name!r}")
 
 

@@ -83,4 +83,6 @@ def unknown(kind: str, name: str, known: Mapping[str, Any]) -> str:
     """The message for an unknown name: the nearest known one, and all of them."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     guess = f" Did you mean {near[0]!r}?" if near else ""
+    if "," in name:
+        guess = f" Several are separated by spaces: {' '.join(part.strip() for part in name.split(','))}."
     return f"unknown {kind} {name!r}.{guess} Known: {', '.join(known)}."

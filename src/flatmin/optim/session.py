@@ -65,6 +65,7 @@ class Session(Ending):
         self._rule_saw_gradients = False
         self._micro_share: float | None = None
         self._num_draws = 0
+        self._dropped = False
         self._radii: Radii | None = None
 
     def rule(self) -> Rule:
@@ -80,7 +81,7 @@ class Session(Ending):
     def _evaluations(self, stage: Stage, scaling: Scaling, share: float | None) -> Generator[Probe, None, None]:
         params = self.params
         earlier = self._begin(stage, scaling, share, params)
-        place = self._place = Place(params, self._restore)
+        place = self._place = Place(params, self._restore, announced=True)
         quiet = self._quiet
         assert quiet is not None
         others = None if self.ranks.alone else self.ranks
@@ -183,7 +184,7 @@ class Session(Ending):
             raise ValueError(DIRECTION_LOST)
         self._fill_groups()
         _READY.discard(self)
-        self._stage, self._micro_share, self._radii = stage, share, None
+        self._stage, self._micro_share, self._radii, self._dropped = stage, share, None, False
         if not goes_on:
             self._scaling, self._memory, self._num_draws = scaling, None, 0
             self._drift = self._direction = None

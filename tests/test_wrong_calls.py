@@ -1,0 +1,111 @@
+"""Calls that a new user makes, and what they are told."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import flatmin
+from flatmin.optim.registry import get_method
+from tests.curvature.nets import criterion, make
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["trace", "top_eigenvalues", "spectral_density", "noise_stability", "average_sharpness", "ascent_sharpness",
+     "loss_slice", "random_direction", "block_eigenvalues", "layerwise_rayleigh_sum", "flat_minimum_estimate"],
+)  # fmt: skip
+def test_a_model_where_an_objective_should_be(name):
+    model, x, y = make("tanh")
+    message = rf"{name} measures an Objective, got the model Sequential.*flatmin\.{name}\(objective"
+    for arguments in ((model,), (model, criterion, [(x, y)])):
+        with pytest.raises(ValueError, match=message):
+            getattr(flatmin, name)(*arguments)
+    with pytest.raises(ValueError, match=r"pass model\.state_dict\(\)"):
+        flatmin.direction_to(flatmin.Objective(model, criterion, [(x, y)]), model)  # type: ignore[arg-type]
+
+
+def test_directions_that_are_none():
+    model, x, y = make("tanh")
+    objective = flatmin.Objective(model, criterion, [(x, y)])
+    found = flatmin.top_eigenvalues(objective, 2, vectors=True)
+    with pytest.raises(ValueError, match=r"loss_slice\(objective, \*result\.vectors\)"):
+        flatmin.loss_slice(objective, found.vectors)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"a direction is a Vector.*got Tensor"):
+        flatmin.loss_slice(objective, torch.ones(5))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"got 0.*vectors=True"):
+        flatmin.loss_slice(objective, *flatmin.top_eigenvalues(objective, 2).vectors)
+
+
+def test_tensors_where_names_should_be():
+    model, x, y = make("tanh")
+    with pytest.raises(ValueError, match=r"params takes names of parameters.*got Parameter"):
+        flatmin.Objective(model, criterion, [(x, y)], params=model.parameters())  # type: ignore[arg-type]
+
+
+def test_trackers_are_compared_as_they_are():
+    model, x, y = make("tanh")
+    tracker = flatmin.Tracker(flatmin.Objective(model, criterion, [(x, y)]), max_overhead=1)
+    tracker.update()
+    assert flatmin.compare_at_matched_loss(tracker, tracker).ratio.value == 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("what", "act"),
+    [
+        ("measuring", lambda model, x, y: flatmin.trace(flatmin.Objective(model, criterion, [(x, y)]), max_products=2)),
+        ("an average is updated", lambda model, x, y: flatmin.Averager(model, "mean").update()),
+    ],
+)
+def test_what_is_done_inside_a_loop_to_displaced_weights_is_announced(what, act):
+    model, x, y = make("tanh")
+    optimizer = flatmin.NSO(torch.optim.SGD(model.parameters(), lr=0.1))
+    other = make("tanh")[0]
+    for _ in optimizer.probes():
+        F.cross_entropy(model(x), y).backward()
+        act(other, x, y)  # of another model: nothing is said, and warnings are errors here
+        with pytest.warns(RuntimeWarning, match=rf"{what} inside the body of a probes\(\) loop"):
+            act(model, x, y)
+    optimizer.step()
+    act(model, x, y)
+
+
+def test_a_direction_that_zero_grad_dropped():
+    model, x, y = make("tanh")
+    optimizer = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in optimizer.probes():
+        F.cross_entropy(model(x), y).backward()
+    optimizer.zero_grad()
+    with pytest.raises(ValueError, match="cleared between the probes"):
+        optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(ValueError, match="before any gradient"):
+        optimizer.step()
+
+
+def test_names_of_methods_that_are_options_of_a_class():
+    for name, call in [
+        ("ASAM", r"flatmin\.SAM\(base, adaptive=True\)"),
+        ("nso", r"flatmin\.NSO\(base\)"),
+        ("Looksam", r"flatmin\.LookSAM\(base\)"),
+        ("monge_sam", r"flatmin\.MongeSAM\(base\)"),
+    ]:
+        with pytest.raises(AttributeError, match=call):
+            getattr(flatmin, name)
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        flatmin.nonsense  # type: ignore[attr-defined]  # noqa: B018
+    with pytest.raises(ValueError, match="Several are separated by spaces: sam nso"):
+        get_method("sam,nso")
+
+
+def test_an_optimizer_says_what_it_is_around():
+    text = repr(flatmin.NSO(torch.optim.AdamW(nn.Linear(2, 2).parameters())))
+    assert text.startswith("NSO around AdamW (")
+    assert "sigma" in text
+
+
+def test_the_nearest_option_is_named():
+    with pytest.raises(ValueError, match=r"NSO has no option 'sigm': did you mean 'sigma'\? See help\(NSO\)"):
+        flatmin.NSO(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1), sigm=0.1)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="did you mean 'low_memory'"):
+        flatmin.NSO(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1), lowmemory=True)  # type: ignore[call-arg]
