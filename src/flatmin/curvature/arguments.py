@@ -30,8 +30,8 @@ def check_objective(name: str, given: object) -> None:
     if isinstance(given, nn.Module):
         raise ValueError(
             f"{name} measures an Objective, got the model {type(given).__name__}. Write objective = "
-            f"flatmin.Objective(model, criterion, data), then flatmin.{name}(objective, ...); or for the most important "
-            "numbers at once flatmin.measure(model, criterion, data)."
+            f"flatmin.Objective(model, criterion, data), then flatmin.{name}(objective, ...); or for the most "
+            "important numbers at once flatmin.measure(model, criterion, data)."
         )
 
 
