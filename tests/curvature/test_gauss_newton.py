@@ -46,6 +46,26 @@ class Tied(nn.Module):
         return (self.twice(x[:, 0]) + self.twice(x[:, 1])) @ self.embed.weight.T
 
 
+class Positions(nn.Module):
+    """Positions that are looked up once for all samples (BERT, GPT-2), and a parameter that is cut to their number."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(7, 4), nn.Embedding(8, 4)
+        self.cut = nn.Parameter(torch.randn(1, 9, 4) / 3)
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.how = how
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        number = tokens.shape[1]
+        index = torch.arange(number) % 3 if self.how == "the same twice" else torch.arange(number)
+        positions = self.positions(index.unsqueeze(0) if self.how == "one row" else index)
+        if self.how == "expanded":
+            positions = positions.expand(len(tokens), -1, -1)
+        x = self.tokens(tokens) + positions + self.cut[:, 1 : 1 + number]
+        return self.head(torch.tanh(self.layer(x)).mean(1))
+
+
 class Product(nn.Module):
     """x W with W not transposed, W used twice side by side."""
 
@@ -102,6 +122,11 @@ LAYERS = {
         LINES,
     ),
     "tokens": (Tokens, torch.randint(0, 7, (SAMPLES, 5))),
+    **{
+        f"positions, {how}": (lambda how=how: Positions(how), torch.randint(0, 7, (SAMPLES, 5)))
+        for how in ("one row", "no row", "expanded", "the same twice")
+    },
+    "as many positions as samples": (lambda: Positions("no row"), torch.randint(0, 7, (SAMPLES, SAMPLES))),
     "tied": (Tied, torch.randint(0, 5, (SAMPLES, 2))),
     "plain product": (Product, torch.randn(SAMPLES, 4)),
 }

@@ -10,7 +10,7 @@ half must be zero. If there is no such place, the samples are mixed (batch norm 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from flatmin.curvature.graph import Node, kind, nodes
-from flatmin.curvature.recorded import TRANSPOSED, uses_of
-from flatmin.curvature.uses import Layout, Uncovered, Use, refusing, squared
+from flatmin.curvature.outer import squared
+from flatmin.curvature.recorded import LOOKUPS, TRANSPOSED, lookup_of, uses_of
+from flatmin.curvature.uses import Layout, Uncovered, Use, refusing
 from flatmin.noise import draw_like
 
 CHUNK = 2**28  # bytes of gradients that wait to be processed together
@@ -170,8 +171,13 @@ def _layout(seen: list[tuple[Tensor, Tensor]], samples: int, any_layout: bool) -
 def _find_uses(outputs: Tensor, params: Sequence[Tensor]) -> list[Use]:
     index = {p: i for i, p in enumerate(params)}
     shapes = {i: p.shape for i, p in enumerate(params)}
-    uses = []
-    for node in nodes([outputs]):
+    uses: list[Use] = []
+    operations = list(nodes([outputs]))
+    above: dict[Node, list[Node]] = defaultdict(list)
+    for node in operations:
+        for child, _ in node.next_functions:
+            above[child].append(node)
+    for node in operations:
         if kind(node) in TRANSPOSED and _param(node, index) is not None:
             continue  # the transposed weight of a linear layer: its product is the use
         arguments = {
@@ -179,6 +185,12 @@ def _find_uses(outputs: Tensor, params: Sequence[Tensor]) -> list[Use]:
             for position, (child, _) in enumerate(node.next_functions)
             if (param := _param(child, index)) is not None
         }
+        if 0 in arguments and kind(node) in LOOKUPS:
+            param = arguments[0]
+            if (use := lookup_of(node, param, shapes[param], above, len(outputs))) is not None:
+                use.shape = tuple(shapes[param])
+                uses.append(use)
+                continue
         if arguments:
             uses += uses_of(node, arguments, shapes)
     return uses

@@ -14,11 +14,13 @@ from flatmin.curvature.uses import (
     ConvolutionUse,
     EmbeddingUse,
     LinearUse,
+    LookupUse,
     SumUse,
     Uncovered,
     Use,
 )
 
+LOOKUPS = {"Embedding", "Slice", "Alias"}
 TRANSPOSED = {"T", "Transpose", "Permute"}  # operations that transpose a matrix
 
 
@@ -35,6 +37,42 @@ def uses_of(node: Node, params: Mapping[int, int], shapes: Mapping[int, torch.Si
     for use in uses:
         use.shape = tuple(shapes[use.param])
     return uses
+
+
+def lookup_of(node: Node, param: int, shape: torch.Size, above: Mapping[Node, list[Node]], samples: int) -> Use | None:
+    """The use of a table that is looked up or cut once, and then added or expanded for each sample, if it is one.
+
+    The gradient by what was looked up is a sum over samples; by what it was added to it is not.
+
+    Args:
+        node: takes the parameter.
+        param: its index.
+        shape: of the parameter.
+        above: for each operation those that take its result.
+        samples: in the batch.
+    """
+    index = torch.arange(shape.numel()).view(shape)
+    while kind(node) in ("Slice", "Alias"):
+        if kind(node) == "Slice":
+            cut = [slice(None)] * index.ndim
+            cut[node._saved_dim] = slice(node._saved_start, node._saved_end, node._saved_step)
+            index = index[tuple(cut)]
+        if len(above[node]) != 1:
+            return None
+        (node,) = above[node]
+    if kind(node) == "Embedding":
+        rows = node._saved_indices
+        if len(above[node]) != 1 or bool((rows == node._saved_padding_idx).any()):
+            return None
+        index = index[rows.cpu()]
+        (node,) = above[node]
+    if kind(node) not in ("Add", "Expand") or getattr(node, "_saved_alpha", 1) != 1:
+        return None
+    result = node._input_metadata[0].shape
+    once = (1,) * (len(result) - index.ndim) + tuple(index.shape)
+    if once != (1, *result[1:]) or result[0] != samples or samples == 1:
+        return None
+    return LookupUse(param, node, index.flatten().to(node._input_metadata[0].device))
 
 
 def _addmm(node: Node, position: int, param: int, shape: torch.Size) -> Use:

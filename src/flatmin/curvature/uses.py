@@ -8,6 +8,7 @@ For an operation with output z and delta = d(something) / dz, given for each sam
     addition, bias   sum_t delta_nt
     multiplication   sum_t delta_nt y_nt            y: the other factor
     embedding        sum_t delta_nt, at row index_nt
+    lookup           the same with index_t, of what is looked up once and added for every sample
 
 All deltas come as (classes, samples, ...): several at once. Only |gradient|^2 is wanted, for which the gradient need
 not always be formed: |sum_t delta_t a_t'|^2 = sum_st (delta_s . delta_t) (a_s . a_t).
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flatmin.curvature.graph import Node
+from flatmin.curvature.outer import outer, outer_norms, root, squared
 from flatmin.noise import draw_like
 
 Given = ParamSpec("Given")
@@ -270,6 +272,34 @@ class EmbeddingUse(Use):
         return found.scatter_add_(2, index.expand_as(d[0]).expand_as(d), d)
 
 
+class LookupUse(Use):
+    """Entries of a parameter that are taken once, by flat `index`, and broadcast over the samples: positions, say."""
+
+    any_layout = False
+
+    def __init__(self, param: int, node: Node, index: Tensor):
+        super().__init__(param, node)
+        self._index = index
+        self._single = index.unique().numel() == index.numel()
+
+    def norms(self, delta: Tensor) -> Tensor:
+        """|gradient|^2 for each class and sample."""
+        return squared(delta.flatten(2)) if self._single else super().norms(delta)
+
+    def gradients(self, delta: Tensor) -> Tensor:
+        """The gradient for each class and sample."""
+        found = delta.new_zeros(*delta.shape[:2], math.prod(self.shape))
+        return found.index_add_(2, self._index, delta.flatten(2)).view(*delta.shape[:2], *self.shape)
+
+    def perturbation(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        """Random signs."""
+        return draw_like(like, "rademacher", generator) if self._single else super().perturbation(like, generator)
+
+    def changes(self, v: Tensor, like: Tensor) -> Tensor:
+        """How the operation's output changes."""
+        return v.flatten(1)[:, self._index].reshape(like.shape)
+
+
 class Uncovered(ValueError):
     """A parameter is used in a way whose per-sample gradient is not known here."""
 
@@ -289,38 +319,6 @@ def refusing(function: Callable[Given, Result]) -> Callable[Given, Result]:
     return refused
 
 
-def outer(delta: Tensor, a: Tensor) -> Tensor:
-    """sum_t delta_cnt a_nt': (classes, samples, outputs, inputs)."""
-    classes, samples, positions, outputs = delta.shape
-    left = delta.permute(1, 0, 3, 2).reshape(samples, classes * outputs, positions)
-    return (left @ a).view(samples, classes, outputs, -1).transpose(0, 1)
-
-
-def root(a: Tensor) -> Tensor:
-    """S (samples, positions, fewest) with S S' = a a': the covariance between positions of V a for random V."""
-    if a.shape[1] >= a.shape[2]:
-        return a
-    wide = a.to(torch.promote_types(a.dtype, torch.float32)).transpose(1, 2)
-    return torch.linalg.qr(wide, mode="r")[1].transpose(1, 2).to(a.dtype)
-
-
 def _signs(a: Tensor, outputs: int, generator: torch.Generator) -> Tensor:
     """Random signs that `a` (samples, positions, inputs) is multiplied with: (samples, inputs, outputs)."""
     return draw_like(a.new_empty(len(a), a.shape[2], outputs), "rademacher", generator)
-
-
-def outer_norms(delta: Tensor, a: Tensor) -> Tensor:
-    """|sum_t delta_cnt a_nt'|^2: (classes, samples), float64; the cheaper of two ways."""
-    classes, _, positions, outputs = delta.shape
-    inputs = a.shape[2]
-    if positions == 1:
-        return squared(delta.flatten(2)) * squared(a.flatten(1))
-    if positions * (classes * outputs + inputs) < classes * outputs * inputs:
-        products = (delta @ delta.transpose(2, 3)).mul_(a @ a.transpose(1, 2))
-        return products.sum((2, 3), dtype=torch.float64)
-    return squared(outer(delta, a).flatten(2))
-
-
-def squared(rows: Tensor) -> Tensor:
-    """The squared norm along the last dimension, float64 (a norm is one pass over the memory, a sum of squares two)."""
-    return torch.linalg.vector_norm(rows, dim=-1).double().square()
