@@ -25,7 +25,7 @@ from flatmin.vectors import Displacement, Vector
 from flatmin.versions import unversioned
 
 _num_displaced = 0
-_away: dict[int, Place] = {}  # those of training steps whose parameters are not at home
+_announced: dict[int, Place] = {}  # those of loops that are under way
 
 Restore = Literal["exact", "recompute"]
 
@@ -56,13 +56,13 @@ def num_displaced() -> int:
 
 def warn_if_away(params: Iterable[Tensor], what: str) -> None:
     """Warns if some of `params` are displaced by a training step that is under way."""
-    if not _away:
+    if not _announced:
         return
     asked = {id(p) for p in params}
-    if any(id(p) in asked for place in _away.values() for p in place._params):
+    if any(id(p) in asked for place in _announced.values() if place._moved for p in place._params):
         warnings.warn(
-            f"{what} inside the body of a probes() loop or a closure: the weights are displaced there, so it is not "
-            "about your model. Move it after the loop.",
+            f"{what} inside the body of a probes() loop: the weights are displaced there, so it is not about your "
+            "model. Move it after the loop.",
             RuntimeWarning,
             stacklevel=4,
         )
@@ -78,9 +78,8 @@ def check_restore(restore: str) -> str:
 class Place:
     """Where the parameters are. `home()` may be called at any time and any number of times."""
 
-    def __init__(self, params: Sequence[Tensor], restore: str = "exact", *, announced: bool = False):
+    def __init__(self, params: Sequence[Tensor], restore: str = "exact"):
         self._params = params
-        self._announced = announced  # to `warn_if_away`
         self._exact = restore == "exact"
         self._saved: dict[int, Tensor] = {}
         self._moved = False
@@ -100,10 +99,16 @@ class Place:
         elif len(self._saved) < len(values):
             self._save(values, displacement.support)
         self._moved = True  # first: whatever happens during the next line, home() undoes it
-        if self._announced:
-            _away[id(self)] = self
         displacement.add_to(values)
         torch.clear_autocast_cache()
+
+    def announce(self) -> None:
+        """Lets `warn_if_away` know of it, until `withdraw`."""
+        _announced[id(self)] = self
+
+    def withdraw(self) -> None:
+        """Takes back what `announce` said."""
+        _announced.pop(id(self), None)
 
     def home(self) -> None:
         """Puts the parameters back at W and forgets the copy."""
@@ -138,7 +143,6 @@ class Place:
             away = [self._params[i].detach() for i in self._saved]
             torch._foreach_copy_(parts(away), [*self._saved.values()])
         self._moved, self._away = False, None
-        _away.pop(id(self), None)
         torch.clear_autocast_cache()
 
 

@@ -118,7 +118,8 @@ class Step:
 
 def check_radius(name: str, value: float) -> float:
     """Returns `value` if it can be a radius, else raises a `ValueError` that says what it is for."""
-    if isinstance(value, bool) or not (isinstance(value, Real) and math.isfinite(value) and value >= 0):
+    known = type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
+    if not (known and math.isfinite(value) and value >= 0):
         raise ValueError(
             f"{name} must be a finite number >= 0, got {value!r}. It is the size of the perturbation in "
             "the units of the weights; 0 turns the method into its base optimizer."

@@ -159,7 +159,8 @@ class FlatOptimizer(Session):
             except RuntimeError as error:
                 explain(error)
                 raise
-            check_loss(loss)
+            if type(loss) is not Tensor:
+                check_loss(loss)
             losses.add(loss, probe)
         self._finish(losses)
         return losses.reported()

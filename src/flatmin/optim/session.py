@@ -29,8 +29,8 @@ from flatmin.vectors import Vector
 Stage = Literal["idle", "closure", "loop", "window", "ready"]
 
 
-# Whose loop has ended, and who has not stepped yet.
-_READY: weakref.WeakSet[Session] = weakref.WeakSet()
+# The optimizers that have had a loop. Their directions stand in `.grad` until they step.
+_LOOPING: list[weakref.ref[Session]] = []
 
 
 def _install(params: list[Tensor], gradients: Vector) -> None:
@@ -65,7 +65,7 @@ class Session(Ending):
         self._rule_saw_gradients = False
         self._micro_share: float | None = None
         self._num_draws = 0
-        self._dropped = False
+        self._dropped = self._is_looping = False
         self._radii: Radii | None = None
 
     def rule(self) -> Rule:
@@ -81,7 +81,7 @@ class Session(Ending):
     def _evaluations(self, stage: Stage, scaling: Scaling, share: float | None) -> Generator[Probe, None, None]:
         params = self.params
         earlier = self._begin(stage, scaling, share, params)
-        place = self._place = Place(params, self._restore, announced=True)
+        place = self._place = Place(params, self._restore)
         quiet = self._quiet
         assert quiet is not None
         others = None if self.ranks.alone else self.ranks
@@ -89,7 +89,9 @@ class Session(Ending):
         requests = Requests(self.rule() if active else plain())
         elsewhere: list[tuple[list[Tensor], Vector]] = []
         try:
-            if _READY:
+            if stage == "loop":
+                place.announce()
+            if len(_LOOPING) > self._is_looping:
                 self._set_aside_elsewhere(params, elsewhere)
             probe = requests.next(None)
             while probe is not None:
@@ -120,7 +122,6 @@ class Session(Ending):
                 collector.combine(share, earlier)
             self._rule_saw_gradients |= collector.handed_out and active
             self._stage = "idle" if stage == "closure" else "ready"
-            _READY.add(self)
         except RuntimeError as error:
             explain(error)
             raise
@@ -136,16 +137,17 @@ class Session(Ending):
             if earlier is not None and self._stage == "loop":  # left half-way: earlier micro-batches stay
                 _install(params, earlier)
                 self._stage = "ready"
+            if stage == "loop":
+                place.withdraw()
             for theirs, direction in elsewhere:
                 _install(theirs, direction)
             self._place = self._probe = self._radii = None
 
-    @staticmethod
-    def _set_aside_elsewhere(params: list[Tensor], found: list[tuple[list[Tensor], Vector]]) -> None:
+    def _set_aside_elsewhere(self, params: list[Tensor], found: list[tuple[list[Tensor], Vector]]) -> None:
         """Takes away what other optimizers are about to step along: a loss here may add gradients to it."""
         own = {id(p) for p in params}
-        for other in [*_READY]:
-            if other._stage == "ready":
+        for other in [seen() for seen in _LOOPING]:
+            if other is not None and other is not self and other._stage == "ready":
                 theirs = [p for p in other.params if id(p) not in own]
                 found.append((theirs, Vector([p.grad for p in theirs])))
                 _install(theirs, Vector([None] * len(theirs)))
@@ -183,7 +185,9 @@ class Session(Ending):
         if self._stage == "ready" and not goes_on:
             raise ValueError(DIRECTION_LOST)
         self._fill_groups()
-        _READY.discard(self)
+        if stage == "loop" and not self._is_looping:
+            _LOOPING.append(weakref.ref(self, _LOOPING.remove))
+            self._is_looping = True
         self._stage, self._micro_share, self._radii, self._dropped = stage, share, None, False
         if not goes_on:
             self._scaling, self._memory, self._num_draws = scaling, None, 0
