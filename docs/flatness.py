@@ -157,7 +157,6 @@ def pictures_of(data: Data) -> dict[str, Any]:
     }
     return {
         "density": {**density.to_dict(), "stderr": density.stderr},
-        "negative": pair(density.negative_mass),
         "planes": {name: plane.to_dict() for name, plane in planes.items()},
         "numbers": numbers(model, data),
     }

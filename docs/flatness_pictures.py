@@ -21,13 +21,13 @@ PICTURES = Path(__file__).parent / "pictures"
 
 def numbers_table(found: dict[str, Any]) -> str:
     """Every measure of the one network, as Markdown."""
-    n = found["model"]["numbers"]
+    n, density = found["model"]["numbers"], revived(flatmin.DensityResult, found["model"]["density"])
     rows = [
         ("loss", f"{n['loss']:.4g}"),
         ("trace of H", format_estimate(**n["trace"])),
         ("trace / d", f"{n['trace']['value'] / n['num_params']:.4g}"),
         ("lambda_max", format_estimate(**n["lambda_max"])),
-        ("share of negative eigenvalues", format_estimate(**found["model"]["negative"])),
+        (f"share of the eigenvalues below -{density.resolved:.2g}", str(density.negative_mass)),
         ("noise stability, sigma = 0.02", format_estimate(**n["noise"])),
         ("half sigma^2 tr H", f"{0.02**2 / 2 * n['trace']['value']:.4g}"),
         ("average-direction sharpness, rho = 0.2", format_estimate(**n["average"])),

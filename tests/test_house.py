@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "radii": {"vectors"},
     "distributed": {"shards"},
     "noise": {"radii", "vectors", "shards", "slabs"},
-    "quiet": {"buffers"},
+    "quiet": {"buffers", "versions"},
     "place": {"vectors", "shards", "versions"},
     "problems": set(),
     "optim": {"buffers", "radii", "vectors", "noise", "quiet", "place", "shards", "distributed"},

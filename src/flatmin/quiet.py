@@ -33,6 +33,7 @@ from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.utils.hooks import RemovableHandle
 
 from flatmin.buffers import Buffers
+from flatmin.versions import unversioned
 
 RandomState = dict[torch.device, Tensor]
 CPU = torch.device("cpu")
@@ -65,7 +66,7 @@ def undisturbed(model: nn.Module, *, eval_mode: bool = True) -> Iterator[None]:
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
     states = random_state({p.device for module in modules for p in module._parameters.values() if p is not None})
-    buffers = Buffers(modules)
+    buffers, renormalised = Buffers(modules), _renormalised(modules)
     try:
         if eval_mode and any(training for _, training in modes):
             model.eval()
@@ -77,9 +78,18 @@ def undisturbed(model: nn.Module, *, eval_mode: bool = True) -> Iterator[None]:
                     module.train(training)
         finally:
             buffers.put_back()
+            with unversioned([weight for weight, _ in renormalised]):
+                for weight, value in renormalised:
+                    weight.detach().copy_(value)
             set_random_state(states)
             for module, training in modes:
                 module.training = training
+
+
+def _renormalised(modules: Iterable[nn.Module]) -> list[tuple[Tensor, Tensor]]:
+    """The weights that a forward shortens in place (`nn.Embedding(max_norm=...)`), and copies of them."""
+    tables = [m.weight for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None]
+    return [(weight, weight.detach().clone()) for weight in tables]
 
 
 class Quiet:

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import flatmin
 from flatmin.curvature.graph import curved
+from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import GaussNewtonOperator, HessianOperator
 from flatmin.curvature.products import choose_way
 from flatmin.curvature.seen import seen
@@ -317,3 +318,22 @@ def test_a_model_that_returns_no_loss_is_not_told_about_a_criterion(loss, messag
     model, x, y = make("tanh")
     with pytest.raises(ValueError, match=message):
         flatmin.Objective(model, None, [(x, y)], forward=loss).loss()
+
+
+def test_a_table_that_forward_shortens_is_left_as_it_was():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4, max_norm=0.5), nn.Flatten(), nn.Linear(8, 3)).double()
+    x, y = torch.randint(7, (12, 2)), torch.randint(3, (12,))
+    before = model[0].weight.detach().clone()
+    assert before.norm(dim=1).max() > 1
+    objective = flatmin.Objective(model, criterion, [(x, y)])
+    for measure in (
+        Objective.loss,
+        Objective.gradient,
+        flatmin.trace,
+        flatmin.top_eigenvalues,
+        lambda o: flatmin.noise_stability(o, 0.01),
+        lambda o: flatmin.ascent_sharpness(o, 0.01),
+    ):
+        measure(objective)
+        assert torch.equal(model[0].weight, before)
