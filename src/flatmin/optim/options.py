@@ -17,7 +17,8 @@ class EngineOptions(TypedDict, total=False):
     perturb: the parameters that may be moved, e.g. `flatmin.norm_parameters(model)`; `None` for all. All of them are
         trained; the norm is over the moved ones.
     restore: "exact" (default) keeps one copy of the moved parameters while they are away; "recompute" keeps none
-        and costs rounding (see flatmin.place).
+        and costs rounding (see flatmin.place). It pays for NSO (with `low_memory`), RSP, SAP, GSAM, WSAM and BSAM; the
+        others hold the displacement instead, which is as large.
     low_memory: draw noise again from its seed instead of holding it: one copy of the parameters less.
     guard: skip the step, count it and warn when a loss or the direction is not finite (one host synchronisation).
     every, start, stop: perturb only at steps t with start <= t < stop and (t - start) % every == 0; the other steps
