@@ -5,9 +5,10 @@ happened in between. Two ways, one choice:
 
     exact       a copy of the moved parameters is kept while they are away; coming back is a copy: no drift, ever
     recompute   nothing is kept; the displacement is subtracted again. Saves one copy of the parameters, where the
-                displacement is held anyway or can be drawn again, and costs rounding: each return is off by up to one unit in the last place of W + U, so fp32 weights drift by
-                about 1e-7 |W| sqrt(steps) and bf16 weights by 4e-3 |W| sqrt(steps) (do not use it there). An
-                exception in the caller's code is undone; an interrupt in the very middle of a move cannot be
+                displacement is held anyway or can be drawn again, and costs rounding: each return is off by up to one
+                unit in the last place of W + U, so fp32 weights drift by about 1e-7 |W| sqrt(steps) and bf16 weights
+                by 4e-3 |W| sqrt(steps) (do not use it there). An exception in the caller's code is undone; an
+                interrupt in the very middle of a move cannot be
 """
 
 from __future__ import annotations
