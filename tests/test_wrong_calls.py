@@ -39,7 +39,7 @@ def test_directions_that_are_none():
 
 def test_tensors_where_names_should_be():
     model, x, y = make("tanh")
-    with pytest.raises(ValueError, match=r"params takes names of parameters.*got Parameter"):
+    with pytest.raises(ValueError, match=r"params takes names.*got Parameter"):
         flatmin.Objective(model, criterion, [(x, y)], params=model.parameters())  # type: ignore[arg-type]
 
 

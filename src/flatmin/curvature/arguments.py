@@ -56,11 +56,9 @@ def choose_parameters(model: nn.Module, params: Any) -> Mapping[str, Tensor]:
         chosen = {name: p for name, p in named.items() if params(name, p)}
     else:
         names = [params] if isinstance(params, str) else list(params)
-        if any(not isinstance(name, str) for name in names):
-            raise ValueError(
-                f"params takes names of parameters, or a function (name, parameter) -> bool, got "
-                f"{type(next(n for n in names if not isinstance(n, str))).__name__}."
-            )
+        if others := [name for name in names if not isinstance(name, str)]:
+            kind = type(others[0]).__name__
+            raise ValueError(f"params takes names, or a function (name, parameter) -> bool, got {kind}.")
         missing = [name for name in names if name not in named]
         if missing:
             raise ValueError(f"no parameter is called {missing[0]!r}. The model has: {', '.join(named)}.")

@@ -267,6 +267,14 @@ class Objective:
         """The zero vector of parameter space."""
         return Vector(torch.zeros_like(p, requires_grad=False) for p in self.params)
 
+    @property
+    def tolerance(self) -> float:
+        """The relative difference that rounding may make between two passes over the data.
+
+        A shuffling loader rounds other batches: in single precision that is far below 1e-5, in half precision not.
+        """
+        return max(1e-5, 2 * self._rounding)
+
     def check(self) -> float:
         """L(w), after making sure that a second pass over the data gives the same number.
 
@@ -275,8 +283,7 @@ class Objective:
         """
         with self.quiet():  # one context: the random state goes on from the first pass to the second
             (first, size), (second, _) = self._mean_loss(), self._mean_loss()
-        # A shuffling loader rounds other batches: in single precision that is far below 1e-5, in half precision not.
-        if abs(first - second) > max(1e-5, 2 * self._rounding) * size:
+        if abs(first - second) > self.tolerance * size:
             raise ValueError(
                 f"two passes over the data give different losses ({first:.7g} and {second:.7g}), so there is no "
                 f"function to differentiate. {self._suspect()}"

@@ -188,7 +188,6 @@ def _find_uses(outputs: Tensor, params: Sequence[Tensor]) -> list[Use]:
         if 0 in arguments and kind(node) in LOOKUPS:
             param = arguments[0]
             if (use := lookup_of(node, param, shapes[param], above, len(outputs))) is not None:
-                use.shape = tuple(shapes[param])
                 uses.append(use)
                 continue
         if arguments:

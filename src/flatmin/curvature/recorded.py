@@ -72,7 +72,9 @@ def lookup_of(node: Node, param: int, shape: torch.Size, above: Mapping[Node, li
     once = (1,) * (len(result) - index.ndim) + tuple(index.shape)
     if once != (1, *result[1:]) or result[0] != samples or samples == 1:
         return None
-    return LookupUse(param, node, index.flatten().to(node._input_metadata[0].device))
+    use = LookupUse(param, node, index.flatten().to(node._input_metadata[0].device))
+    use.shape = tuple(shape)
+    return use
 
 
 def _addmm(node: Node, position: int, param: int, shape: torch.Size) -> Use:

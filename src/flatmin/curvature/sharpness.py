@@ -52,7 +52,7 @@ class SharpnessResult(Measurement):
         per_layer: layer -> the rise when only that layer is moved. They add up to `value` to leading order only.
         samples: the rises of the single draws, whose mean is `value`.
         num_losses: evaluations of the loss over the whole data that it took.
-        converged: whether the requested relative error was reached.
+        converged: whether the requested relative error was reached, by the draws and by rounding.
     """
 
     radius: float

@@ -19,7 +19,6 @@ from flatmin.curvature.results import Estimate
 from flatmin.shards import local
 
 Result = TypeVar("Result")
-ROUNDING = 1e-4
 
 
 class Store:
@@ -37,6 +36,7 @@ class Store:
     def __init__(self, path: str | os.PathLike[str] | None, objective: Objective, loss: float):
         self._path = None if path is None else Path(path)
         self._about = {"weights": _digest(objective), "loss": loss, "num_samples": objective.num_samples}
+        self._tolerance = objective.tolerance
         self._parts: dict[str, Any] = {}
         self._writes = objective.first
         if self._path is not None and self._writes:
@@ -67,22 +67,21 @@ class Store:
             about, parts = data["about"], data["parts"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a file of results that a measurement kept.") from error
-        differing = [name for name, value in self._about.items() if not _alike(about.get(name), value)]
+        differing = [name for name, value in self._about.items() if not self._alike(about.get(name), value)]
         if differing:
             raise ValueError(f"{path} is about another measurement ({', '.join(differing)} differ). Name another file.")
         return parts
+
+    def _alike(self, before: Any, now: Any) -> bool:
+        """Equal; a loss up to rounding, as other batches of a loader that shuffles change it."""
+        if isinstance(now, float) and isinstance(before, (int, float)):
+            return math.isclose(before, now, rel_tol=self._tolerance)
+        return before == now
 
     def _write(self, path: Path) -> None:
         new = path.with_name(path.name + ".new")
         new.write_text(json.dumps({"about": self._about, "parts": self._parts}, indent=1))
         os.replace(new, path)  # whole, or not at all
-
-
-def _alike(before: Any, now: Any) -> bool:
-    """Equal; a loss up to what other batches, of a loader that shuffles, change by rounding."""
-    if isinstance(now, float) and isinstance(before, (int, float)):
-        return math.isclose(before, now, rel_tol=ROUNDING)
-    return before == now
 
 
 def _digest(objective: Objective) -> str:

@@ -74,10 +74,11 @@ def unfinished(runs: Iterable[tuple[RunSpec, Path]]) -> list[tuple[RunSpec, Path
             if found.get(key) != wanted[key]:
                 raise ValueError(_other(path, f"with another {key} ({found.get(key)}, not {wanted[key]})"))
         if (before := header.get("task")) is not None:
-            now = tasks.get((spec.task, spec.seed)) or fingerprint(
-                get_task(spec.task), get_task(spec.task).load(spec.seed)
-            )
-            tasks[spec.task, spec.seed] = now
+            key = spec.task, spec.seed
+            if key not in tasks:
+                task = get_task(spec.task)
+                tasks[key] = fingerprint(task, task.load(spec.seed))
+            now = tasks[key]
             if changed := [part for part in now if before.get(part) != now[part]]:
                 raise ValueError(_other(path, f"of the task {spec.task} with another {' and '.join(changed)}"))
     return todo

@@ -51,8 +51,8 @@ class FlatOptimizer(Session):
     The other arguments are those of EngineOptions.
 
     Raises:
-        ValueError: for a class instead of an instance, a negative radius, an unknown option, an optimizer that
-            maximises or evaluates by itself.
+        ValueError: for a class instead of an instance, a negative radius, an unknown option, a `perturb` that names no
+            parameter of the base, an optimizer that maximises or evaluates by itself.
     """
 
     def __init__(
