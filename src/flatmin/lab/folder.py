@@ -74,11 +74,11 @@ def unfinished(runs: Iterable[tuple[RunSpec, Path]]) -> list[tuple[RunSpec, Path
             if found.get(key) != wanted[key]:
                 raise ValueError(_other(path, f"with another {key} ({found.get(key)}, not {wanted[key]})"))
         if (before := header.get("task")) is not None:
-            key = spec.task, spec.seed
-            if key not in tasks:
+            this = spec.task, spec.seed
+            if this not in tasks:
                 task = get_task(spec.task)
-                tasks[key] = fingerprint(task, task.load(spec.seed))
-            now = tasks[key]
+                tasks[this] = fingerprint(task, task.load(spec.seed))
+            now = tasks[this]
             if changed := [part for part in now if before.get(part) != now[part]]:
                 raise ValueError(_other(path, f"of the task {spec.task} with another {' and '.join(changed)}"))
     return todo

@@ -14,6 +14,7 @@ from flatmin.lab.summary import LEVEL, shown
 from flatmin.lab.tasks import get_task
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
+TITLES = {"test_accuracy": "test accuracy", "test_loss": "test loss", "trace": "Hessian trace"}
 
 
 def write_report(path: Path, summary: dict[str, Any], runs: Mapping[str, Sequence[RunRecord]]) -> Path:
@@ -85,9 +86,6 @@ def _verdict(summary: dict[str, Any]) -> list[str]:
         ]
         sentences.append(f"{name} against {control}: {', '.join(said)}.")
     return sentences
-
-
-TITLES = {"test_accuracy": "test accuracy", "test_loss": "test loss", "trace": "Hessian trace"}
 
 
 def _change(key: str, difference: float, control: dict[str, Any]) -> str:
