@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from flatmin.lab.cli import main
+from flatmin.lab.cli import Tasks, main
 
 
 def test_help_is_generated_from_the_dataclass(capsys):
@@ -87,3 +87,29 @@ def test_ctrl_c_leaves_whole_records_and_the_same_command_continues(tmp_path, jo
     subprocess.run(command, check=True, timeout=120, capture_output=True)
     assert len(list(records.glob("*.jsonl"))) == 4
     assert not list(records.glob("*.partial"))
+
+
+def test_an_interrupt_within_exec_of_a_string_ends_with_our_status_too(tmp_path):
+    """`python -m` ends by the signal when a caught KeyboardInterrupt has passed through one: dataclasses use them."""
+    body = "exec('import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(5)')"
+    (tmp_path / "command.py").write_text(f"""if True:
+        import signal, sys
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore it
+        from flatmin.lab import cli
+        cli.Tasks.run = lambda self: {body}
+        sys.exit(cli.main(["tasks"]))""")
+    command = [sys.executable, "-m", "command"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 130
+    assert "the same command continues" in done.stderr
+
+
+def test_an_ignored_interrupt_stays_ignored(monkeypatch):
+    seen = []
+    monkeypatch.setattr(Tasks, "run", lambda _: seen.append(signal.getsignal(signal.SIGINT)))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert main(["tasks"]) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == [signal.SIG_IGN]

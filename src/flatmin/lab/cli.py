@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +46,14 @@ class Tasks:
             print(f"{task.name}: {task.summary}\n  data: {task.source}; {task.licence}\n  settings: {task.tuning}")
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C.
+
+    Not KeyboardInterrupt itself: where that passes through `exec` of a string (defining a dataclass is one), `python
+    -m` ends by the signal, though it was caught, and not with our status.
+    """
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM: a clean stop, as for Ctrl-C."""
 
@@ -55,6 +63,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Ctrl-C and SIGTERM stop all runs with whole records; the exit status is 130 or 143.
     """
+    try:
+        with _stoppable():
+            _run(arguments)
+    except (ValueError, ImportError) as error:
+        return _end(f"error: {error}", 2)
+    except BrokenProcessPool:
+        return _end(f"error: a worker process died, perhaps for want of memory. {CONTINUES}", 2)
+    except Terminated:
+        return _end(f"terminated. {CONTINUES}", 143)
+    except KeyboardInterrupt:
+        return _end(f"interrupted. {CONTINUES}", 130)
+    return 0
+
+
+def _run(arguments: Sequence[str] | None) -> None:
     tyro = need("tyro", "lab")
     from flatmin.lab.compare import Compare, Report
     from flatmin.lab.launch import Train
@@ -70,19 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if list(sys.argv[1:] if arguments is None else arguments) == ["--version"]:
         print(metadata.version("flatmin"))
-        return 0
-    try:
-        with _terminable():
-            tyro.cli(commands, prog="flatmin", args=arguments).run()
-    except (ValueError, ImportError) as error:
-        return _end(f"error: {error}", 2)
-    except BrokenProcessPool:
-        return _end(f"error: a worker process died, perhaps for want of memory. {CONTINUES}", 2)
-    except Terminated:
-        return _end(f"terminated. {CONTINUES}", 143)
-    except KeyboardInterrupt:
-        return _end(f"interrupted. {CONTINUES}", 130)
-    return 0
+    else:
+        tyro.cli(commands, prog="flatmin", args=arguments).run()
 
 
 def _end(message: str, status: int) -> int:
@@ -91,20 +103,30 @@ def _end(message: str, status: int) -> int:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Inside, SIGTERM raises `Terminated` (where a handler can be set: in the main thread)."""
+def _stoppable() -> Iterator[None]:
+    """Inside, signals raise `Terminated` and `Interrupted` (where handlers can be set: in the main thread).
+
+    An interrupt that is ignored (a job in the background of a shell) stays ignored.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def stop(*_: object) -> None:
+    def terminate(*_: object) -> None:
         raise Terminated
 
-    before = signal.signal(signal.SIGTERM, stop)
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    handlers: dict[signal.Signals, Callable[..., None]] = {signal.SIGTERM: terminate}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        handlers[signal.SIGINT] = interrupt
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
