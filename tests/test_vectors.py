@@ -169,3 +169,13 @@ def test_flags_that_a_thread_makes_in_inference_mode_serve_outside():
         assert thread.submit(first).result()
         assert not thread.submit(lambda: Vector([torch.tensor([math.nan])]).isfinite_()).result()
         assert thread.submit(lambda: Vector([torch.ones(3)]).isfinite_()).result()
+
+
+@pytest.mark.parametrize("size", [1e-40, 1e-23, 1e-18, 1.0, 1e19, 3e37])
+def test_norms_of_tiny_and_huge_entries_do_not_leave_the_range_of_fp32(size):
+    vector = Vector([torch.tensor([3.0 * size, 0.0]), torch.zeros(0), torch.tensor(4.0 * size)])
+    assert vector.size() == pytest.approx(5 * size, rel=1e-4)
+    assert vector.isfinite()
+    for bad in (math.inf, math.nan):
+        assert not math.isfinite(Vector([torch.tensor([size, bad]), torch.tensor([size])]).size())
+    assert Vector([torch.zeros(2)]).size() == 0.0

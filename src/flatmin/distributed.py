@@ -102,6 +102,7 @@ class Ranks:
 
     Attributes:
         num_params: the number of parameters.
+        kept_apart: whether the caller's `no_sync` kept gradients of this evaluation from being averaged.
     """
 
     def __init__(self, params: Sequence[Tensor], model: nn.Module | None = None):
@@ -114,7 +115,7 @@ class Ranks:
         self._replicas: list[weakref.ref[DistributedDataParallel]] = []
         self._shards: list[weakref.ref[Any]] = []  # the modules that FSDP2 gathers weights for
         self._search_shards = bool(meshes)
-        self._exchange = True
+        self._exchange, self.kept_apart = True, False
         self._active = False  # there is something to settle
         self._silenced: list[DistributedDataParallel] = []
         named = [] if model is None else list(model.modules())
@@ -132,7 +133,7 @@ class Ranks:
 
     def probe(self, exchange: bool) -> None:
         """Before an evaluation: whether its backward may average gradients over the processes."""
-        self._exchange = exchange
+        self._exchange, self.kept_apart = exchange, False
         if not (several() or self._shards or self._search_shards):
             return
         self._active = True
@@ -214,6 +215,10 @@ class Ranks:
 
     def _silence(self, replica: DistributedDataParallel | None) -> None:
         """What `no_sync` does; DDP looks at this when its forward begins. A caller's own `no_sync` stays."""
-        if replica is not None and not self._exchange and replica.require_backward_grad_sync:
+        if replica is None:
+            return
+        if self._exchange:
+            self.kept_apart |= not replica.require_backward_grad_sync
+        elif replica.require_backward_grad_sync:
             self._silenced.append(replica)
             replica.require_backward_grad_sync = False

@@ -4,9 +4,9 @@
     Displacement    whatever can add itself to parameters
 
 A missing entry (`None`) is a zero that takes no memory: a parameter that the loss does not use, or one that a
-method leaves alone. This module is the only one that knows about `foreach` kernels, sparse gradients and low
-precision; it knows nothing of models, losses or optimizers. Entries may be sharded over processes (flatmin.shards):
-norms and inner products are over all of them, so every process must ask for them.
+method leaves alone. This module, on top of `entries`, is the only one that knows about `foreach` kernels, sparse
+gradients and low precision; it knows nothing of models, losses or optimizers. Entries may be sharded over processes
+(flatmin.shards): norms and inner products are over all of them, so every process must ask for them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flatmin.shards import ORDINARY, any_sharded, is_sharded, local, parts, summed
+from flatmin.entries import STRIDED, add_in_place, added, inner, scaled, size_in_units, stacked, total, values
+from flatmin.shards import ORDINARY, any_sharded, local, parts
 
-STRIDED = torch.strided
+SQUARABLE = 1e-15  # a norm above it has lost nothing to squares that underflow in fp32
 COUNTABLE = (torch.float32, torch.float64)  # a norm of such tensors on the CPU can be had as a number without cost
 
 
@@ -122,7 +123,7 @@ class Vector:
     def __mul__(self, scalar: float | Tensor) -> Vector:
         if self.plain and self.tensors and not isinstance(scalar, Tensor):
             return Vector(torch._foreach_mul(self.tensors, scalar), plain=True)  # type: ignore[arg-type]
-        return self.with_present(_scaled(self.present, scalar))
+        return self.with_present(scaled(self.present, scalar))
 
     __rmul__ = __mul__
 
@@ -142,7 +143,7 @@ class Vector:
         _same_length(self, other)
         pairs = [(a, b) for a, b in zip(self.tensors, other.tensors, strict=True)]
         both = [(a, b) for a, b in pairs if a is not None and b is not None]
-        sums = iter(_added([a for a, _ in both], [b for _, b in both], alpha))
+        sums = iter(added([a for a, _ in both], [b for _, b in both], alpha))
         return Vector(
             next(sums) if a is not None and b is not None else a if a is not None else None if b is None else b * alpha
             for a, b in pairs
@@ -175,25 +176,26 @@ class Vector:
         _same_length(self, other)
         pairs = zip(self.tensors, other.tensors, strict=True)
         common = [(a, b) for a, b in pairs if a is not None and b is not None]
-        terms = [_inner(local(a), local(b)) for a, b in common]
-        return _total(terms, [a for a, _ in common])
+        terms = [inner(local(a), local(b)) for a, b in common]
+        return total(terms, [a for a, _ in common])
 
     def norm(self) -> Tensor:
         """The Euclidean norm over all present entries together, a 0-dim tensor (fp32 or wider)."""
-        tensors = [_values(t) for t in parts(self.present)]
+        tensors = [values(t) for t in parts(self.present)]
         if not tensors:
             return torch.zeros((), device="cpu")
         dtypes = {t.dtype for t in tensors}
         dtype = torch.float32 if dtypes == {torch.float32} else reduce(torch.promote_types, dtypes, torch.float32)
         norms = torch._foreach_norm(tensors, 2, dtype)
         if any_sharded(self.present):
-            return _total([n.double().square() for n in norms], self.present).sqrt().to(dtype)
-        return torch.linalg.vector_norm(_stacked(norms))
+            return total([n.double().square() for n in norms], self.present).sqrt().to(dtype)
+        return torch.linalg.vector_norm(stacked(norms))
 
     def size(self) -> float | Tensor:
         """`norm()`, as a number where that costs nothing (on the CPU), and else as a tensor on its device."""
         if self.countable:
-            return math.hypot(*[torch.linalg.vector_norm(t).item() for t in self.tensors])  # type: ignore[arg-type]
+            size = math.hypot(*[torch.linalg.vector_norm(t).item() for t in self.tensors])  # type: ignore[arg-type]
+            return size if SQUARABLE < size < math.inf else size_in_units(self.present)
         norm, tensors = self.norm(), self.present
         return norm.item() if all(t.is_cpu and t.dtype in COUNTABLE for t in tensors) else norm
 
@@ -201,8 +203,8 @@ class Vector:
         """Whether every entry is finite. One host synchronisation; a second look if the norm overflows."""
         if math.isfinite(self.size()):
             return True
-        bad = [torch.isfinite(_values(t)).logical_not().sum() for t in parts(self.present)]
-        return not bool(_total(bad, self.present))
+        bad = [torch.isfinite(values(t)).logical_not().sum() for t in parts(self.present)]
+        return not bool(total(bad, self.present))
 
     def isfinite_(self) -> bool:
         """The same at less cost on the CPU, in one call for all entries; it may write over them what they are."""
@@ -224,7 +226,7 @@ class Vector:
             if self.tensors:
                 torch._foreach_add_(params, self.tensors, alpha=sign)  # type: ignore[arg-type]
         else:
-            _add_in_place([params[i] for i in self.support], self.present, sign)
+            add_in_place([params[i] for i in self.support], self.present, sign)
 
     def put(self, params: Sequence[Tensor], origin: Mapping[int, Tensor], sign: float = 1.0) -> bool:
         """Writes `origin + sign * self` to `params`, if every entry is present and ordinary; whether it has."""
@@ -245,7 +247,7 @@ class Vector:
             other.add_to(self.tensors, scale)  # type: ignore[arg-type]
             return self
         if self.complete and other.complete:
-            _add_in_place(self.present, other.present, scale)
+            add_in_place(self.present, other.present, scale)
             return self
         pairs = list(zip(self.tensors, other.tensors, strict=True))
         both = [(a, b) for a, b in pairs if a is not None and b is not None]
@@ -268,77 +270,3 @@ class Vector:
 
 def _same_length(a: object, b: object) -> None:
     assert len(a) == len(b), f"{len(a)} entries against {len(b)}"  # type: ignore[arg-type]
-
-
-def _add_in_place(params: Sequence[Tensor], tensors: Sequence[Tensor], alpha: float) -> None:
-    if _any_sparse(tensors):
-        for param, t in zip(params, tensors, strict=True):
-            param.add_(t, alpha=alpha)
-    elif params:
-        torch._foreach_add_(parts(params), parts(tensors), alpha=alpha)
-
-
-def _scaled(tensors: list[Tensor], scalar: float | Tensor) -> Sequence[Tensor]:
-    """Each of `tensors` times `scalar`, in its own dtype."""
-    if not tensors:
-        return tensors
-    if not isinstance(scalar, Tensor):
-        return [t * scalar for t in tensors] if _one_by_one(tensors) else torch._foreach_mul(tensors, scalar)
-    first = tensors[0]
-    # A 0-dim factor of another width would take the slow path (and low precision needs it rounded only once).
-    scalar = scalar if first.dtype.itemsize < 4 else scalar.to(first.dtype)
-    alike = all(t.device == scalar.device and t.dtype == first.dtype for t in tensors) and not _one_by_one(tensors)
-    products = torch._foreach_mul(tensors, scalar) if alike else [t * scalar.to(t.device) for t in tensors]
-    # A 0-dim entry would take the dtype of a wider 0-dim factor.
-    return [product.to(t.dtype) for product, t in zip(products, tensors, strict=True)]
-
-
-def _added(a: list[Tensor], b: list[Tensor], alpha: float) -> Sequence[Tensor]:
-    if _one_by_one([*a, *b]):
-        return [torch.add(x, y, alpha=alpha) for x, y in zip(a, b, strict=True)]
-    return torch._foreach_add(a, b, alpha=alpha) if a else []
-
-
-def _one_by_one(tensors: list[Tensor]) -> bool:
-    """Whether `foreach` kernels refuse them: sparse ones, or ordinary ones beside shards."""
-    if _any_sparse(tensors):
-        return True
-    return any_sharded(tensors) and not all(is_sharded(t) for t in tensors)
-
-
-def _any_sparse(tensors: Sequence[Tensor]) -> bool:
-    return any(t.layout is not STRIDED for t in tensors)
-
-
-def _values(tensor: Tensor) -> Tensor:
-    """What there is to add up: the entries of a sparse tensor, two numbers for a complex one."""
-    values = tensor.coalesce().values() if tensor.is_sparse else tensor
-    return torch.view_as_real(values) if values.is_complex() else values
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    if a.is_complex():
-        a, b = _values(a), _values(b)
-    return (_widened(a) * _widened(b)).sum()
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _total(terms: list[Tensor], owners: Sequence[Tensor]) -> Tensor:
-    """The sum of numbers that the local parts of `owners` gave."""
-    if not terms:
-        return torch.zeros((), device="cpu")
-    if any_sharded(owners):
-        return summed(_on_one_device(terms), owners)
-    return _stacked(terms).sum()
-
-
-def _stacked(scalars: Sequence[Tensor]) -> Tensor:
-    return torch.stack(_on_one_device(scalars))
-
-
-def _on_one_device(scalars: Sequence[Tensor]) -> list[Tensor]:
-    device = scalars[0].device
-    return [t if t.device == device else t.to(device) for t in scalars]

@@ -1,5 +1,6 @@
 """Contract 7: with a GradScaler the rule sees unscaled gradients, and an overflow in any probe changes nothing."""
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -151,3 +152,51 @@ def test_a_scaler_that_is_switched_off_is_none(method):
     scaled_step(case, GradScaler("cpu", enabled=False), "closure")
     plain.step()
     assert_same(plain.model.state_dict(), case.model.state_dict())
+
+
+@each_method
+def test_a_framework_finds_everything_as_before_as_soon_as_a_probe_has_overflowed(method):
+    """Not only at the next call: it may evaluate, save or load in between."""
+    case, scale = Case(method, model_name="batchnorm"), GradScaler("cpu", init_scale=16.0)
+
+    def step(factor: float = 1.0) -> None:
+        for _ in case.optimizer.probes(scale, rescale=True):
+            scale.scale(case.loss() * factor).backward()
+        scale.unscale_(case.optimizer)
+        scale.step(case.optimizer)
+        scale.update()
+
+    step()
+    saved = {k: v.clone() for k, v in case.model.state_dict().items()}
+    optimizer_saved = copy.deepcopy(case.optimizer.state_dict())
+    step()
+    before = {k: v.clone() for k, v in case.model.state_dict().items()}
+    step(torch.inf)
+    assert_same(case.model.state_dict(), before)
+    assert (case.optimizer.num_steps, case.optimizer.num_skipped) == (3, 1)
+    case.model.load_state_dict(saved)
+    case.optimizer.load_state_dict(optimizer_saved)
+    case.optimizer.zero_grad()
+    assert_same(case.model.state_dict(), saved)
+    assert (case.optimizer.num_steps, case.optimizer.num_skipped) == (1, 0)
+    step()
+    assert_same(case.model.state_dict(), before)
+
+
+@each_method
+def test_loading_drops_a_direction_and_puts_no_buffers_back(method):
+    case = Case(method, model_name="batchnorm")
+    case.loop_step()
+    saved, state = (
+        {k: v.clone() for k, v in case.model.state_dict().items()},
+        copy.deepcopy(case.optimizer.state_dict()),
+    )
+    for _ in case.optimizer.probes():
+        case.loss().backward()
+    case.model.load_state_dict(saved)
+    case.optimizer.load_state_dict(state)
+    case.loop_step()
+    again = Case(method, model_name="batchnorm")
+    again.loop_step()
+    again.loop_step()
+    assert_same(case.model.state_dict(), again.model.state_dict())

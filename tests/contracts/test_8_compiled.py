@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import flatmin
+from tests.contracts.cases import Case, each_method
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),  # torch's own, in its compiler
@@ -156,3 +157,21 @@ def test_a_part_that_is_replaced_in_a_compiled_model_is_found():
     run.model[1] = nn.BatchNorm1d(16)
     run.head.reset_running_stats()
     run.steps()
+
+
+@pytest.mark.parametrize("form", ["loop", "closure"])
+@each_method
+def test_a_compiled_function_around_the_whole_step_changes_nothing(method, form):
+    def after(compiled: bool, warm: int) -> list[Tensor]:
+        torch._dynamo.reset()
+        case = Case(method, model_name="batchnorm")
+        step = case.loop_step if form == "loop" else case.step
+        for number in range(3):
+            (torch.compile(step, backend="eager") if compiled and number >= warm else step)()
+        assert case.optimizer.num_steps == 3
+        return [*case.model.state_dict().values()]
+
+    expected = after(False, 0)
+    for warm in (0, 1):
+        for a, b in zip(after(True, warm), expected, strict=True):
+            assert torch.equal(a, b)

@@ -341,3 +341,48 @@ def test_a_large_but_finite_direction_is_not_skipped():
     optimizer.step(closure)
     assert optimizer.num_skipped == 0
     torch.testing.assert_close(weight.detach(), torch.full((2,), 0.9))
+
+
+@pytest.mark.parametrize("name", ["every", "start", "stop"])
+@pytest.mark.parametrize("value", [0.5, 2.5, "2", True])
+def test_steps_are_counted_in_whole_numbers(name, value):
+    p = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=f"{name} must be a whole number"):
+        flatmin.SAM(SGD([p], lr=0.1), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("looksam", {"k": 2.5}),
+        ("looksam", {"alpha": float("nan")}),
+        ("eigen-sam", {"frequency": 1.5}),
+        ("eigen-sam", {"alpha": float("nan")}),
+        ("sap", {"num_samples": 1.5}),
+        ("friendly-sam", {"sigma": float("nan")}),
+        ("asam", {"eta": float("nan")}),
+        ("fisher-sam", {"eta": float("nan")}),
+        ("gsam", {"alpha": float("nan")}),
+        ("random-sam", {"sigma": float("nan")}),
+        ("bsam", {"num_data": 10.5}),
+        ("bsam", {"initial": 0.0}),
+        ("bsam", {"betas": (1.5, 0.9)}),
+        ("bsam", {"prior": -1.0}),
+        ("bsam", {"damping": -5.0}),
+    ],
+)
+def test_options_that_make_no_sense(method, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        build(method, SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1), **options)
+
+
+@each_whole_method
+def test_other_wrong_calls(method):
+    case = Case(method)
+    with pytest.raises(ValueError, match=r"returned a tensor of shape \(64,\)"):
+        case.optimizer.step(lambda: (case.closure(), torch.ones(64))[1])
+    for share in (-1.0, float("nan"), "a"):
+        with pytest.raises(ValueError, match="share must be"):
+            case.optimizer.probes(share=share)
+    with pytest.raises(ValueError, match="model= takes the module"):
+        build(method, SGD(case.model.parameters(), lr=0.1), model=3)

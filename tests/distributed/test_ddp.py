@@ -1,5 +1,6 @@
 """Contract 11, DDP: two processes, each with half of the batch, equal one process with all of it."""
 
+import contextlib
 import math
 import warnings
 from typing import Any
@@ -361,3 +362,29 @@ def test_only_rules_that_look_take_the_argument():
     gsam: Any = flatmin.GSAM
     with pytest.raises(ValueError, match="part of its direction"):
         gsam(torch.optim.SGD(Run("base").model.parameters(), lr=0.1), sync_ascent=True)
+
+
+def shares_without_averaging(rank, outside):
+    run = Run("sam", "ddp", share(rank))
+    model: Any = run.model
+    message = ""
+    try:
+        for number in range(2):
+            with model.no_sync() if number == 0 and outside else contextlib.nullcontext():
+                for _ in run.optimizer.probes(share=0.5):
+                    run.evaluate()
+        run.optimizer.step()
+    except ValueError as error:
+        message = str(error)
+    return message, run.weights()
+
+
+def test_shares_inside_no_sync_are_refused(ranks):
+    (first, a), (second, b) = ranks(shares_without_averaging, True)
+    assert first == second
+    assert "inside no_sync" in first
+    assert_near(a, Run("sam").weights(), atol=0)
+    assert_near(b, Run("sam").weights(), atol=0)
+    (message, a), (_, b) = ranks(shares_without_averaging, False)
+    assert message == ""
+    assert_near(a, b, atol=0)

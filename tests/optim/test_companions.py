@@ -129,3 +129,11 @@ def test_all_probes_of_a_step_see_the_same_mix():
     assert torch.equal(seen[0], seen[1])
     assert torch.equal(seen[2], seen[3])
     assert not torch.equal(seen[0], seen[2])
+
+
+def test_each_entry_of_a_vector_is_a_row_of_its_own():
+    bias, row = nn.Parameter(torch.tensor([0.9, -0.9, 3.0])), nn.Parameter(torch.tensor([[0.9, -0.9, 3.0]]))
+    starts = [torch.zeros(3), torch.zeros(1, 3)]
+    flatmin.DistanceProjection([bias, row], radius=1.0, norm="mars", start=starts).project()
+    torch.testing.assert_close(bias.detach(), torch.tensor([0.9, -0.9, 1.0]))
+    torch.testing.assert_close(row.abs().sum(), torch.tensor(1.0))

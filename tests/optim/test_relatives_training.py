@@ -170,3 +170,17 @@ def test_esam_keeps_the_share_gamma_of_the_samples_and_at_least_one(gamma, n, ke
     rises = torch.randperm(n).double()
     hardest.remember(torch.ones(n))
     assert sorted(hardest.choose(1 + rises).tolist()) == [1.0 + r for r in range(n - kept, n)]
+
+
+def test_esam_draws_the_same_tensors_whatever_the_default_dtype():
+    def chosen(dtype: torch.dtype) -> list[tuple[float, ...]]:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            params = [torch.nn.Parameter(torch.ones(1)) for _ in range(8)]
+            optimizer = flatmin.ESAM(SGD(params, lr=0.0), beta=0.5)
+            return [optimizer.rule().gi_frame.f_locals["chosen"].values for _ in range(3)]
+        finally:
+            torch.set_default_dtype(before)
+
+    assert chosen(torch.float32) == chosen(torch.float64)

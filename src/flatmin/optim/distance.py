@@ -130,4 +130,6 @@ class DistanceProjection(_Anchor):
     def _size(self, delta: Tensor) -> Tensor:
         if self.norm == "frobenius" or delta.ndim == 0:
             return torch.linalg.vector_norm(delta)
+        if delta.ndim == 1:
+            return delta.abs()  # each entry is a row: it feeds one output unit
         return delta.abs().sum(tuple(range(1, delta.ndim)), keepdim=True)

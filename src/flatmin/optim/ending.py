@@ -78,8 +78,23 @@ class Ending(Tools):
             self._place = None
         if self._stage == "ready" and self._scaling.was_skipped():
             self._stage = "idle"
-            self._skip(None)
-            self._count("num_steps")
+            if not self._scaling.undone:
+                self._skip(None)
+                self._count("num_steps")
+
+    def _undo_overflow(self) -> None:
+        """A framework's scaler will skip this step: nothing of it stays, whatever is looked at or saved next."""
+        self._scaling.undone = True
+        self._count("num_skipped")
+        self._count("num_steps")
+        if self._quiet is not None:
+            self._quiet.undo()
+
+    def _drop(self) -> None:
+        """Another state has been loaded: a direction that stands is not to be stepped along, nor anything put back."""
+        self._stage, self._memory, self._drift, self._direction = "idle", None, None, None
+        if self._quiet is not None:
+            self._quiet.forget()
 
     def _check_scaled_by(self, scale: Tensor | None) -> None:
         """Gradients are unscaled once; `scaler.step(opt)` after a loop is right for a rule that only adds them up."""

@@ -14,7 +14,7 @@ rule asks to remember (flatmin.optim.memory).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flatmin.distributed import explain
+from flatmin.optim import compiled
 from flatmin.optim.losses import Losses
 from flatmin.optim.memory import make_room
 from flatmin.optim.misuse import (
@@ -30,6 +31,8 @@ from flatmin.optim.misuse import (
     check_base,
     check_closure,
     check_loss,
+    check_model,
+    check_number,
     check_options,
     check_perturbed,
     check_window,
@@ -72,6 +75,7 @@ class FlatOptimizer(Session):
         **unknown: Any,
     ):
         base = check_base(base, type(self).__name__)
+        check_model(model)
         check_options(unknown, type(self), self.radius_name)
         super().__init__(base, radius, seed)
         self._perturbed = None if perturb is None else check_perturbed(perturb, self.params)
@@ -124,6 +128,13 @@ class FlatOptimizer(Session):
             rescale: hands the direction back scaled, not finite after an overflow, for code that calls
                 `scaler.unscale_(opt)`, `scaler.step(opt)` and `scaler.update()` itself, as frameworks do.
         """
+        if compiled.inside():
+            return compiled.each(self._probes, scaler, share, rescale)
+        return self._probes(scaler, share, rescale)
+
+    def _probes(self, scaler: Any, share: float | None, rescale: bool) -> Generator[Probe, None, None]:
+        if share is not None:
+            share = check_number("share", share, 0.0)
         return self._open("loop", self._scaled_by(scaler, rescale=rescale), share)
 
     def step(self, closure: Callable[[], Any] | None = None, *, scaler: Any = None) -> Any:  # type: ignore[override]
@@ -142,6 +153,14 @@ class FlatOptimizer(Session):
             ValueError: if there is nothing to step with: no gradient, an unfinished loop, a closure that forgot
                 `backward()` or `return loss`; or a scaler that was not passed on.
         """
+        if compiled.inside():
+            return compiled.apart(self._step, closure, scaler)
+        return self._step(closure, scaler)
+
+    # Hooks and profiling belong to the base's step, which runs inside this one: once a step, not twice.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _step(self, closure: Callable[[], Any] | None, scaler: Any) -> Any:
         if closure is None:
             self._step_after_loop()
             return None
@@ -159,14 +178,11 @@ class FlatOptimizer(Session):
             except RuntimeError as error:
                 explain(error)
                 raise
-            if type(loss) is not Tensor:
+            if type(loss) is not Tensor or loss.numel() != 1:
                 check_loss(loss)
             losses.add(loss, probe)
         self._finish(losses)
         return losses.reported()
-
-    # Hooks and profiling belong to the base's step, which runs inside this one: once a step, not twice.
-    step.hooked = True  # type: ignore[attr-defined]
 
     def _step_after_loop(self) -> None:
         if self._initialises_state():
@@ -220,3 +236,9 @@ class FlatOptimizer(Session):
         """The base optimizer's `state_dict`, with radius, step count and seed in its groups. No weight copies."""
         self._heal()
         return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave, or a checkpoint of the bare base optimizer (our options then stay)."""
+        super().load_state_dict(state_dict)
+        if not self._under_way:
+            self._drop()

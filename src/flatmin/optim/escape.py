@@ -9,6 +9,7 @@ from typing import Any, Unpack
 from torch.optim import Optimizer
 
 from flatmin.optim.engine import FlatOptimizer
+from flatmin.optim.misuse import check_whole
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.parts import some
 from flatmin.optim.registry import register
@@ -167,9 +168,7 @@ class SAP(_Escape):
         num_samples: int = 1,
         **options: Unpack[EngineOptions],
     ):
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
-        self.num_samples = num_samples
+        self.num_samples = check_whole("num_samples", num_samples, 1)
         super().__init__(base, rho, threshold, seed, **options)
 
     sync_ascent = False

@@ -34,6 +34,7 @@ class Host(Migration, Optimizer):
     base: Optimizer
     train, eval = OfTheBase("train"), OfTheBase("eval")  # trainers ask for them: schedule-free optimizers have modes
     remembers: tuple[str, ...] = ()  # the vectors that the method keeps between steps (flatmin.optim.memory)
+    finds_once: tuple[str, ...] = ()  # those of them that the first micro-batch of a step finds for all
     replaces_momentum: bool = False  # whether the base should be plain SGD
     takes_sparse: bool = True  # whether its formula can be evaluated on sparse gradients
     is_random: bool = False  # whether the method draws random numbers

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Module
 from torch.optim import LBFGS, Optimizer
 
 from flatmin.optim.options import EngineOptions
@@ -67,6 +70,11 @@ SCALER_STEP = (
     "scaler.step(opt) after opt.probes(scaler), or with a closure: the gradients would be unscaled twice, or not at "
     "all. Call opt.step() (or opt.step(closure, scaler=scaler)) instead: it unscales, skips on overflow and updates "
     "the scaler. In Accelerate use flatmin.integrations.accelerate.probes."
+)
+
+SHARE_NOT_AVERAGED = (
+    "probes(share=...) inside no_sync(): the gradients of this micro-batch would not be averaged over the processes, "
+    "so that their weights would drift apart. Leave no_sync() away: what need not be averaged in a probe is not."
 )
 
 NO_CALLBACK = (
@@ -150,10 +158,18 @@ def check_closure(closure: object) -> None:
         raise ValueError(NO_CALLBACK)
 
 
+def check_model(model: object) -> None:
+    """Raises a `ValueError` if `model=` is something else than a module."""
+    if model is not None and not isinstance(model, Module):
+        raise ValueError(f"model= takes the module that is trained (a torch.nn.Module), got {type(model).__name__}.")
+
+
 def check_loss(loss: object) -> None:
     """Raises a `ValueError` if a closure returned something else than a loss."""
     if loss is None:
         raise ValueError("the closure returned None. End it with `return loss`.")
+    if isinstance(loss, Tensor):
+        raise ValueError(f"the closure returned a tensor of shape {tuple(loss.shape)}: return its mean.")
     if isinstance(loss, (tuple, list, dict)):
         raise ValueError(f"the closure returned a {type(loss).__name__}: let it return the loss alone, a number.")
 
@@ -210,8 +226,30 @@ def warn_skipped(name: str, step: int, culprit: str, count: int, radius_name: st
     )
 
 
+def check_whole(name: str, value: object, least: int | None = None) -> int:
+    """Returns `value` if it is a whole number (and at least `least`), else raises a `ValueError`."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number, got {value!r}.")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+    return int(value)
+
+
+def check_number(name: str, value: object, least: float | None = None) -> float:
+    """Returns `value` if it is a finite number (and at least `least`), else raises a `ValueError`."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}.")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least:g}, got {value}.")
+    return float(value)
+
+
 def check_window(every: int, start: int, stop: int | None) -> tuple[int, int, int | None]:
     """Returns (every, start, stop) if they say which steps to perturb, else raises a `ValueError`."""
+    check_whole("every", every)
+    check_whole("start", start)
+    if stop is not None:
+        check_whole("stop", stop)
     if every < 1 or start < 0 or (stop is not None and stop < start):
         raise ValueError(
             "a rule is active at steps t with start <= t < stop and (t - start) % every == 0, so every must be "

@@ -93,7 +93,7 @@ class SAM(FlatOptimizer):
         eta: float = 0.01,
         **options: Unpack[EngineOptions],
     ):
-        if eta < 0:
+        if not eta >= 0:
             raise ValueError(f"eta must be >= 0, got {eta}. It is the smallest scale that ASAM gives to a weight.")
         self.adaptive, self.normalize, self.eta = adaptive, normalize, eta
         self.sync_ascent = sync_ascent

@@ -32,12 +32,14 @@ class Scaling:
     Attributes:
         by_framework: whether a framework takes over once the direction stands.
         rescale: whether it gets the direction scaled, because there is a scaler.
+        undone: whether an overflow has been dealt with, before the framework hears of it.
     """
 
     def __init__(self, scaler: Any, params: list[Tensor], *, rescale: bool = False):
         self._scaler: Any = scaler if scaler is not None and scaler.is_enabled() else None
         self.by_framework = rescale
         self.rescale = rescale and self._scaler is not None
+        self.undone = False
         self._params = params
         self._handed_to: Any = None  # the scaler's notes when the direction was handed back; it drops them on update
         self._done: list[_Gradients] = []  # kept alive until the update: the scaler knows them by their id
@@ -54,14 +56,19 @@ class Scaling:
             self._done.append(gradients)
             self._scaler.unscale_(gradients)
 
-    def settle(self, agree: Callable[[bool], bool], *, is_scaled: bool) -> None:
-        """Leaves the direction in `.grad` as the caller expects it: unscaled, or scaled for a framework."""
-        if self.rescale:
-            scale = 1.0 if is_scaled else self._scaler.get_scale()
-            Vector([p.grad for p in self._params]).scale_(math.inf if self.overflowed(agree) else scale)
-            self._handed_to = self._scaler._per_optimizer_states
-        elif is_scaled:
-            self.unscale()
+    def settle(self, agree: Callable[[bool], bool], *, is_scaled: bool) -> bool:
+        """Leaves the direction in `.grad` as the caller expects it: unscaled, or scaled for a framework.
+
+        Returns whether it was handed back as not finite.
+        """
+        if not self.rescale:
+            if is_scaled:
+                self.unscale()
+            return False
+        direction, overflow = Vector([p.grad for p in self._params]), self.overflowed(agree)
+        direction.scale_(math.inf if overflow else 1.0 if is_scaled else self._scaler.get_scale())
+        self._handed_to = self._scaler._per_optimizer_states
+        return overflow or agree(not direction.isfinite())
 
     def was_skipped(self) -> bool:
         """Whether the scaler has been updated since the direction was handed back: then it did not step."""

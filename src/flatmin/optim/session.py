@@ -16,7 +16,7 @@ from flatmin.distributed import Ranks, explain
 from flatmin.optim.collect import Collector
 from flatmin.optim.ending import Ending
 from flatmin.optim.memory import Memory
-from flatmin.optim.misuse import ALREADY_UNDER_WAY, DIRECTION_LOST, check_dense
+from flatmin.optim.misuse import ALREADY_UNDER_WAY, DIRECTION_LOST, SHARE_NOT_AVERAGED, check_dense
 from flatmin.optim.rule import Probe, Requests, Rule, Update, plain
 from flatmin.optim.scaling import UNSCALED, Scaling
 from flatmin.place import Place
@@ -108,6 +108,8 @@ class Session(Ending):
                 quiet.settle()
                 if others is not None:
                     others.settle()
+                    if share is not None and others.kept_apart:
+                        raise ValueError(SHARE_NOT_AVERAGED)
                 probe.check_used()
                 if probe.weight is None and self._scaling is not UNSCALED:
                     self._scaling.unscale()
@@ -117,7 +119,7 @@ class Session(Ending):
                     place.move(None)
                 probe = requests.next(collector.after(probe))
             place.home()
-            self._install(collector, requests.direction)
+            overflow = self._install(collector, requests.direction)
             if share is not None:
                 collector.combine(share, earlier)
             self._rule_saw_gradients |= collector.handed_out and active
@@ -142,6 +144,8 @@ class Session(Ending):
             for theirs, direction in elsewhere:
                 _install(theirs, direction)
             self._place = self._probe = self._radii = None
+        if overflow and share is None:
+            self._undo_overflow()
 
     def _set_aside_elsewhere(self, params: list[Tensor], found: list[tuple[list[Tensor], Vector]]) -> None:
         """Takes away what other optimizers are about to step along: a loss here may add gradients to it."""
@@ -155,18 +159,20 @@ class Session(Ending):
     def _exchanges(self, probe: Probe) -> bool:
         return self.sync_ascent or not probe.ascent
 
-    def _install(self, collector: Collector, direction: Vector | Update | None) -> None:
+    def _install(self, collector: Collector, direction: Vector | Update | None) -> bool:
+        """Puts the direction where the base reads it; whether a framework's scaler will skip the step."""
         if isinstance(direction, Update):
             drift = direction.drift if self._micro_share is None else direction.drift * self._micro_share
             self._drift = drift if self._drift is None else self._drift + drift
             direction = direction.direction
         last, installed = collector.last, collector.install(direction)
         if self._memory is not None:
-            self._memory.leave(installed, last)
+            self._memory.keep(self._micro_share, installed, last)
         # After a loop the caller may change it, by clipping, say.
         self._direction = installed if self._stage == "closure" else None
-        if self._scaling is not UNSCALED:
-            self._scaling.settle(self.ranks.agree, is_scaled=direction is None)
+        if self._scaling is UNSCALED:
+            return False
+        return self._scaling.settle(self.ranks.agree, is_scaled=direction is None)
 
     def _active(self) -> bool:
         t = self.num_steps
@@ -193,6 +199,8 @@ class Session(Ending):
             self._scaling, self._memory, self._num_draws = scaling, None, 0
             self._drift = self._direction = None
             self._rule_saw_gradients = False
+        if self._memory is not None:
+            self._memory.begin()
         if self._ranks is not None and self._ranks.num_params != len(params):
             self._ranks = None  # parameters were added
         if self._quiet is None:

@@ -65,7 +65,7 @@ class Tools(Host):
         """What the rule remembers between steps."""
         if self._memory is None:
             empty = not self.param_groups[0].get("num_remembered")
-            self._memory = Memory(self.params, self.state, self.remembers, empty=empty)
+            self._memory = Memory(self.params, self.state, self.remembers, found_once=self.finds_once, empty=empty)
         return self._memory
 
     @property

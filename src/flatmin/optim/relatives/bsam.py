@@ -8,6 +8,7 @@ from typing import Unpack
 from torch.optim import SGD, Optimizer
 
 from flatmin.optim.engine import FlatOptimizer
+from flatmin.optim.misuse import check_number, check_whole
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
 from flatmin.optim.rule import Rule
@@ -42,21 +43,23 @@ def bsam(
     inner = perturbed + Vector(None if t is None else w for t, w in _pairs(perturbed, weights)) * delta
     m = inner * (1.0 - b1) if m is None else m * b1 + inner * (1.0 - b1)
     memory["momentum"] = m
+    moved = s.within(draw)
     grown = Vector(
         q if t is None or q is None else b2 * q + (1.0 - b2) * (q.sqrt() * t.abs() + delta + damping)
-        for t, q in _pairs(g, s)
+        for t, q in _pairs(g, moved)
     )
-    memory["precision"] = grown
+    memory["precision"] = Vector(old if new is None else new for old, new in _pairs(s, grown))
     return Vector(
-        t if p is None or q is None else p / q for t, p, q in zip(perturbed.tensors, m.tensors, s.tensors, strict=True)
+        t if p is None or q is None else p / q
+        for t, p, q in zip(perturbed.tensors, m.tensors, moved.tensors, strict=True)
     )
 
 
 def _filled(s: Vector | None, draw: Vector, initial: float) -> Vector:
-    """The precision so far, and the first value where there is none yet: a layer may join later."""
+    """The precision so far, and the first value where there is none yet: a layer may join later, or pause."""
     if s is None:
         s = Vector([None] * len(draw))
-    return Vector(None if n is None else n.new_full(n.shape, initial) if q is None else q for n, q in _pairs(draw, s))
+    return Vector(n.new_full(n.shape, initial) if q is None and n is not None else q for n, q in _pairs(draw, s))
 
 
 def _pairs(a: Vector, b: Vector):
@@ -92,10 +95,11 @@ class BSAM(FlatOptimizer):
     checkpoints: m and s. `step(closure)` returns the mean loss over its two points.
 
     Raises:
-        ValueError: negative `rho`, `num_data` < 1.
+        ValueError: negative `rho`, `prior` or `damping`, `num_data` < 1, `betas` outside [0, 1], `initial` <= 0.
 
     Source: Moellenhoff, Khan, "SAM as an Optimal Relaxation of Bayes", ICLR 2023, and its published JAX code, which
-    also averages over 8 sub-batches with noise of their own (here: one). Learning rate there 0.5.
+    also averages over 8 sub-batches with noise of their own (here: one, or a loop of `probes(share=1 / 8)` for each).
+    Learning rate there 0.5.
     """
 
     radius_name = "rho"
@@ -117,9 +121,13 @@ class BSAM(FlatOptimizer):
         seed: int | None = 0,
         **options: Unpack[EngineOptions],
     ):
-        if num_data < 1:
-            raise ValueError(f"num_data is the number of training samples, at least 1; got {num_data}.")
-        self.num_data, self.prior, self.damping, self.betas, self.initial = num_data, prior, damping, betas, initial
+        if not (len(betas) == 2 and all(0 <= b <= 1 for b in betas)):
+            raise ValueError(f"betas must be two numbers in [0, 1], got {betas}.")
+        if not (check_number("initial", initial) > 0):
+            raise ValueError(f"initial must be positive, got {initial}: it is the first precision of every weight.")
+        self.num_data = check_whole("num_data, the number of training samples,", num_data, 1)
+        self.prior, self.damping = check_number("prior", prior, 0.0), check_number("damping", damping, 0.0)
+        self.betas, self.initial = betas, initial
         super().__init__(base, rho, seed=seed, **options)
         if not isinstance(base, SGD) or any(g.get("momentum") or g.get("weight_decay") for g in base.param_groups):
             warnings.warn(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Unpack
 
+import torch
 from torch.optim import Optimizer
 
 from flatmin.optim.engine import FlatOptimizer
+from flatmin.optim.misuse import check_number, check_whole
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
 from flatmin.optim.rule import HERE, Rule
@@ -20,12 +22,13 @@ STEP = 1e-2  # of the central difference, in the units of the weights
 def eigen_sam(rho: Radii, alpha: float, start: Vector | None, memory) -> Rule:
     """G = g(W + rho (u + alpha sign(u.v) v_perp)), u = g / |g|, v the top eigenvector of the Hessian.
 
-    With `start` v is found again by power iteration on H v = [g(W + h v) - g(W - h v)] / 2h: ten more gradients.
+    With `start` v is found again by power iteration on H v = [g(W + h v) - g(W - h v)] / 2h: ten more gradients. It
+    begins at the v before, and at `start` where that is zero: a layer that was not perturbed then.
     """
     g = yield HERE
     v = memory.get("eigenvector")
     if start is not None:
-        v = _unit(rho.select(start if v is None else v))
+        v = _unit(rho.select(start if v is None else _filled(v, _unit(start))))
         for _ in range(NUM_ITERATIONS):
             ahead = yield v * STEP
             behind = yield v * -STEP
@@ -38,6 +41,11 @@ def eigen_sam(rho: Radii, alpha: float, start: Vector | None, memory) -> Rule:
     e = rho * u
     del g, u, v
     return (yield e)
+
+
+def _filled(v: Vector, start: Vector) -> Vector:
+    pairs = zip(v.tensors, start.tensors, strict=True)
+    return Vector(s if t is None or s is None else torch.where(t == 0, s, t) for t, s in pairs)
 
 
 def _unit(v: Vector) -> Vector:
@@ -62,6 +70,8 @@ class EigenSAM(FlatOptimizer):
         seed: of the first vector; `None` is really random.
         options: see `flatmin.optim.options.EngineOptions`.
 
+    Of micro-batches that are perturbed one by one (`probes(share=)`) the first one finds v for all.
+
     Products with the Hessian are central differences of gradients, because a rule asks for nothing else; the published
     code uses double backward. Power iteration finds the eigenvalue of largest *size*.
 
@@ -69,13 +79,13 @@ class EigenSAM(FlatOptimizer):
     parameters; one between steps and in checkpoints: v. `step(closure)` returns the loss at the unperturbed weights.
 
     Raises:
-        ValueError: negative `rho`, `frequency` < 1.
+        ValueError: negative `rho`, `frequency` < 1, `alpha` not finite.
 
     Source: Luo et al., "Explicit Eigenvalue Regularization Improves Sharpness-Aware Minimization", NeurIPS 2024.
     """
 
     radius_name = "rho"
-    remembers = ("eigenvector",)
+    remembers = finds_once = ("eigenvector",)
     is_random = True
 
     def __init__(
@@ -87,15 +97,14 @@ class EigenSAM(FlatOptimizer):
         seed: int | None = 0,
         **options: Unpack[EngineOptions],
     ):
-        if frequency < 1:
-            raise ValueError(f"frequency must be at least 1, got {frequency}.")
-        self.alpha, self.frequency = alpha, frequency
+        self.alpha, self.frequency = check_number("alpha", alpha), check_whole("frequency", frequency, 1)
         super().__init__(base, rho, seed=seed, **options)
 
     def rule(self) -> Rule:
         """See `eigen_sam`."""
         rho, start = self.radii(), None
-        if self.num_perturbed % self.frequency == 0:
+        is_due = self.num_perturbed % self.frequency == 0 and not self.memory.is_found("eigenvector")
+        if is_due or self.memory.get("eigenvector") is None:  # a search may have been in a step that was skipped
             start = self.noise("normal", Radii(float(r > 0) for r in rho.values)).vector()
         return eigen_sam(rho, self.alpha, start, self.memory)
 

@@ -104,7 +104,7 @@ class ESAM(FlatOptimizer):
         """See `esam`."""
         rho = self.radii()
         generator = torch.Generator("cpu").manual_seed(self.new_seed())
-        chance = torch.rand(len(rho.values), generator=generator, device="cpu").tolist()
+        chance = torch.rand(len(rho.values), generator=generator, dtype=torch.float32, device="cpu").tolist()
         chosen = Radii(r if c < self.beta else 0.0 for r, c in zip(rho.values, chance, strict=True))
         return esam(rho, chosen, self.beta, Hardest(self.gamma))
 

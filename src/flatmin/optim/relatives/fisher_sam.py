@@ -63,7 +63,7 @@ class FisherSAM(FlatOptimizer):
         sync_ascent: bool = False,
         **options: Unpack[EngineOptions],
     ):
-        if eta < 0:
+        if not eta >= 0:
             raise ValueError(f"eta must be >= 0, got {eta}; 0 is SAM.")
         self.eta, self.sync_ascent = eta, sync_ascent
         super().__init__(base, rho, **options)

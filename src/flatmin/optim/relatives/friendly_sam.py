@@ -7,6 +7,7 @@ from typing import Unpack
 from torch.optim import Optimizer
 
 from flatmin.optim.engine import FlatOptimizer
+from flatmin.optim.misuse import check_number
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
 from flatmin.optim.rule import HERE, Rule
@@ -21,8 +22,15 @@ def friendly_sam(rho: Radii, sigma: float, decay: float, memory) -> Rule:
 
 def _noise_of_the_batch(g: Vector, sigma: float, decay: float, memory) -> Vector:
     m = memory.get("mean")
-    memory["mean"] = g if m is None else m * decay + g * (1.0 - decay)
+    memory["mean"] = g if m is None else _grown(m, g, decay)
     return g if m is None else g - m * sigma
+
+
+def _grown(m: Vector, g: Vector, decay: float) -> Vector:
+    """The mean with g in it; of a parameter whose first gradient this is, that gradient."""
+    mean = m * decay + g * (1.0 - decay)
+    triples = zip(mean.tensors, m.tensors, g.tensors, strict=True)
+    return Vector(first if before is None else after for after, before, first in triples)
 
 
 @register("friendly-sam", gradients=2, paper="Li et al. 2024, arXiv:2403.12350")
@@ -46,7 +54,7 @@ class FriendlySAM(FlatOptimizer):
     checkpoints: m. `step(closure)` returns the loss at the unperturbed weights.
 
     Raises:
-        ValueError: negative `rho`, `decay` outside [0, 1).
+        ValueError: negative `rho`, `decay` outside [0, 1), `sigma` not finite.
 
     Source: Li et al., "Friendly Sharpness-Aware Minimization", CVPR 2024; m is used before it is updated, and starts
     as the first gradient, as in its published code.
@@ -65,7 +73,7 @@ class FriendlySAM(FlatOptimizer):
     ):
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}.")
-        self.sigma, self.decay = sigma, decay
+        self.sigma, self.decay = check_number("sigma", sigma), decay
         super().__init__(base, rho, **options)
 
     def rule(self) -> Rule:

@@ -7,6 +7,7 @@ from typing import Unpack
 from torch.optim import Optimizer
 
 from flatmin.optim.engine import FlatOptimizer
+from flatmin.optim.misuse import check_number
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
 from flatmin.optim.rule import HERE, Rule
@@ -51,9 +52,7 @@ class GSAM(FlatOptimizer):
     radius_name = "rho"
 
     def __init__(self, base: Optimizer, rho: float = 0.05, alpha: float = 0.4, **options: Unpack[EngineOptions]):
-        if alpha < 0:
-            raise ValueError(f"alpha must be >= 0, got {alpha}; 0 is SAM.")
-        self.alpha = alpha
+        self.alpha = check_number("alpha", alpha, 0.0)
         super().__init__(base, rho, **options)
 
     def rule(self) -> Rule:

@@ -7,6 +7,7 @@ from typing import Unpack
 from torch.optim import Optimizer
 
 from flatmin.optim.engine import FlatOptimizer
+from flatmin.optim.misuse import check_number, check_whole
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
 from flatmin.optim.rule import HERE, Rule
@@ -58,9 +59,7 @@ class LookSAM(FlatOptimizer):
     def __init__(
         self, base: Optimizer, rho: float = 0.05, k: int = 5, alpha: float = 0.7, **options: Unpack[EngineOptions]
     ):
-        if k < 1 or alpha < 0:
-            raise ValueError(f"k must be at least 1 and alpha >= 0, got k={k} and alpha={alpha}.")
-        self.k, self.alpha = k, alpha
+        self.k, self.alpha = check_whole("k", k, 1), check_number("alpha", alpha, 0.0)
         super().__init__(base, rho, **options)
 
     def rule(self) -> Rule:

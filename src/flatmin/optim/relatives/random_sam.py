@@ -64,7 +64,7 @@ class RandomSAM(FlatOptimizer):
         sync_ascent: bool = False,
         **options: Unpack[EngineOptions],
     ):
-        if sigma < 0 or weight <= 0:
+        if not (sigma >= 0 and weight > 0):
             raise ValueError(f"sigma must be >= 0 and weight > 0, got {sigma} and {weight}.")
         self.sigma, self.weight, self.sync_ascent = sigma, weight, sync_ascent
         super().__init__(base, rho, seed=seed, **options)
