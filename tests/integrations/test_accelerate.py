@@ -260,3 +260,15 @@ def test_two_processes_equal_one(tmp_path):
                 nn.functional.cross_entropy(one(inputs), labels).backward()
             opt.step()
     assert_close(model, one)
+
+
+def test_a_closure_where_micro_batches_are_accumulated_is_refused():
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=4)
+    try:
+        model = net()
+        model, opt = accelerator.prepare(model, flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1)))
+        accelerator.gradient_state._set_sync_gradients(True)  # as at the last micro-batch
+        with pytest.raises(ValueError, match="the others would be lost"):
+            opt.step(lambda: nn.functional.cross_entropy(model(X), Y))
+    finally:
+        accelerator.gradient_accumulation_steps = 1

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torchmetrics
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
@@ -76,11 +77,10 @@ def trainer_of(*callbacks, precision="32-true", epochs=2, **options) -> Any:
         max_epochs=epochs,
         accelerator="cpu",
         callbacks=[FlatCallback(), *callbacks],
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
-        **{"logger": False, "num_sanity_val_steps": 0, **options},
+        **{"enable_checkpointing": False, "logger": False, "num_sanity_val_steps": 0, **options},
     )
 
 
@@ -305,3 +305,44 @@ def test_what_could_not_be_right_is_refused():
         fit("sam", model=Manual("sam"))
     with pytest.raises(ValueError, match=r"FlatCallback needs a flatmin optimizer, got SGD"):
         fit("sam", model=Plain("sam"))
+
+
+class Scored(Validated):
+    """Logs the validation loss, which is lowest in the middle of training: the best checkpoint is not the last one."""
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.log("score", abs(self.trainer.global_step - 4.0))
+
+    def test_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+
+    def predict_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        return batch[0]
+
+
+def test_a_checkpoint_is_evaluated_with_its_own_average(tmp_path):
+    model, averaging = Scored("sam"), AveragingCallback(kind="ema", decay=0.5)
+    best = ModelCheckpoint(tmp_path, monitor="score")
+    trainer = trainer_of(averaging, best, epochs=4, enable_checkpointing=True)
+    trainer.fit(model, batches(64), batches(128))
+    expected, last = model.validated_at[1], model.validated_at[-1]  # two steps an epoch
+    assert not torch.equal(expected, last)
+    for run in (trainer, trainer_of(AveragingCallback(kind="ema", decay=0.5))):
+        other = model if run is trainer else Scored("sam")
+        for evaluate in (run.validate, run.test, run.predict):
+            path = "best" if run is trainer else best.best_model_path
+            evaluate(other, batches(128), ckpt_path=path, weights_only=True)
+            assert torch.equal(other.validated_at[-1], expected)
+
+
+def test_a_checkpoint_without_an_average_is_evaluated_as_it_is(tmp_path):
+    model, averaging = Scored("sam"), AveragingCallback(kind="mean")
+    trainer = trainer_of(averaging, epochs=2)
+    trainer.fit(model, batches(64), batches(128))
+    trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    weights = model.net[0].weight.detach().clone()
+    with pytest.warns(UserWarning, match="has no average"):
+        trainer.test(model, batches(128), ckpt_path=tmp_path / "weights.ckpt", weights_only=True)
+    assert torch.equal(model.validated_at[-1], weights)

@@ -1,5 +1,6 @@
 """The Transformers Trainer, the real one, on the CPU, with tiny models made from configurations (no downloads)."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -263,3 +264,46 @@ def test_only_adapters_are_perturbed_and_trained(tmp_path):
     after = dict(model.named_parameters())
     assert all(torch.equal(after[name], start[name]) for name in start if "lora" not in name)
     assert not all(torch.equal(after[name], start[name]) for name in start if "lora" in name)
+
+
+@pytest.mark.parametrize("only_model", [False, True])
+def test_the_best_model_comes_with_its_own_average(only_model, tmp_path):
+    class Scored(InOrder):
+        def evaluate(self, *args, **kwargs):
+            metrics = super().evaluate(*args, **kwargs)
+            metrics["eval_score"] = abs(self.state.global_step - 2)  # the best one is in the middle
+            return metrics
+
+    steps = {"strategy": "steps", "steps": 1}
+    options = {f"{kind}_{k}": v for kind in ("save", "eval") for k, v in steps.items()}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "score", "greater_is_better": False}
+    trainer: Any = Scored(
+        model=gpt(),
+        args=arguments(tmp_path, max_steps=4, save_only_model=only_model, **options, **best),
+        train_dataset=DATA,
+        eval_dataset=DATA[:8],
+        averaging={"kind": "ema", "decay": 0.5},
+        method=flatmin.SAM,
+    )
+    with pytest.warns(UserWarning, match="no average beside") if only_model else nullcontext():
+        trainer.train()
+    losses = {line["step"]: line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line}
+    assert losses[2] != losses[4]
+    assert (trainer.evaluate()["eval_loss"] == losses[2]) is not only_model
+
+
+def test_each_training_begins_a_new_average(tmp_path):
+    trainer: Any = InOrder(
+        model_init=lambda: gpt(),
+        args=arguments(tmp_path, max_steps=3),
+        train_dataset=DATA,
+        eval_dataset=DATA[:8],
+        averaging={"kind": "mean"},
+        method=flatmin.SAM,
+    )
+    losses = []
+    for _ in range(2):
+        trainer.train()
+        assert trainer.averager.state_dict()["num_averaged"] == 3
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] == losses[1]

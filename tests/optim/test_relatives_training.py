@@ -1,6 +1,7 @@
 """The relatives of SAM inside an optimizer: buffers, groups, noise, chosen samples, and when each looks."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -179,7 +180,8 @@ def test_esam_draws_the_same_tensors_whatever_the_default_dtype():
         try:
             params = [torch.nn.Parameter(torch.ones(1)) for _ in range(8)]
             optimizer = flatmin.ESAM(SGD(params, lr=0.0), beta=0.5)
-            return [optimizer.rule().gi_frame.f_locals["chosen"].values for _ in range(3)]
+            rules: Any = [optimizer.rule() for _ in range(3)]
+            return [rule.gi_frame.f_locals["chosen"].values for rule in rules]
         finally:
             torch.set_default_dtype(before)
 

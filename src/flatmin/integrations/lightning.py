@@ -13,6 +13,7 @@ Lightning unscales, clips and steps, once.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -140,34 +141,65 @@ def _copied(state: Any) -> Any:
 
 
 class AveragingCallback(Callback):
-    """Averages the weights after each step, and validates and tests with the average.
+    """Averages the weights after each step; validation, tests and predictions use the average.
 
     Checkpoints hold the weights of training, and the average beside them, so that a resumed run equals an uninterrupted
-    one. After training, `with callback.averager.applied(): ...` gives the model the average; a model with batch norm
-    needs `callback.averager.refresh(loader)` first.
+    one. `trainer.test(model, data, ckpt_path="best")` takes both from there, in a fresh trainer too. After training,
+    `with callback.averager.applied(): ...` gives the model the average; a model with batch norm needs
+    `callback.averager.refresh(loader)` first.
 
     Args:
         options: of `flatmin.Averager`, e.g. `kind="ema", decay=0.99`. `num_steps` is taken from the trainer.
 
     Attributes:
-        averager: the `flatmin.Averager`, once training has started.
+        averager: the `flatmin.Averager`, once training has started or a checkpoint was evaluated.
+
+    Warns:
+        if a checkpoint that has no average is evaluated: then its weights are used.
     """
 
     def __init__(self, **options: Any) -> None:
         self._options = options
         self.averager: Averager | None = None
         self._loaded: dict[str, Any] | None = None
+        self._of: Any = None  # the module whose weights are averaged
+        self._is_read = False  # whether this run has looked into a checkpoint
         self._seen = 0
         self._worn: AbstractContextManager[Any] | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """A run begins."""
+        self._is_read = False
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """To evaluate a checkpoint means its own average."""
+        self._is_read = True
+        if trainer.state.fn != "fit":
+            state = checkpoint["callbacks"].get(self.state_key, {}).get("averager")
+            self._build(pl_module, {"num_steps": 1}, state)
+            if state is None:
+                self._miss(trainer.ckpt_path)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Builds the averager, with the state of a checkpoint if there is one."""
         steps = trainer.estimated_stepping_batches
         known = {"num_steps": int(steps)} if steps not in (-1, float("inf")) else {}
-        self.averager = Averager(pl_module, **{**known, **self._options})
-        if self._loaded is not None:
-            self.averager.load_state_dict(self._loaded)
-            self._loaded = None
+        self._build(pl_module, known, self._loaded)
+
+    def _build(self, pl_module: Any, known: dict[str, Any], state: dict[str, Any] | None) -> None:
+        self.averager, self._of = Averager(pl_module, **{**known, **self._options}), pl_module
+        if state is not None:
+            self.averager.load_state_dict(state)
+        self._loaded = None
+
+    def _miss(self, where: Any) -> None:
+        self.averager = None
+        warnings.warn(
+            f"the checkpoint {where} has no average (was it saved with save_weights_only=True, or without "
+            "AveragingCallback?): its weights are evaluated as they are.",
+            UserWarning,
+            stacklevel=2,
+        )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Steps are counted from here (a resumed run does not start at 0)."""
@@ -181,7 +213,9 @@ class AveragingCallback(Callback):
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """The model gets the average."""
-        if self.averager is not None:
+        if trainer.state.fn != "fit" and trainer.ckpt_path is not None and not self._is_read:
+            self._miss(trainer.ckpt_path)
+        if self.averager is not None and self._of is pl_module:
             self._worn = self.averager.applied()
             self._worn.__enter__()
 
@@ -199,6 +233,14 @@ class AveragingCallback(Callback):
         """As for validation."""
         self.on_validation_end(trainer, pl_module)
 
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """As for validation."""
+        self.on_validation_start(trainer, pl_module)
+
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+        """As for validation."""
+        self.on_validation_end(trainer, pl_module)
+
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """The weights of training come back before anybody saves them."""
         self.on_validation_end(trainer, pl_module)
@@ -208,5 +250,5 @@ class AveragingCallback(Callback):
         return {} if self.averager is None else {"averager": self.averager.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a checkpoint."""
+        """Goes on from a checkpoint, once the model is there."""
         self._loaded = state_dict.get("averager")

@@ -10,6 +10,7 @@ Trainer unscales, clips and steps, as always.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -40,7 +41,8 @@ class FlatMixin:
         method: wraps the base optimizer that the Trainer makes of its arguments, e.g.
             `lambda base: flatmin.NSO(base, sigma=0.01)`. `None` if `optimizers=` has a flatmin optimizer already.
         averaging: options of `flatmin.Averager`, e.g. `{"kind": "ema", "decay": 0.99}`; then evaluation and prediction
-            use the average, and checkpoints keep it beside the weights of training. `num_steps` is the Trainer's.
+            use the average, and checkpoints keep it beside the weights of training. `num_steps` is the Trainer's. Each
+            `train()` begins a new average, and `load_best_model_at_end` brings back that of the best checkpoint.
         kwargs: of the Trainer, by name.
 
     Attributes:
@@ -68,6 +70,7 @@ class FlatMixin:
         self._method = method
         self._averaging = averaging
         self.averager: Averager | None = None
+        self._resumes = False  # whether `averager` was loaded for the training that begins
         self._window: Window | None = None
         self._batches: list[tuple[Any, ...]] = []
         super().__init__(*args, **kwargs)
@@ -121,8 +124,9 @@ class FlatMixin:
             return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
 
     def _start_averaging(self) -> None:
-        if self._averaging is not None and self.averager is None:
+        if self._averaging is not None and not self._resumes:
             self.averager = Averager(self.model, **{"num_steps": self.state.max_steps, **self._averaging})
+        self._resumes = False
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
@@ -135,6 +139,23 @@ class FlatMixin:
             self._start_averaging()
             if self.averager is not None:
                 _load(self.averager, path)
+                self._resumes = True
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()  # type: ignore[misc]
+        if self.averager is None:
+            return
+        path = Path(self.state.best_model_checkpoint) / AVERAGES
+        if path.exists():
+            _load(self.averager, path)
+            return
+        self.averager = None
+        warnings.warn(
+            f"there is no average beside the best model in {path.parent} (save_only_model=True?): it is evaluated as "
+            "it is.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 class _Events(TrainerCallback):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from numbers import Integral, Real
@@ -75,6 +76,12 @@ SCALER_STEP = (
 SHARE_NOT_AVERAGED = (
     "probes(share=...) inside no_sync(): the gradients of this micro-batch would not be averaged over the processes, "
     "so that their weights would drift apart. Leave no_sync() away: what need not be averaged in a probe is not."
+)
+
+CLOSURE_IN_ACCUMULATE = (
+    "step(closure) where Accelerate accumulates (gradient_accumulation_steps > 1): the closure evaluates one "
+    "micro-batch, and the others would be lost. Use flatmin.integrations.accelerate.probes and windows, or accumulate "
+    "in the closure and leave gradient_accumulation_steps at 1."
 )
 
 NO_CALLBACK = (
@@ -153,7 +160,10 @@ def check_names(base: Optimizer, name: str, ours: Iterable[str]) -> None:
 
 
 def check_closure(closure: object) -> None:
-    """Raises a `ValueError` for the closure of Lightning's automatic optimization, which knows one micro-batch only."""
+    """Raises a `ValueError` for a closure that a framework calls, which knows one micro-batch of several only."""
+    state = sys.modules.get("accelerate.state")
+    if state is not None and state.GradientState._shared_state.get("plugin_kwargs", {}).get("num_steps", 1) > 1:
+        raise ValueError(CLOSURE_IN_ACCUMULATE)
     if getattr(getattr(closure, "func", None), "__qualname__", "") == "Precision._wrap_closure":
         raise ValueError(NO_CALLBACK)
 
