@@ -322,6 +322,7 @@ class Scored(Validated):
         return batch[0]
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using")  # that the fresh trainer saves no checkpoints
 def test_a_checkpoint_is_evaluated_with_its_own_average(tmp_path):
     model, averaging = Scored("sam"), AveragingCallback(kind="ema", decay=0.5)
     best = ModelCheckpoint(tmp_path, monitor="score")
