@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -187,3 +188,16 @@ def test_for_one_hypothesis_the_bound_fails_as_often_as_it_may():
 def test_bad_numbers(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("num_params", [0, 2.5, -5])
+def test_weights_are_counted(num_params):
+    with pytest.raises(ValueError, match="num_params must be a whole number, at least 1"):
+        bounds.gaussian_divergence(1.0, 0.1, num_params, 5.0)
+
+
+def test_samples_are_counted():
+    options: dict[str, Any] = {"largest_loss": 1.0, "distance": 1.0, "sigma": 0.1, "num_params": 10}
+    options["num_samples"] = 1000.5
+    with pytest.raises(ValueError, match="num_samples must be a whole number"):
+        bounds.gaussian_bound(0.1, **options)

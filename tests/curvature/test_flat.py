@@ -121,3 +121,25 @@ def test_a_quadratic_has_no_slope_of_the_trace():
     for options in ({"num_probes": 2}, {"num_eigenvectors": 7}):
         with pytest.raises(ValueError, match="must be"):
             flatmin.flat_minimum_estimate(objective, **options)
+
+
+def test_a_tied_weight_is_one_variable_under_all_its_names():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+            self.a.weight = self.c.weight = nn.Parameter(torch.tensor([[2.0, 1.0]]))
+
+        def forward(self, x):
+            return self.a(x) * self.c(x)
+
+    model = Tied().double()
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
+    objective = flatmin.Objective(model, nn.MSELoss(), [(x, model(x).detach())])  # where every gradient is zero
+    f, w = flatmin.model_function(objective)
+    assert float(hessian(f, w).trace()) == pytest.approx(flatmin.trace(objective, method="hutchinson").value, rel=0.3)
+    truth = 2 * torch.autograd.functional.jacobian(lambda v: (x @ v) ** 2, w).square().sum() / 3
+    assert float(hessian(f, w).trace()) == pytest.approx(float(truth), rel=1e-9)
+    moved = ((x @ (w + 0.1)) ** 2 - (x @ w) ** 2).square().mean()
+    assert float(f(w + 0.1)) == pytest.approx(float(moved), rel=1e-9)
+    assert model.a.weight is model.c.weight

@@ -82,3 +82,18 @@ def test_derivatives_and_a_flow_without_rest():
     torch.testing.assert_close(hessian(problem.value, x), problem.hessian(x))
     with pytest.raises(ValueError, match=r"did not come to rest: .* f may have no minimum there"):
         limit_map(lambda x: x.sum(), point(1.0, 2.0), max_time=10.0)
+
+
+@pytest.mark.parametrize(
+    ("function", "start", "is_minimum", "dimension"),
+    [
+        (lambda x: (1 - x[0] * x[1]) ** 2, [0.01, -0.01], False, 0),  # flows into the saddle at the origin
+        (lambda x: -x.square().sum(), [0.0, 0.0], False, 0),  # rests on a maximum
+        (lambda x: x[0] ** 2 - 1e-3 * x[1] ** 2, [1.0, 0.0], False, 0),
+        (lambda x: x[0] ** 2 + 0 * x[1], [1.0, 2.0], True, 1),
+    ],
+)
+def test_a_saddle_is_no_minimum(function, start, is_minimum, dimension):
+    found = flatmin.flat_minimum(function, torch.tensor(start, dtype=torch.float64))
+    assert (found.is_minimum, found.dimension) == (is_minimum, dimension)
+    assert found.is_flat(1e3) is is_minimum

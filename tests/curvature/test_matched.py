@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import pytest
+import torch
 
 import flatmin
 from flatmin.curvature.results import Estimate
@@ -13,7 +14,7 @@ NONE = Estimate(value=0.0, stderr=0.0)
 
 
 def point(loss, trace, stderr=0.0):
-    parts = {"lambda_max": NONE, "noise_stability": NONE, "seconds": 0.0, "overhead": 0.0}
+    parts = {"lambda_max": NONE, "noise_stability": NONE, "seconds": 0.0, "overhead": 0.0, "num_probes": 1000}
     return flatmin.TrackPoint(step=0, loss=loss, trace=Estimate(value=trace, stderr=stderr), **parts)
 
 
@@ -68,3 +69,38 @@ def test_reports_of_measure():
 def test_refusals(first, second, options, message):
     with pytest.raises(ValueError, match=message):
         flatmin.compare_at_matched_loss(first, second, **options)
+
+
+def test_few_probes_leave_few_degrees_of_freedom():
+    """The same true trace twice, known from three normal samples each: 5% of verdicts, where a normal test has 13%."""
+    generator = torch.Generator().manual_seed(0)
+
+    def measured() -> flatmin.TrackPoint:
+        samples = 100 + torch.randn(3, generator=generator, dtype=torch.float64)
+        parts = {"lambda_max": NONE, "noise_stability": NONE, "seconds": 0.0, "overhead": 0.0, "num_probes": 3}
+        trace = Estimate(value=samples.mean().item(), stderr=samples.std().item() / math.sqrt(3))
+        return flatmin.TrackPoint(step=0, loss=0.1, trace=trace, **parts)
+
+    verdicts = [flatmin.compare_at_matched_loss(measured(), measured()).flatter is not None for _ in range(2000)]
+    assert sum(verdicts) / 2000 == pytest.approx(0.045, abs=4 * math.sqrt(0.05 * 0.95 / 2000))
+
+
+def test_measurements_at_one_loss_are_averaged():
+    several = [point(0.1, trace, 0.1) for trace in (0.8, 1.2, 1.25)]
+    found = flatmin.compare_at_matched_loss(several, several)
+    assert found.first.value == pytest.approx((0.8 * 1.2 * 1.25) ** (1 / 3))
+
+
+def test_a_loss_that_was_passed_before_a_spike_counts_after_it():
+    spiked = [point(*p) for p in ((1.0, 10.0), (0.05, 5.0), (2.0, 20.0), (0.1, 0.5), (0.05, 0.4))]
+    found = flatmin.compare_at_matched_loss(spiked, spiked, loss=0.5)
+    share = math.log(0.5 / 2.0) / math.log(0.1 / 2.0)
+    assert found.first.value == pytest.approx(20.0 ** (1 - share) * 0.5**share)
+
+
+def test_only_the_traces_that_are_used_must_be_positive_and_have_an_error():
+    curve = [point(1.0, -3.0), point(0.5, 2.0), point(0.1, 1.0), point(0.05, 1.0, math.nan)]
+    assert flatmin.compare_at_matched_loss(curve, curve, loss=0.5).first.value == pytest.approx(2.0)
+    for loss in (0.07, 0.8):
+        with pytest.raises(ValueError, match="need a positive loss and trace with an error"):
+            flatmin.compare_at_matched_loss(curve, curve, loss=loss)

@@ -1,5 +1,7 @@
 """The loss as a function of parameters: weighting, batches of any kind, refusals; measuring changes nothing."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -214,3 +216,22 @@ def test_the_generator_of_a_loader_is_as_before(own):
     before = generator.get_state()
     flatmin.trace(flatmin.Objective(model, criterion, loader), max_products=2)
     assert torch.equal(generator.get_state(), before)
+
+
+def test_a_loader_of_an_iterable_data_set():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([(torch.ones(2), torch.tensor([1.0])), (torch.zeros(2), torch.tensor([3.0]))])
+
+    model = nn.Linear(2, 1)
+    objective = flatmin.Objective(model, nn.MSELoss(), torch.utils.data.DataLoader(Stream(), batch_size=2))
+    data = [(torch.stack([torch.ones(2), torch.zeros(2)]), torch.tensor([[1.0], [3.0]]))]
+    assert objective.loss() == flatmin.Objective(model, nn.MSELoss(), data).loss()
+    assert objective.num_samples == 2
+
+
+def test_the_reduction_of_a_partial_function_is_seen():
+    model, x, y = nn.Linear(2, 3), torch.randn(8, 2), torch.randint(3, (8,))
+    total = functools.partial(nn.functional.cross_entropy, reduction="sum")
+    mean = flatmin.Objective(model, nn.functional.cross_entropy, [(x, y)]).loss()
+    assert flatmin.Objective(model, total, [(x, y)]).loss() == pytest.approx(mean, rel=1e-6)

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import flatmin
-from flatmin.curvature.operators import FisherOperator, GaussNewtonOperator, HessianOperator, ResidualOperator
+from flatmin.curvature.factored import FisherOperator, GaussNewtonOperator
+from flatmin.curvature.operators import HessianOperator, ResidualOperator
 from flatmin.vectors import Vector
 from tests.contracts.live_bytes import LiveBytes
 from tests.curvature.nets import NETS, criterion, dense_gauss_newton, dense_hessian, make
@@ -210,3 +211,48 @@ def test_a_product_goes_through_all_kept_graphs_and_is_that_of_fresh_ones(kind):
     for _ in range(3):
         v = random_like(objective)
         torch.testing.assert_close(flat(kept.product(v)), flat(fresh.product(v)), rtol=1e-12, atol=1e-15)
+
+
+class TimeFirst(nn.Module):
+    """Outputs (T, N, C) of inputs (N, T, ...)."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x).transpose(0, 1)
+
+
+def test_the_empirical_fisher_matrix_wants_samples_first():
+    torch.manual_seed(0)
+    layer, x, y = nn.Linear(2, 3).double(), torch.randn(4, 5, 2, dtype=torch.float64), torch.randint(3, (4, 5))
+    cross_entropy = nn.functional.cross_entropy
+    objective = flatmin.Objective(TimeFirst(layer), lambda z, y: cross_entropy(z.permute(1, 2, 0), y), [(x, y)])
+    with pytest.raises(ValueError, match="a row of outputs for each sample"):
+        FisherOperator(objective, "empirical").product(objective.gradient())
+    first = flatmin.Objective(layer, lambda z, y: cross_entropy(z.permute(0, 2, 1), y), [(x, y)])
+    assert FisherOperator(first, "empirical").product(objective.gradient()).norm() > 0
+
+
+class ClassesSecond(nn.Module):
+    """Outputs (N, C, T), as nn.CrossEntropyLoss wants them, by a transposition: not contiguous."""
+
+    def __init__(self, contiguous: bool):
+        super().__init__()
+        self.body, self.head, self.contiguous = nn.Linear(2, 4), nn.Linear(4, 3), contiguous
+
+    def forward(self, x):
+        out = self.head(torch.relu(self.body(x))).transpose(1, 2)
+        return out.contiguous() if self.contiguous else out
+
+
+def test_outputs_need_not_be_contiguous():
+    found = []
+    for contiguous in (True, False):
+        torch.manual_seed(0)
+        model = ClassesSecond(contiguous).double()
+        data = [(torch.randn(n, 5, 2, dtype=torch.float64), torch.randint(3, (n, 5))) for n in (3, 2)]
+        found.append(flatmin.trace(flatmin.Objective(model, nn.CrossEntropyLoss(), data)))
+    assert found[1].stderr == 0.0
+    assert found[1].value == pytest.approx(found[0].value, rel=1e-12)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 import flatmin
 import flatmin.curvature.report as report_module
@@ -168,3 +169,24 @@ def test_a_file_about_something_else_is_refused(tmp_path):
     path.write_text("[]")
     with pytest.raises(ValueError, match="is not a file of results"):
         flatmin.measure(model, criterion, [(x, y)], store=path, rtol=0.5)
+
+
+def test_a_store_knows_the_criterion_and_what_had_not_converged(tmp_path):
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 3), torch.randn(16, 3), torch.randint(3, (16,))
+    path = tmp_path / "kept.json"
+
+    def other(outputs, targets):
+        return nn.functional.cross_entropy(outputs, targets) + (outputs - outputs.detach()).square().mean()
+
+    flatmin.measure(model, nn.CrossEntropyLoss(), [(x, y)], store=path)
+    with pytest.raises(ValueError, match="criterion differ"):
+        flatmin.measure(model, other, [(x, y)], store=path)
+    kept = json.loads(path.read_text())
+    kept["parts"]["top_eigenvalue"]["result"]["converged"] = False
+    path.write_text(json.dumps(kept))
+    with pytest.warns(RuntimeWarning, match="has not converged"):
+        flatmin.measure(model, nn.CrossEntropyLoss(), [(x, y)], store=path)
+    path.write_text('{"about": null, "parts": null}')
+    with pytest.raises(ValueError, match="is not a file of results"):
+        flatmin.measure(model, nn.CrossEntropyLoss(), [(x, y)], store=path)

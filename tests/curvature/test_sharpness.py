@@ -1,5 +1,6 @@
 """The rise of the loss under random displacements: against closed forms, the dense trace, and rescaled networks."""
 
+import copy
 import math
 
 import numpy as np
@@ -317,3 +318,28 @@ def test_displaced_brings_the_weights_back():
         place.move(objective.zeros().apply(lambda t: t + 1))
         assert not torch.equal(objective.params[0], before[0])
     assert all(torch.equal(p, b) for p, b in zip(objective.params, before, strict=True))
+
+
+@pytest.mark.parametrize("where", ["weights", "autocast"])
+@pytest.mark.parametrize(("measure", "radius"), [(flatmin.noise_stability, 1e-3), (flatmin.average_sharpness, 0.1)])
+def test_coarse_numbers_on_the_way_to_a_fine_loss_are_part_of_the_error(where, measure, radius):
+    torch.manual_seed(1)
+    x = torch.randn(256, 32)
+    y = x[:, :8].argmax(1)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
+
+    def coarse(model, batch):
+        if where == "weights":
+            return model(batch[0].bfloat16()).float(), batch[1]
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(batch[0]).float(), batch[1]
+
+    if where == "weights":
+        model = model.bfloat16()
+    fine = copy.deepcopy(model).float()
+    data = [(x[i : i + 64], y[i : i + 64]) for i in range(0, 256, 64)]
+    found = measure(flatmin.Objective(model, nn.CrossEntropyLoss(), data, forward=coarse), radius)
+    truth = measure(flatmin.Objective(fine, nn.CrossEntropyLoss(), data), radius)
+    assert truth.converged
+    assert not found.converged
+    assert abs(found.value - truth.value) < 2 * found.stderr

@@ -9,9 +9,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import flatmin
+from flatmin.curvature.factored import GaussNewtonOperator
 from flatmin.curvature.graph import curved
 from flatmin.curvature.objective import Objective
-from flatmin.curvature.operators import GaussNewtonOperator, HessianOperator
+from flatmin.curvature.operators import HessianOperator
 from flatmin.curvature.probes import VectorProbes
 from flatmin.curvature.products import choose_way
 from flatmin.curvature.seen import seen

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from flatmin.bounds.result import Bound, check_at_least_zero, check_common
+from flatmin.bounds.result import Bound, check_at_least_zero, check_common, check_count
 
 NOISY = "these weights with noise of standard deviation {sigma:.4g}"
 GAUSSIAN = (
@@ -190,17 +190,18 @@ def gaussian_divergence(distance: float, sigma: float, num_params: int, prior_si
     Args:
         distance: between the centres.
         sigma: of the first.
-        num_params: the dimension.
+        num_params: the dimension, at least 1.
         prior_sigma: of the second; sigma if not given.
 
     Raises:
-        ValueError: for a width that is not positive, or a negative distance.
+        ValueError: for a width that is not positive, a negative distance, or a dimension that is no positive integer.
     """
     prior_sigma = sigma if prior_sigma is None else prior_sigma
     for name, value in (("sigma", sigma), ("prior_sigma", prior_sigma)):
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be positive and finite, got {value}.")
     check_at_least_zero(distance=distance)
+    check_count("num_params", num_params)
     ratio = sigma / prior_sigma
     return num_params * (ratio**2 / 2 - 0.5 - math.log(ratio)) + (distance / prior_sigma) ** 2 / 2
 

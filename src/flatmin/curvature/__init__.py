@@ -4,11 +4,12 @@ from flatmin.curvature.ascent import AscentResult, ascent_sharpness
 from flatmin.curvature.blocks import RayleighSum, block_eigenvalues, layerwise_rayleigh_sum
 from flatmin.curvature.density import DensityResult, spectral_density
 from flatmin.curvature.eigen import top_eigenvalues
+from flatmin.curvature.factored import FisherOperator, GaussNewtonOperator
 from flatmin.curvature.flat import FlatMinimumEstimate, flat_minimum_estimate, model_function
 from flatmin.curvature.manifold import FlatMinimum, flat_minimum, limit_map
 from flatmin.curvature.matched import MatchedComparison, compare_at_matched_loss
 from flatmin.curvature.objective import Objective
-from flatmin.curvature.operators import FisherOperator, GaussNewtonOperator, HessianOperator, Operator, ResidualOperator
+from flatmin.curvature.operators import HessianOperator, Operator, ResidualOperator
 from flatmin.curvature.report import FlatnessReport, measure
 from flatmin.curvature.results import EigenResult, Estimate, Measurement, TraceResult
 from flatmin.curvature.sharpness import SharpnessResult, average_sharpness, noise_stability

@@ -71,3 +71,9 @@ def choose_parameters(model: nn.Module, params: Any) -> Mapping[str, Tensor]:
     if not chosen:
         raise ValueError("no parameters to differentiate by: all are frozen, or params selects none.")
     return chosen
+
+
+def reduction_of(criterion: object) -> str:
+    """What a criterion says of itself: a module, or a `functools.partial` of a function."""
+    keywords = getattr(criterion, "keywords", {})
+    return getattr(criterion, "reduction", None) or keywords.get("reduction", "mean")

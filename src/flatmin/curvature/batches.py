@@ -64,9 +64,16 @@ def check_data(data: Iterable[Any]) -> Iterable[Any]:
         )
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         raise ValueError("data is an (inputs, targets) pair, not a list of batches: write [(inputs, targets)].")
-    if hasattr(data, "__len__") and len(data) == 0:  # type: ignore[arg-type]
+    if _length(data) == 0:
         raise ValueError("the data has no batches: an empty loader has no loss to measure.")
     return data
+
+
+def _length(data: Any) -> int | None:
+    try:
+        return len(data)
+    except TypeError:  # a loader of an IterableDataset has a __len__ that raises
+        return None
 
 
 def forward_pair(model: nn.Module, batch: Any) -> tuple[Any, Any]:

@@ -16,13 +16,13 @@ too large by their variance over m, so norms come from the products of *differen
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flatmin.curvature.arguments import of_objective
 from flatmin.curvature.eigen import top_eigenvalues
@@ -154,28 +154,48 @@ def model_function(objective: Objective) -> tuple[Callable[[Tensor], Tensor], Te
             raise ValueError(f"{name!r} is {p.dtype}: call model.double() and give data in float64.")
     weights = torch.cat([p.detach().flatten() for p in objective.params])
     sizes = [p.numel() for p in objective.params]
-    owners = [objective.model.get_submodule(name.rpartition(".")[0]) for name in objective.names]
-    keys = [name.rpartition(".")[2] for name in objective.names]
+    places = [_owners(objective.model, p) for p in objective.params]  # several, where weights are tied
 
     def f(x: Tensor) -> Tensor:
         parts = [part.view_as(p) for part, p in zip(x.split(sizes), objective.params, strict=True)]
         with differentiable_twice(objective):
             try:
-                for owner, key, part in zip(owners, keys, parts, strict=True):
-                    owner._parameters[key] = part  # type: ignore[assignment]
+                _put(places, parts)
                 total, count = x.new_zeros(()), 0
                 for loss, n in objective.batch_losses():
                     total, count = total + n * loss, count + n
             finally:
-                for owner, key, p in zip(owners, keys, objective.params, strict=True):
-                    owner._parameters[key] = p  # type: ignore[assignment]
+                _put(places, objective.params)
         return total / count
 
     x = weights.clone().requires_grad_()
     slope = torch.autograd.grad(f(x), x, allow_unused=True, materialize_grads=True)[0]
-    if not torch.allclose(slope, flatten(objective.gradient()), rtol=1e-6, atol=1e-9):
+    is_right = torch.allclose(slope, flatten(objective.gradient()), rtol=1e-6, atol=1e-9)
+    if not (is_right and _agrees_elsewhere(f, objective, weights)):
         raise ValueError("the model does not look its parameters up when it is called (as recurrent layers do not).")
     return f, weights
+
+
+def _owners(model: nn.Module, p: Tensor) -> list[tuple[nn.Module, str]]:
+    """Every module that has this parameter, and the name under which it has it."""
+    return [(m, key) for m in model.modules() for key, q in m._parameters.items() if q is p]
+
+
+def _put(places: list[list[tuple[nn.Module, str]]], tensors: Sequence[Tensor]) -> None:
+    for owners, tensor in zip(places, tensors, strict=True):
+        for owner, key in owners:
+            owner._parameters[key] = tensor  # type: ignore[assignment]
+
+
+def _agrees_elsewhere(f: Callable[[Tensor], Tensor], objective: Objective, weights: Tensor) -> bool:
+    """Whether f is the loss at other weights too: at these its gradient may be zero, right or wrong."""
+    move = 0.1 * draw_like(weights, "normal", torch.Generator(weights.device).manual_seed(0))
+    parts = zip(move.split([p.numel() for p in objective.params]), objective.params, strict=True)
+    with objective.displaced() as place, torch.no_grad():
+        place.move(Vector([part.view_as(p) for part, p in parts]))
+        losses = [(float(loss), n) for loss, n in objective.batch_losses()]
+    expected = math.fsum(loss * n for loss, n in losses) / sum(n for _, n in losses)
+    return math.isclose(float(f(weights + move)), expected, rel_tol=1e-9)
 
 
 def _probe(objective: Objective, seed: int) -> tuple[float, Tensor]:

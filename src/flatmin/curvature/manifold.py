@@ -35,6 +35,8 @@ class FlatMinimum:
         tangential_gradient: |P grad trbar| at the minimum.
         dimension: of the null space, which is the manifold's where f is Morse-Bott.
         residual: |grad f| at the minimum: how far the flow was followed.
+        is_minimum: whether no eigenvalue of the Hessian there is negative, to `null_tol`. Gradient flow can end in a
+            saddle, and rests on a maximum.
     """
 
     minimum: Tensor
@@ -43,11 +45,12 @@ class FlatMinimum:
     tangential_gradient: float
     dimension: int
     residual: float
+    is_minimum: bool
 
     def is_flat(self, eps: float, eps_prime: float | None = None) -> bool:
-        """Whether x is an (eps, eps')-flat minimum; eps' is sqrt(eps) if not given."""
+        """Whether x is an (eps, eps')-flat minimum; eps' is sqrt(eps) if not given. Never at a saddle."""
         eps_prime = math.sqrt(eps) if eps_prime is None else eps_prime
-        return self.excess <= eps and self.tangential_gradient <= eps_prime
+        return self.is_minimum and self.excess <= eps and self.tangential_gradient <= eps_prime
 
 
 def limit_map(f: Function, x: Tensor, *, tol: float = 1e-8, max_time: float = 1e8) -> Tensor:
@@ -108,16 +111,20 @@ def flat_minimum(f: Function, x: Tensor, *, tol: float = 1e-8, null_tol: float =
         f: a function of a vector (dim,), three times differentiable, in float64.
         x: a point near the minima, (dim,).
         tol: of the gradient norm at which the flow counts as at rest.
-        null_tol: eigenvalues below this times the largest span the null space.
+        null_tol: eigenvalues of at most this size, times that of the largest in size, span the null space.
 
     Cost: that of `limit_map`, and third derivatives: dim more gradients of gradients. Memory: dim^2.
+
+    Raises:
+        ValueError: if the flow does not come to rest.
 
     Source: Ahn, Jadbabaie, Sra, ICML 2024, section 2. That the tangential part is a projection holds where the null
     space of the Hessian is the tangent space of the minima; elsewhere the statement is about that null space.
     """
     minimum = limit_map(f, x, tol=tol)
     eigenvalues, vectors = torch.linalg.eigh(hessian(f, minimum))
-    null = vectors[:, eigenvalues <= null_tol * eigenvalues[-1]]
+    zero = null_tol * eigenvalues.abs().max()
+    null = vectors[:, eigenvalues.abs() <= zero]
     slope = null.T @ _gradient_of_normalised_trace(f, minimum)
     return FlatMinimum(
         minimum=minimum,
@@ -126,6 +133,7 @@ def flat_minimum(f: Function, x: Tensor, *, tol: float = 1e-8, null_tol: float =
         tangential_gradient=float(slope.norm()),
         dimension=null.shape[1],
         residual=float(gradient(f, minimum).norm()),
+        is_minimum=bool(eigenvalues[0] >= -zero),
     )
 
 

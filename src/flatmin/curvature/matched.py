@@ -1,8 +1,9 @@
 """Which of two models is flatter, at the same training loss.
 
 The curvature of cross-entropy vanishes as the loss does, so a model that was trained longer looks flatter wherever it
-is. Two models are therefore compared where their losses are equal: each is given by measurements along its training,
-between which log trace is interpolated linearly in log loss.
+is. Two models are therefore compared where their losses are equal: each is given by measurements along its training, in
+its order, between which log trace is interpolated linearly in log loss. A loss that was passed several times, before
+and after a spike say, counts as it was passed last.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
-from scipy.special import ndtr
+from scipy.special import stdtr
 
 from flatmin.curvature.report import FlatnessReport
-from flatmin.curvature.results import Estimate, Measurement
+from flatmin.curvature.results import Estimate
 from flatmin.curvature.tracker import TrackPoint
 
 CLOSE = 0.02  # relative difference of losses that counts as none
@@ -31,7 +33,8 @@ class MatchedComparison:
         first: trace of the first model there.
         second: trace of the second model there.
         ratio: second / first.
-        p_value: of the difference of the logarithms, by the errors of the traces alone (not of another training run).
+        p_value: of the difference of the logarithms, by the errors of the traces alone (not of another training run);
+            Student's t, with the degrees of freedom that the probes leave (Welch).
     """
 
     loss: float
@@ -61,7 +64,8 @@ def compare_at_matched_loss(
     """Compares the Hessian traces of two models at the same loss on the same data.
 
     Args:
-        first: reports of `measure`, or points of a `Tracker`, along the training of one model; or a single one.
+        first: reports of `measure`, or points of a `Tracker`, along the training of one model, in its order; or a
+            single one.
         second: the same for the other model.
         loss: where to compare; the lowest loss that both have reached if not given.
 
@@ -69,55 +73,104 @@ def compare_at_matched_loss(
         MatchedComparison; `print` it.
 
     Raises:
-        ValueError: if the losses of the two never meet (or that loss is outside), or a trace there is not positive.
+        ValueError: if the losses of the two never meet (or that loss is outside), or a trace there is not positive, or
+            has no error.
 
     Example:
         flatmin.compare_at_matched_loss(sgd_tracker.points, nso_tracker.points)
     """
     curves = [_curve(first), _curve(second)]
-    wanted = max(curve[0][0] for curve in curves) if loss is None else loss
+    wanted = max(min(point.loss for point in curve) for curve in curves) if loss is None else loss
     for name, curve in zip(("first", "second"), curves, strict=True):
-        if not curve[0][0] * (1 - CLOSE) <= wanted <= curve[-1][0] * (1 + CLOSE):
+        low, high = min(point.loss for point in curve), max(point.loss for point in curve)
+        if not low * (1 - CLOSE) <= wanted <= high * (1 + CLOSE):
             raise ValueError(
-                f"the losses do not match: the {name} model was measured at losses {curve[0][0]:.4g} .. "
-                f"{curve[-1][0]:.4g}, which leaves no comparison at {wanted:.4g}. A trace falls because the loss does, "
-                "so give measurements along both trainings that reach the same loss."
+                f"the losses do not match: the {name} model was measured at losses {low:.4g} .. {high:.4g}, which "
+                f"leaves no comparison at {wanted:.4g}. A trace falls because the loss does, so give measurements "
+                "along both trainings that reach the same loss."
             )
-    (a, a_error), (b, b_error) = [_at(curve, wanted) for curve in curves]
-    error = math.hypot(a_error, b_error)
-    z = abs(b - a) / error if error > 0 else math.inf if b != a else 0.0
+    a, b = [_at(curve, wanted) for curve in curves]
+    error = math.hypot(a.error, b.error)
+    gap = abs(b.log_trace - a.log_trace)
+    ratio = math.exp(b.log_trace - a.log_trace)
     return MatchedComparison(
         loss=wanted,
-        first=Estimate(value=math.exp(a), stderr=math.exp(a) * a_error),
-        second=Estimate(value=math.exp(b), stderr=math.exp(b) * b_error),
-        ratio=Estimate(value=math.exp(b - a), stderr=math.exp(b - a) * error),
-        p_value=float(2 * ndtr(-z)),
+        first=a.estimate(),
+        second=b.estimate(),
+        ratio=Estimate(value=ratio, stderr=ratio * error),
+        p_value=float(2 * stdtr(_freedom([*a.parts, *b.parts]), -gap / error)) if error > 0 else float(gap == 0.0),
     )
 
 
-def _curve(measured: Measured | Sequence[Measured]) -> list[tuple[float, Estimate]]:
-    """Loss and trace of each, by ascending loss."""
+class _Point(NamedTuple):
+    """One measurement: the trace with its error, whose degrees of freedom are `freedom`."""
+
+    loss: float
+    trace: Estimate
+    freedom: float
+
+
+class _Matched(NamedTuple):
+    """The logarithm of a trace at a loss: a weighted sum of measured ones, each with its error and its freedom."""
+
+    log_trace: float
+    parts: list[tuple[float, float]]
+
+    @property
+    def error(self) -> float:
+        return math.hypot(*[error for error, _ in self.parts])
+
+    def estimate(self) -> Estimate:
+        value = math.exp(self.log_trace)
+        return Estimate(value=value, stderr=value * self.error)
+
+
+def _freedom(parts: list[tuple[float, float]]) -> float:
+    """Degrees of freedom of a sum of errors (Welch and Satterthwaite)."""
+    total = sum(error**2 for error, _ in parts)
+    return total**2 / sum(error**4 / freedom for error, freedom in parts if error > 0)
+
+
+def _curve(measured: Measured | Sequence[Measured]) -> list[_Point]:
+    """Loss and trace of each, in the order of training; at one loss, their mean."""
     measured = getattr(measured, "points", measured)  # of a Tracker
     items: Sequence[Any] = measured if isinstance(measured, Sequence) else [measured]
     if not items:
         raise ValueError("there are no measurements to compare.")
-    points = [
-        (item.loss.value if isinstance(item.loss, Measurement) else item.loss, item.trace.value, item.trace.stderr)
-        for item in items
-    ]
+    return [_point(item) for item in items]
+
+
+def _point(item: Any) -> _Point:
+    if isinstance(item, TrackPoint):
+        return _Point(item.loss, item.trace, item.num_probes - 1)
+    trace = item.trace
+    return _Point(item.loss.value, Estimate(value=trace.value, stderr=trace.stderr), max(len(trace.samples) - 1, 1))
+
+
+def _at(curve: list[_Point], loss: float) -> _Matched:
+    """At this loss, where training passed it for the last time; at an end, that of the end."""
+    low, high = min(curve, key=lambda p: p.loss), max(curve, key=lambda p: p.loss)
+    loss = min(max(loss, low.loss), high.loss)
+    same = [point for point in curve if point.loss == loss]
+    if same:
+        return _mean(same, [1 / len(same)] * len(same))
+    for before, after in reversed(list(pairwise(curve))):
+        if min(before.loss, after.loss) < loss < max(before.loss, after.loss):
+            share = math.log(loss / before.loss) / math.log(after.loss / before.loss)
+            return _mean([before, after], [1 - share, share])
+    raise AssertionError("a loss between two others is passed on the way")
+
+
+def _mean(points: Sequence[_Point], weights: Sequence[float]) -> _Matched:
     for loss, trace, _ in points:
-        if not (loss > 0 and trace > 0):
-            raise ValueError(f"logarithms need a positive loss and trace, got {loss:.4g} and {trace:.4g}.")
-    return [(loss, Estimate(value=trace, stderr=error)) for loss, trace, error in sorted(points)]
-
-
-def _at(curve: list[tuple[float, Estimate]], loss: float) -> tuple[float, float]:
-    """The logarithm of the trace at this loss and its standard error; at an end, that of the end."""
-    if loss <= curve[0][0] or loss >= curve[-1][0]:
-        end = curve[0][1] if loss <= curve[0][0] else curve[-1][1]
-        return math.log(end.value), end.stderr / end.value
-    upper = next(i for i, point in enumerate(curve) if point[0] >= loss)
-    (low, a), (high, b) = curve[upper - 1], curve[upper]
-    share = (math.log(loss) - math.log(low)) / (math.log(high) - math.log(low))
-    mean = (1 - share) * math.log(a.value) + share * math.log(b.value)
-    return mean, math.hypot((1 - share) * a.stderr / a.value, share * b.stderr / b.value)
+        if not (loss > 0 and trace.value > 0 and math.isfinite(trace.stderr)):
+            raise ValueError(
+                f"logarithms need a positive loss and trace with an error, got {loss:.4g} and {trace}. Measure with "
+                "more probes, or compare at another loss."
+            )
+    logs = [weight * math.log(trace.value) for weight, (_, trace, _) in zip(weights, points, strict=True)]
+    parts = [
+        (weight * trace.stderr / trace.value, freedom)
+        for weight, (_, trace, freedom) in zip(weights, points, strict=True)
+    ]
+    return _Matched(math.fsum(logs), parts)

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from flatmin.curvature.arguments import check_model, choose_parameters
+from flatmin.curvature.arguments import check_model, choose_parameters, reduction_of
+from flatmin.curvature.arithmetic import listening, one_path, rounding_of
 from flatmin.curvature.batches import Batch, SampleCount, check_data, forward_pair, generators
 from flatmin.curvature.sharded import NOT_POSSIBLE, Together, gradients
 from flatmin.distributed import reshard, summed_over
@@ -83,7 +84,7 @@ class Objective:
         self.names: tuple[str, ...] = tuple(chosen)
         self.params: tuple[Tensor, ...] = tuple(chosen.values())
         self._num_samples: int | None = None
-        self._rounding = max(_eps(p) for p in self.params)  # of the coarsest number on the way to the loss
+        self._rounding = max(rounding_of(p) for p in self.params)  # of the coarsest number on the way to the loss
 
     @property
     def num_params(self) -> int:
@@ -134,7 +135,7 @@ class Objective:
         warn_if_away(self.params, "measuring")
         own = [(generator, generator.get_state()) for generator in generators(self.data)]
         try:
-            with undisturbed(self.model, eval_mode=self.eval_mode), self._undisturbed_shards(), _one_path():
+            with undisturbed(self.model, eval_mode=self.eval_mode), self._undisturbed_shards(), one_path():
                 yield
         finally:
             for generator, state in own:
@@ -154,7 +155,7 @@ class Objective:
         if self.sharded:
             reshard(self.model)  # the weights may have moved since they were gathered
         outputs, targets = self._forward(self.model, content)
-        self._rounding = max(self._rounding, _eps(outputs))
+        self._rounding = max(self._rounding, rounding_of(outputs))
         return outputs, targets
 
     def batches(self) -> Iterator[Batch]:
@@ -194,7 +195,7 @@ class Objective:
         for loss, n in self.batch_losses():
             value = n * float(loss.double())
             total, size, count = total + value, size + abs(value), count + n
-            self._rounding = max(self._rounding, _eps(loss))
+            self._rounding = max(self._rounding, rounding_of(loss))
         mean, mean_size = self.mean(torch.tensor([total, size], dtype=torch.float64, device="cpu"), count).tolist()
         return mean, mean_size
 
@@ -275,6 +276,11 @@ class Objective:
         """
         return max(1e-5, 2 * self._rounding)
 
+    @property
+    def rounding(self) -> float:
+        """The relative rounding of the coarsest numbers on the way to the loss, as far as it has been evaluated."""
+        return self._rounding
+
     def check(self) -> float:
         """L(w), after making sure that a second pass over the data gives the same number.
 
@@ -282,13 +288,18 @@ class Objective:
             ValueError: if it does not: a derivative of a function that changes between calls means nothing.
         """
         with self.quiet():  # one context: the random state goes on from the first pass to the second
-            (first, size), (second, _) = self._mean_loss(), self._mean_loss()
+            with listening(self._hear):
+                first, size = self._mean_loss()
+            second, _ = self._mean_loss()
         if abs(first - second) > self.tolerance * size:
             raise ValueError(
                 f"two passes over the data give different losses ({first:.7g} and {second:.7g}), so there is no "
                 f"function to differentiate. {self._suspect()}"
             )
         return first
+
+    def _hear(self, _module: nn.Module, _inputs: object, outputs: object) -> None:
+        self._rounding = max(self._rounding, rounding_of(outputs))
 
     def _suspect(self) -> str:
         if not self.eval_mode:
@@ -317,7 +328,7 @@ class Objective:
                 )
             mend = "Use reduction='mean'." if isinstance(loss, Tensor) else "Let it return the loss alone."
             raise ValueError(f"the criterion must return a scalar tensor, got {shape}. {mend}")
-        if getattr(self.criterion, "reduction", "mean") == "sum":
+        if reduction_of(self.criterion) == "sum":
             loss = loss / count
         # Sharded, the mean over all processes is checked, so that all of them raise.
         return loss.reshape(()) if self.sharded else self.check_loss(loss.reshape(()), count)
@@ -327,22 +338,3 @@ class Objective:
         if not math.isfinite(value := loss.item()):
             raise ValueError(f"the loss is {value} on a batch of {count}: there is nothing to measure.")
         return loss
-
-
-@contextmanager
-def _one_path() -> Iterator[None]:
-    """Inside, torch's transformer layers compute the same with gradients and without.
-
-    Their fast path, which is taken without, gives other outputs at padded positions.
-    """
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-def _eps(value: object) -> float:
-    """The relative rounding of a floating-point tensor."""
-    return torch.finfo(value.dtype).eps if isinstance(value, Tensor) and value.is_floating_point() else 0.0

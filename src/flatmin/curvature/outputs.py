@@ -69,9 +69,9 @@ class Point:
         """A_i for each sample, if A acts within samples: (samples, outputs, outputs)."""
         columns = []
         for k in range(self.outputs[0].numel()):
-            unit = torch.zeros_like(self.outputs)
-            unit.view(len(unit), -1)[:, k] = 1.0
-            columns.append(self.curvature(unit).reshape(len(unit), -1))
+            unit = self.outputs.new_zeros(len(self.outputs), self.outputs[0].numel())
+            unit[:, k] = 1.0
+            columns.append(self.curvature(unit.view(self.outputs.shape)).reshape(len(unit), -1))
         return torch.stack(columns, 2)
 
 

@@ -48,7 +48,8 @@ class SharpnessResult(Measurement):
     Attributes:
         radius: sigma or rho.
         curvature_per_rise: what `value` is multiplied with to give a trace: 2 / sigma^2, or 2 dim / rho^2.
-        clean_loss: L(w), which was subtracted. `stderr` includes what its rounding may do to the difference.
+        clean_loss: L(w), which was subtracted. `stderr` includes what its rounding may do to the difference: that of
+            the coarsest numbers among parameters, loss and what modules give (bf16 under autocast, say).
         per_layer: layer -> the rise when only that layer is moved. They add up to `value` to leading order only.
         samples: the rises of the single draws, whose mean is `value`.
         num_losses: evaluations of the loss over the whole data that it took.
@@ -195,8 +196,7 @@ class _Sampler:
     def __init__(self, objective: Objective, drawers: list[Draw], two_sided: bool, seed: int):
         self._objective, self._drawers, self._seed = objective, drawers, seed
         self._signs = (1.0, -1.0) if two_sided else (1.0,)
-        self._clean = self._eps = 0.0
-        self._rounds = 0
+        self._clean, self._rounds = 0.0, 0
 
     def run(self, names: list[str | None], budget: Budget, **entries: Any) -> SharpnessResult:
         self._objective.check()
@@ -219,19 +219,18 @@ class _Sampler:
 
     def _error(self, samples: np.ndarray) -> float:
         """The standard error of the draws, and the rounding of the losses whose difference each of them is."""
-        return math.hypot(stderr(samples), self._eps * self._clean)
+        return math.hypot(stderr(samples), self._objective.rounding * self._clean)
 
     def _above_rounding(self, samples: np.ndarray, rtol: float | None) -> bool:
-        return rtol is None or bool(self._eps * abs(self._clean) <= rtol * abs(samples.mean()))
+        rounding = self._objective.rounding * abs(self._clean)
+        return rtol is None or bool(rounding <= rtol * abs(samples.mean()))
 
     @torch.no_grad()
     def _round(self, first: int, size: int) -> np.ndarray:
         totals, clean, count = np.zeros((size, len(self._drawers))), 0.0, 0
         with self._objective.displaced() as place:
             for index, batch in enumerate(self._objective.batches()):
-                loss = batch.evaluate().loss
-                self._eps = max(self._eps, torch.finfo(loss.dtype).eps)
-                at_home, n = float(loss.double()), batch.size
+                at_home, n = float(batch.evaluate().loss.double()), batch.size
                 for row, column in np.ndindex(totals.shape):
                     place.move(None)
                     u = self._drawers[column](mix_seeds(self._seed, first + row, self._objective.number(index)))

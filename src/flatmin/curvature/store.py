@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
+from flatmin.curvature.arguments import reduction_of
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.results import Estimate
 from flatmin.shards import local
@@ -26,7 +28,8 @@ class Store:
 
     Args:
         path: a JSON file; made if it is not there. Of several processes the first one reads and writes it.
-        objective: what is measured; the file remembers a digest of its weights, its loss and its number of samples.
+        objective: what is measured; the file remembers a digest of its weights, its loss and its number of samples,
+            and the name of the criterion.
         loss: at the weights.
 
     Raises:
@@ -35,7 +38,12 @@ class Store:
 
     def __init__(self, path: str | os.PathLike[str] | None, objective: Objective, loss: float):
         self._path = None if path is None else Path(path)
-        self._about = {"weights": _digest(objective), "loss": loss, "num_samples": objective.num_samples}
+        self._about = {
+            "weights": _digest(objective),
+            "criterion": _name(objective.criterion),
+            "loss": loss,
+            "num_samples": objective.num_samples,
+        }
         self._tolerance = objective.tolerance
         self._parts: dict[str, Any] = {}
         self._writes = objective.first
@@ -49,7 +57,7 @@ class Store:
         settings = json.loads(json.dumps(settings))
         kept = self._parts.get(name)
         if kept is not None and kept["settings"] == settings:
-            return revived(kind, kept["result"])
+            return _loud(revived(kind, kept["result"]), name)
         result = measure()
         if self._path is not None and self._writes:
             self._parts[name] = {"settings": settings, "result": _entries(result)}
@@ -64,7 +72,7 @@ class Store:
         path = self._path
         try:
             data = json.loads(text)
-            about, parts = data["about"], data["parts"]
+            about, parts = dict(data["about"]), dict(data["parts"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a file of results that a measurement kept.") from error
         differing = [name for name, value in self._about.items() if not self._alike(about.get(name), value)]
@@ -95,6 +103,22 @@ def _digest(objective: Objective) -> str:
         distributed.all_gather(found, own, group=objective.group)
         digest = hashlib.sha256(torch.cat(found).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _name(criterion: Any) -> str:
+    """What can be said of a criterion without calling it."""
+    if criterion is None:
+        return "the model's own"
+    shown = getattr(criterion, "func", criterion)
+    kind = shown if hasattr(shown, "__qualname__") else type(shown)
+    return f"{kind.__module__}.{kind.__qualname__}, {reduction_of(criterion)}"
+
+
+def _loud(result: Result, name: str) -> Result:
+    """A result that is not converged says so again: who goes on may not have seen it the first time."""
+    if getattr(result, "converged", True) is False:
+        warnings.warn(f"{name}, as it was kept, has not converged: {result}.", RuntimeWarning, stacklevel=4)
+    return result
 
 
 def _entries(result: Any) -> dict[str, Any]:

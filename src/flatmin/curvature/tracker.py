@@ -39,6 +39,7 @@ class TrackPoint:
         step: at which.
         loss: on the tracked data.
         trace: of the Hessian, with the standard error of its probes.
+        num_probes: how many; the standard error has one degree of freedom less.
         lambda_max: the largest Ritz value, with its residual; from below. nan where there are no Hessian products.
         noise_stability: E L(w + u) - L(w), with its standard error; nan if no sigma was given.
         seconds: that it took.
@@ -52,6 +53,7 @@ class TrackPoint:
     noise_stability: Estimate
     seconds: float
     overhead: float
+    num_probes: int
 
 
 class Tracker:
@@ -133,7 +135,8 @@ class Tracker:
             self._operator.release()  # training goes on, with other weights
             self._last = self._clock() - begin
             self._spent += self._last
-        self.points.append(TrackPoint(step=step, seconds=self._last, overhead=self.overhead, **found))
+        point = TrackPoint(step=step, seconds=self._last, overhead=self.overhead, num_probes=self._num_probes, **found)
+        self.points.append(point)
         return self.points[-1]
 
     def to_dict(self) -> dict[str, Any]:
