@@ -24,6 +24,7 @@ def numbers_table(found: dict[str, Any]) -> str:
     n, density = found["model"]["numbers"], revived(flatmin.DensityResult, found["model"]["density"])
     rows = [
         ("loss", f"{n['loss']:.4g}"),
+        ("norm of the gradient", f"{n['gradient_norm']:.4g}"),
         ("trace of H", format_estimate(**n["trace"])),
         ("trace / d", f"{n['trace']['value'] / n['num_params']:.4g}"),
         ("lambda_max", format_estimate(**n["lambda_max"])),
@@ -31,9 +32,11 @@ def numbers_table(found: dict[str, Any]) -> str:
         ("noise stability, sigma = 0.02", format_estimate(**n["noise"])),
         ("half sigma^2 tr H", f"{0.02**2 / 2 * n['trace']['value']:.4g}"),
         ("average-direction sharpness, rho = 0.2", format_estimate(**n["average"])),
+        ("rho^2 / (2 d) tr H", f"{0.2**2 / 2 * n['trace']['value'] / n['num_params']:.4g}"),
         ("one step of SAM, rho = 0.2", f"{n['one_step']:.4g}"),
         ("ascent sharpness, rho = 0.2", f">= {n['ascent']:.4g}"),
         ("half rho^2 lambda_max", f"{0.2**2 / 2 * n['lambda_max']['value']:.4g}"),
+        ("rho times the norm of the gradient", f"{0.2 * n['gradient_norm']:.4g}"),
     ]
     return "\n".join(["| number | value |", "|---|---:|", *[f"| {name} | {value} |" for name, value in rows]])
 
@@ -49,20 +52,46 @@ def rescaling_table(found: dict[str, Any]) -> str:
         "ascent, adaptive, rho = 0.5": lambda r: f"{r['ascent_adaptive']:.3g}",
     }
     runs = found["rescaled"]
-    lines = [f"| first layer times | {' | '.join(str(r['factor']) for r in runs)} |", "|---|" + "---:|" * len(runs)]
+    heads = [f"{r['factor']}" + ", half of its units" * (r["units"] < 32) for r in runs]
+    lines = [f"| first layer times | {' | '.join(heads)} |", "|---|" + "---:|" * len(runs)]
     lines += [f"| {name} | {' | '.join(cell(r) for r in runs)} |" for name, cell in rows.items()]
     return "\n".join(lines)
+
+
+def matched_table(found: dict[str, Any]) -> str:
+    """The ratio of the traces at several losses and for several trainings, as Markdown."""
+    runs = found["saturated"]["comparisons"]
+    losses = list(dict.fromkeys(run["loss"] for run in runs))
+    lines = [f"| trace of NSO over SGD at loss | {' | '.join(f'{x:g}' for x in losses)} |"]
+    lines.append("|---|" + "---:|" * len(losses))
+    for seed in dict.fromkeys(run["seed"] for run in runs):
+        own = {run["loss"]: run for run in runs if run["seed"] == seed}
+        cells = [f"{format_estimate(**own[x]['ratio'])} (p = {own[x]['p']:.2g})" for x in losses]
+        lines.append(f"| batches of seed {seed} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def bounds_table(found: dict[str, Any]) -> str:
+    """What each size of the noise certifies, as Markdown."""
+    runs = found["bounds"]["by_sigma"]
+    rows = {
+        "sigma": [f"{run['sigma']:g}" for run in runs],
+        "error on the training data, with noise": [f"{run['training']:.3f}" for run in runs],
+        "bound of the error on new data": [f"{run['bound']:.3f}" for run in runs],
+    }
+    lines = [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
+    return "\n".join([lines[0], "|---|" + "---:|" * len(runs), *lines[1:]])
 
 
 def sentences(found: dict[str, Any]) -> str:
     """What the comparison and the bounds say, as quotes."""
     texts = (found["bounds"]["classical"]["sentence"], found["bounds"]["paper"]["sentence"])
-    return "\n>\n".join(f"> {text}" for text in texts)
+    return bounds_table(found) + "\n\n" + "\n>\n".join(f"> {text}" for text in texts)
 
 
 def matched_sentence(found: dict[str, Any]) -> str:
     """The comparison at matched loss, as a quote."""
-    return f"> {found['saturated']['sentence']}"
+    return f"> {found['saturated']['sentence']}\n\n{matched_table(found)}"
 
 
 def flatness_tables(found: dict[str, Any]) -> dict[str, str]:
@@ -102,6 +131,8 @@ def draw_slices(figure: Any, found: dict[str, Any]) -> None:
     """Two planes through the same weights, by the library."""
     for axes, (name, plane) in zip(figure.subplots(1, 2), found["model"]["planes"].items(), strict=True):
         revived(flatmin.LossSlice, plane).plot(axes).set_title(f"along {name}" + " directions" * (name == "random"))
+        axes.set_xlabel(f"distance along {plane['labels'][0]}")
+        axes.set_ylabel(f"distance along {plane['labels'][1]}")
 
 
 def draw_noise(figure: Any, found: dict[str, Any]) -> None:
@@ -137,7 +168,7 @@ def draw_saturated(figure: Any, found: dict[str, Any]) -> None:
         traces = [p["trace"]["value"] for p in points]
         left.plot([p["step"] for p in points], traces, color=colour, label=name)
         right.plot([p["loss"] for p in points], traces, "o", ms=3, color=colour, label=name)
-    right.axvline(found["saturated"]["matched"]["loss"], color="#444444", lw=0.8, ls=":")
+    right.axvline(found["saturated"]["matched"]["loss"], color="#444444", lw=0.8, ls=":", label="lowest common loss")
     right.set_xscale("log")
     right.invert_xaxis()
     for axes, label in ((left, "step"), (right, "training loss")):

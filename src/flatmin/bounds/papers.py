@@ -39,7 +39,7 @@ def trace_bound(
     Raises:
         ValueError: for a number out of its range.
 
-    Source: Ju, Li, Zhang 2024, theorem 2.1; constants from memory of the paper, see `assumptions`.
+    Source: Zhang, Li, Ju 2024, theorem 2.1; constants from memory of the paper, see `assumptions`.
     """
     check_common(training_loss, largest_loss, num_samples, delta)
     check_at_least_zero(trace=trace, distance=distance)
@@ -63,7 +63,7 @@ def trace_bound(
         terms=terms,
         largest_loss=largest_loss,
         confidence=1 - delta,
-        theorem="Hessian-trace bound (Ju, Li, Zhang 2024, theorem 2.1), its O(n^(-3/4)) term left out",
+        theorem="Hessian-trace bound (Zhang, Li, Ju 2024, theorem 2.1), its O(n^(-3/4)) term left out",
         assumptions=(
             "the loss of a sample is in [0, C]",
             "the Hessian of the loss is Lipschitz in the weights",

@@ -101,7 +101,7 @@ def layerwise_rayleigh_sum(
         ValueError: `tol` not positive, max_products < 1, data that gives another loss on a second pass, or a Hessian
             that is not finite.
 
-    Source: the measuring script published with Ju, Li, Zhang 2024.
+    Source: the measuring script published with Zhang, Li, Ju 2024.
     """
     if not tol > 0:
         raise ValueError(f"tol must be positive, got {tol}.")

@@ -116,7 +116,7 @@ def noise_stability(
         ValueError: sigma that is not positive, an unknown law or scale, data that gives another loss on a second pass,
             or a loss that is not finite where the noise leads.
 
-    Source: Ju, Li, Zhang 2024 (the objective that NSO minimises); Li et al. 2018 for the scale of the filters.
+    Source: Zhang, Li, Ju 2024 (the objective that NSO minimises); Li et al. 2018 for the scale of the filters.
     """
     check_positive("sigma", sigma)
     check_law(law)
