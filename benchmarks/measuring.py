@@ -274,6 +274,10 @@ def markdown(results: dict[str, Any]) -> str:
         for name in dict.fromkeys(name for case in cases.values() for name in case["trace"]["costs"][goal]):
             costs = [case["trace"]["costs"][goal].get(name) for case in cases.values()]
             cells = ["" if cost is None else f"{cost:.3g}" for cost in costs]
+            if name == "flatmin":
+                runs = [case["trace"][f"flatmin, {goal}"] for case in cases.values()]
+                within = [f"{r['within_goal'] * r['runs']:.0f} of {r['runs']} within" for r in runs]
+                cells = [f"{cell}, {said}" for cell, said in zip(cells, within, strict=True)]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -22,7 +22,7 @@ from benchmarks.stopping import RESULTS as STOPPING
 from benchmarks.stopping import rules_table, starts_table
 from docs.flatness import RECORD
 from docs.flatness_pictures import flatness_tables
-from flatmin.lab.display import markdown_table
+from flatmin.lab.display import differences_table, markdown_table
 from tests.contracts.combinations import table as combinations_table
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +65,7 @@ def main() -> None:
     measuring = json.loads((ROOT / "benchmarks" / "results" / "measuring.json").read_text())
     tables = {
         "demo": markdown_table(summary),
+        "differences": differences_table(summary),
         "halves": markdown_table(halves),
         "cost": cost_table(cost),
         "peers": peers_table(peers),

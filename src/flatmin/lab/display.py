@@ -106,6 +106,20 @@ def print_table(summary: dict[str, Any], console: Console | None = None) -> None
             console.print(f"[red]diverged[/]: {escape(message)}", highlight=False)
 
 
+def differences_table(summary: dict[str, Any]) -> str:
+    """Each method less the control, by seeds, with the 95% interval of that difference; Markdown."""
+    control, *others = summary["methods"]
+    columns = [c for c in shown(summary) if c.better]
+    lines = [f"| less {control} | {' | '.join(c.title for c in columns)} |", "|---|" + "---:|" * len(columns)]
+    for name in others:
+        cells = []
+        for column in columns:
+            entry = summary["versus"][column.key][name]
+            cells.append(f"{entry['difference']:+.{column.digits}f} ±{entry['half_width']:.{column.digits}f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def markdown_table(summary: dict[str, Any]) -> str:
     """The comparison as a Markdown table, one method a row; bold where significantly best."""
     columns = [c for c in shown(summary) if c.key != "steps"]

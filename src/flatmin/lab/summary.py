@@ -5,7 +5,8 @@ paired     two methods share the training samples, initial weights and batch ord
            by the t-test on the differences, seed by seed
 best       a method is marked best in a column only if it beats *every* other method on the seeds that both
            finished, p < 0.05 after Holm's correction for the number of comparisons, and none of its runs diverged
-versus     the same test of each method against the control (the first method), Holm-corrected within a column
+versus     the same test of each method against the control (the first method), Holm-corrected within a column, and
+           the 95% interval of the differences (each for itself)
 
 With fewer than three common seeds nothing is tested, nor if the difference is the same on every seed (there is then no
 spread to judge it by); p is None.
@@ -28,7 +29,10 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Column:
-    """One measured quantity: its title, where it is in a result, and which direction is better."""
+    """One measured quantity: its title, where it is in a result, and which direction is better.
+
+    With `over` it is divided by another one. Only what `needs` names must be in the results.
+    """
 
     key: str
     title: str
@@ -36,21 +40,37 @@ class Column:
     path: tuple[str, ...]
     digits: int = 3
     percent: bool = False
+    over: tuple[str, ...] = ()
+    needs: str = ""
 
     def of(self, record: RunRecord) -> float:
         """Its value in one run."""
-        value: Any = record.result
-        for key in self.path:
-            value = value[key]
-        return 100 * float(value) if self.percent else float(value)
+        value = _entry(record.result, self.path)
+        if self.over:
+            divisor = _entry(record.result, self.over)
+            return value / divisor if divisor else math.nan
+        return 100 * value if self.percent else value
+
+    def is_in(self, record: RunRecord) -> bool:
+        """Whether the run has it."""
+        return (self.needs or self.path[0]) in record.result
 
 
+def _entry(result: Any, path: Sequence[str]) -> float:
+    for key in path:
+        result = result[key]
+    return float(result)
+
+
+TRACE = ("flatness", "trace", "value")
 COLUMNS = (
     Column("test_accuracy", "test accuracy, %", +1, ("test_accuracy",), 2, percent=True),
     Column("test_loss", "test loss", -1, ("test_loss",)),
     Column("gap", "generalisation gap", -1, ("gap",)),
     Column("train_loss", "training loss", 0, ("train_loss",), 4),
-    Column("trace", "Hessian trace", -1, ("flatness", "trace", "value"), 2),
+    Column("trace", "Hessian trace", -1, TRACE, 2),
+    # Cross-entropy takes its curvature with it as it goes to zero: what is left of a low trace beside a low loss.
+    Column("trace_per_loss", "trace / loss", -1, TRACE, 0, over=("train_loss",), needs="test_accuracy"),
     Column("lambda_max", "lambda_max", -1, ("flatness", "top_eigenvalue", "value"), 2),
     Column("seconds", "seconds", 0, ("seconds",), 2),
     Column("gradients", "gradients", 0, ("gradients",), 0),
@@ -68,9 +88,7 @@ def shown(summary: Mapping[str, Any]) -> list[Column]:
 
 def summarize(runs: Runs) -> dict[str, Any]:
     """The summary as plain data: per method and column mean, interval and values; best and versus per column."""
-    columns = [
-        c for c in COLUMNS if all(c.path[0] in r.result for records in runs.values() for r in records if r.finished)
-    ]
+    columns = [c for c in COLUMNS if all(c.is_in(r) for records in runs.values() for r in records if r.finished)]
     methods = {
         name: {
             "num_runs": len(records),
@@ -166,8 +184,12 @@ def _versus(runs: Runs, column: Column) -> dict[str, dict[str, Any]]:
     found = {}
     for name in others:
         values = _by_seed(runs[name], column)
-        difference = _number(_mean_difference(values, reference))
-        found[name] = {"difference": difference, "p": paired_p_value(values, reference)}
+        paired = _describe([values[s] - reference[s] for s in sorted(values.keys() & reference.keys())])
+        found[name] = {
+            "difference": paired["mean"],
+            "half_width": paired["half_width"],
+            "p": paired_p_value(values, reference),
+        }
     tested = [name for name in others if found[name]["p"] is not None]
     for name, p in zip(tested, holm([found[name]["p"] for name in tested]), strict=True):
         found[name]["p"] = p
