@@ -36,18 +36,22 @@ PAGES = (
 
 def methods_table() -> str:
     """The registry as a Markdown table."""
-    rows = ["| method | class | gradients a step | kept | sparse | needs | source |", "|---|---|---:|---:|---|---|---|"]
+    rows = [
+        "| method | class | gradients a step | radius, by default | kept | sparse | needs | source |",
+        "|---|---|---:|---|---:|---|---|---|",
+    ]
     for method in flatmin.methods().values():
         if method.factory is None:
-            rows.append(f"| {method.name} | | {method.gradients:g} | 0 | | | {method.paper} |")
+            rows.append(f"| {method.name} | | {method.gradients:g} | | 0 | | | {method.paper} |")
             continue
         optimizer: Any = method.build(SGD([Parameter(torch.zeros(1))], lr=0.1), **dict.fromkeys(method.needs, 1))
         fixed = ", ".join(f"{k}={v!r}" for k, v in method.options.items())
         needs = [f"`{name}=`" for name in method.needs]
         needs += ["take"] * optimizer.needs_take + ["mean"] * optimizer.needs_losses
-        kept = len(optimizer.remembers)
+        kept, radius = len(optimizer.remembers), optimizer.param_groups[0][optimizer.radius_name]
         rows.append(
-            f"| {method.name} | `{type(optimizer).__name__}({fixed})` | {method.gradients:g} | {kept} "
+            f"| {method.name} | `{type(optimizer).__name__}({fixed})` | {method.gradients:g} "
+            f"| {optimizer.radius_name} = {radius:g} | {kept} "
             f"| {'yes' if optimizer.takes_sparse else 'no'} | {', '.join(needs)} | {method.paper} |"
         )
     return "\n".join(rows)

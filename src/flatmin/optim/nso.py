@@ -63,7 +63,8 @@ class NSO(FlatOptimizer):
     Args:
         base: an optimizer instance, e.g. `torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)`.
         sigma: standard deviation of the noise, in the units of the weights. A group option: it can differ by
-            group, be scheduled, and 0 leaves a group alone. The papers use 0.008 to 0.02 for fine-tuning.
+            group, be scheduled, and 0 leaves a group alone. The published scripts search 0.005 to 0.02 for fine-tuning on
+            images, and up to 0.1 on graphs.
         num_perturbations: k, the number of antithetic pairs (of single draws if not `antithetic`).
         antithetic: the two-point estimate; `False` is the one-point baseline ("WP-SGD").
         clean_weight: weight c in [0, 1] of the gradient at W itself; at 0 that pass is not run.
@@ -84,7 +85,7 @@ class NSO(FlatOptimizer):
     Cost: 2k gradients a step (k if not `antithetic`), one more if `clean_weight` > 0; half of that with
     `split_batch`. Memory inside a step: two copies of the parameters (three with a closure and several perturbations);
     one less with `low_memory=True`; none between steps. `step(closure)` returns the mean loss over the probes, or the
-    loss at W if `clean_weight` > 0.
+    loss at W if `clean_weight` > 0 (of the whole batch: with `split_batch` the mean over both halves).
 
     Raises:
         ValueError: negative `sigma`, `num_perturbations` < 1, `clean_weight` outside [0, 1], an unknown law (Cauchy
