@@ -113,3 +113,14 @@ def test_an_ignored_interrupt_stays_ignored(monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     assert seen == [signal.SIG_IGN]
+
+
+@pytest.mark.parametrize("arguments", [["methods"], ["compare", "--help"]])
+def test_a_reader_that_has_gone_is_no_error(arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "flatmin", *arguments]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writing)
+    assert done.returncode == 141
+    assert done.stderr == ""

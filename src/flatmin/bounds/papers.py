@@ -30,7 +30,8 @@ def trace_bound(
         training_loss: Lhat(w), the mean over the training data.
         largest_loss: C, no loss is above it.
         trace: alpha, the largest trace of the Hessian of a sample's loss, over all samples and weights within r. A
-            maximum over the data at hand is an estimate of it from below.
+            maximum over the data at hand is an estimate of it from below, and the trace of the mean loss (what
+            `flatmin.trace` gives) is below that: with it the number is a score, not a bound.
         distance: r, how far the weights are from where they started, which must not depend on the data.
         num_samples: n.
         delta: the statement fails with at most this probability.

@@ -46,6 +46,18 @@ class _Factored(Operator):
 class GaussNewtonOperator(_Factored):
     """The generalised Gauss-Newton matrix: J' (d2 loss / d outputs2) J. Needs a criterion and one tensor of outputs.
 
+    Args:
+        objective: what to measure.
+        graph_memory: bytes that kept graphs may take; 0 keeps none.
+        seed: not used here.
+
+    Cost: two gradients of the data for the graphs, about two for a product. Memory: the graph of one batch, and those
+    kept.
+
+    Raises:
+        ValueError: for a model that returns its own loss, outputs that are not one tensor, a criterion that uses the
+            parameters themselves, or a model that FSDP2 shards.
+
     Source: Schraudolph 2002.
     """
 
@@ -66,9 +78,13 @@ class FisherOperator(_Factored):
         graph_memory: bytes that kept graphs may take.
         seed: of the draws.
 
+    Cost: two gradients of the data for the graphs, about two for a product. Memory: the graph of one batch, and those
+    kept.
+
     Raises:
-        ValueError: an unknown kind; "mc" for a loss that is no likelihood that is known here (softmax cross-entropy, or
-            a loss whose second derivative is diagonal in the outputs: squared error, logistic).
+        ValueError: an unknown kind; "empirical" for outputs without a row for each sample; "mc" for a loss that is no
+            likelihood that is known here (softmax cross-entropy, or a loss whose second derivative is diagonal in the
+            outputs: squared error, logistic).
     """
 
     def __init__(

@@ -139,10 +139,17 @@ class PerBatch(ABC, Generic[Curvature]):
 
 
 class Operator(PerBatch[BatchOperator]):
-    """A symmetric matrix over the parameters of an objective, as a map v -> A v. Arguments are those of `PerBatch`."""
+    """A symmetric matrix over the parameters of an objective, as a map v -> A v. Arguments are those of `PerBatch`.
+
+    Cost: `cost` gradients of the data for a product. Memory: the graph of one batch, and the graphs kept.
+    """
 
     def product(self, v: Vector) -> Vector:
-        """A v. A missing entry of `v` is zero."""
+        """A v, a Vector with an entry for each of `objective.params`, in its shape; so is `v`, in which `None` is zero.
+
+        Raises:
+            ValueError: if the product is not finite.
+        """
         params = self.objective.params
         full = [torch.zeros_like(p) if t is None else t for t, p in zip(v.tensors, params, strict=True)]
         total, count = self._through_kept(full) if self._current() else self._one_by_one(full)
@@ -175,7 +182,19 @@ class Operator(PerBatch[BatchOperator]):
 
 
 class HessianOperator(Operator):
-    """The Hessian of the objective.
+    """The Hessian of the objective, H = d2 L / d w2.
+
+    Args:
+        objective: what to measure.
+        products: how second derivatives are computed: "auto", "autograd", "difference" or "loss" (see `products`).
+        graph_memory: bytes that kept graphs may take; 0 keeps none.
+        seed: of the vector that the first product is checked with.
+
+    Cost: about two gradients of the data for a product where graphs are kept, else about three; two for differences of
+    gradients. Memory: the graph of one batch, and the graphs kept.
+
+    Raises:
+        ValueError: an unknown or impossible way, or a product that is not finite.
 
     Example:
         operator = HessianOperator(objective)

@@ -60,8 +60,9 @@ def trace(
         TraceResult with `value`, `stderr`, `per_layer`, `samples`, `num_products`, `num_gradients`, `method`.
 
     Cost: Hutchinson: 1 + 2 m gradients of the data for a round of m probes (2 m where graphs are kept). Exact
-    Gauss-Newton: (1 + 2 classes) / 3 gradients. Local probes: as Hutchinson's, but fewer are needed; and about
-    five gradients of the first batch to try them. Memory: the graph of one batch, and the graphs kept.
+    Gauss-Newton: (1 + 2 classes) / 3 gradients, where there are few outputs a sample; with many, random combinations of
+    them are taken, and a ReLU network's trace has an error, too. Local probes: as Hutchinson's, but fewer are needed;
+    and about five gradients of the first batch to try them. Memory: the graph of one batch, and the graphs kept.
 
     Raises:
         ValueError: unknown method, a budget that is not positive, data that gives another loss on a second pass, a

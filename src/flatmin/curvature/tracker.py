@@ -72,6 +72,9 @@ class Tracker:
         seed: of everything random.
         clock: seconds, as `time.perf_counter` gives them; of several processes that of the first decides.
 
+    Cost: for each point three passes over the data, two gradients for each probe and Lanczos step, two losses for each
+    probe with `sigma`. Memory: `num_steps` copies of the parameters while it measures, one in between.
+
     Raises:
         ValueError: max_overhead outside (0, 1], num_probes < 2, num_steps < 1, or data that changes between passes.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -61,15 +62,19 @@ class Terminated(KeyboardInterrupt):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; an error that the user can mend is one line on stderr and exit status 2.
 
-    Ctrl-C and SIGTERM stop all runs with whole records; the exit status is 130 or 143.
+    Ctrl-C and SIGTERM stop all runs with whole records; the exit status is 130 or 143 (141 for a reader that has gone).
     """
     try:
         with _stoppable():
             _run(arguments)
+            sys.stdout.flush()
     except (ValueError, ImportError) as error:
         return _end(f"error: {error}", 2)
     except BrokenProcessPool:
         return _end(f"error: a worker process died, perhaps for want of memory. {CONTINUES}", 2)
+    except BrokenPipeError:  # `flatmin methods | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Terminated:
         return _end(f"terminated. {CONTINUES}", 143)
     except KeyboardInterrupt:

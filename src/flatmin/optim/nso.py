@@ -63,8 +63,8 @@ class NSO(FlatOptimizer):
     Args:
         base: an optimizer instance, e.g. `torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)`.
         sigma: standard deviation of the noise, in the units of the weights. A group option: it can differ by
-            group, be scheduled, and 0 leaves a group alone. The published scripts search 0.005 to 0.02 for fine-tuning on
-            images, and up to 0.1 on graphs.
+            group, be scheduled, and 0 leaves a group alone. The published scripts search 0.005 to 0.02 for fine-tuning
+            on images, and up to 0.1 on graphs.
         num_perturbations: k, the number of antithetic pairs (of single draws if not `antithetic`).
         antithetic: the two-point estimate; `False` is the one-point baseline ("WP-SGD").
         clean_weight: weight c in [0, 1] of the gradient at W itself; at 0 that pass is not run.

@@ -79,13 +79,13 @@ def quadratic(a: Tensor, b: Tensor | None = None, name: str = "quadratic") -> Pr
 
 
 def ill_conditioned(dim: int = 8, condition: float = 1e4, seed: int = 0) -> Problem:
-    """A quadratic in a random basis whose eigenvalues fall geometrically from 1 to 1 / condition."""
+    """A quadratic x^T A x / 2 in a random basis; its eigenvalues fall geometrically from 1 to 1 / condition."""
     eigenvalues = torch.logspace(0, -1, dim, base=condition, dtype=torch.float64)
     return quadratic(_rotated(eigenvalues, seed), name="ill-conditioned quadratic")
 
 
 def rank_deficient(dim: int = 8, rank: int = 3, seed: int = 0) -> Problem:
-    """A quadratic with eigenvalues rank, ..., 2, 1 and dim - rank zeros: a flat manifold of minima."""
+    """A quadratic x^T A x / 2 with eigenvalues rank, ..., 2, 1 and dim - rank zeros: a flat manifold of minima."""
     eigenvalues = torch.zeros(dim, dtype=torch.float64)
     eigenvalues[:rank] = torch.arange(rank, 0, -1)
     return quadratic(_rotated(eigenvalues, seed), name="rank-deficient quadratic")
