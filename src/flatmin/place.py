@@ -27,6 +27,7 @@ from flatmin.versions import unversioned
 
 _num_displaced = 0
 _announced: dict[int, Place] = {}  # those of loops that are under way
+_worn: dict[int, Place] = {}  # those where a model shows other weights for a while
 
 Restore = Literal["exact", "recompute"]
 
@@ -69,6 +70,17 @@ def warn_if_away(params: Iterable[Tensor], what: str) -> None:
         )
 
 
+def refuse_if_worn(params: Iterable[Tensor]) -> None:
+    """Raises a `ValueError` if some of `params` show an average: what a step does to them there would be undone."""
+    if _worn:
+        worn = {id(p) for place in _worn.values() for p in place._params}
+        if any(id(p) in worn for p in params):
+            raise ValueError(
+                "a training step inside averager.applied(): the weights there are the average, and the step would be "
+                "undone on leaving. Move it out of the block."
+            )
+
+
 def check_restore(restore: str) -> str:
     """Returns `restore` if it is known, else raises a `ValueError`."""
     if restore not in get_args(Restore):
@@ -103,13 +115,14 @@ class Place:
         displacement.add_to(values)
         torch.clear_autocast_cache()
 
-    def announce(self) -> None:
-        """Lets `warn_if_away` know of it, until `withdraw`."""
-        _announced[id(self)] = self
+    def announce(self, *, worn: bool = False) -> None:
+        """Lets `warn_if_away` (or, if `worn`, `refuse_if_worn`) know of it, until `withdraw`."""
+        (_worn if worn else _announced)[id(self)] = self
 
     def withdraw(self) -> None:
         """Takes back what `announce` said."""
         _announced.pop(id(self), None)
+        _worn.pop(id(self), None)
 
     def home(self) -> None:
         """Puts the parameters back at W and forgets the copy."""

@@ -190,3 +190,15 @@ def test_a_store_knows_the_criterion_and_what_had_not_converged(tmp_path):
     path.write_text('{"about": null, "parts": null}')
     with pytest.raises(ValueError, match="is not a file of results"):
         flatmin.measure(model, nn.CrossEntropyLoss(), [(x, y)], store=path)
+
+
+def test_an_error_of_the_size_of_rounding_is_written_shortly():
+    assert format_estimate(1.6241979832157052, 6.3e-17) == "1.62419798322 +- 6e-17"
+
+
+def test_the_table_says_where_the_error_asked_for_was_not_reached():
+    model, x, y = make("tanh")
+    report = flatmin.measure(model, criterion, [(x, y)], sigma=0.01)
+    assert "not to the error" not in str(report)
+    parts = {name: dataclasses.replace(getattr(report, name), converged=False) for name in ("trace", "noise_stability")}
+    assert str(dataclasses.replace(report, **parts)).count("not to the error asked for") == 2

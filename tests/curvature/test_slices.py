@@ -115,3 +115,12 @@ def test_bad_arguments():
         flatmin.loss_slice(objective, d, span=(1.0, 1.0))
     with pytest.raises(ValueError, match=r"the checkpoint has nothing for '0\.weight'"):
         flatmin.direction_to(objective, {})
+
+
+def test_a_direction_of_another_objective_is_refused():
+    model, x, y = make("tanh")
+    objective = flatmin.Objective(model, criterion, [(x, y)])
+    part = objective.only(objective.names[:1])
+    for mine, direction in ((objective, flatmin.random_direction(part)), (part, flatmin.random_direction(objective))):
+        with pytest.raises(ValueError, match="another shape than the parameters"):
+            flatmin.loss_slice(mine, direction)

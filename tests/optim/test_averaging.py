@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -625,3 +626,36 @@ def test_the_state_of_another_model_is_refused():
     with pytest.raises(ValueError, match=r"another model: 0.bias, 0.weight, 4.bias, 4.weight differ"):
         averager.load_state_dict(other.state_dict())
     assert_same(averager.state_dict()["averages"], before["averages"])
+
+
+@pytest.mark.parametrize("form", ["loop", "closure"])
+def test_a_training_step_inside_is_refused(form):
+    model = nn.Linear(2, 1)
+    optimizer = flatmin.SAM(SGD(model.parameters(), lr=0.1))
+    averager = flatmin.Averager(model, kind="mean")
+
+    def step():
+        if form == "closure":
+            return optimizer.step(lambda: model(torch.ones(1, 2)).sum())
+        return next(iter(optimizer.probes()))
+
+    with averager.applied(), pytest.raises(ValueError, match=r"inside averager.applied\(\)"):
+        step()
+    other = nn.Linear(2, 1)
+    with averager.applied():  # another model may train
+        for _ in (aside := flatmin.SAM(SGD(other.parameters(), lr=0.1))).probes():
+            other(torch.ones(1, 2)).sum().backward()
+        aside.step()
+    for _ in optimizer.probes():
+        model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+
+
+def test_an_average_of_a_compiled_model_is_that_of_the_model():
+    model = nn.Linear(2, 1)
+    compiled: Any = torch.compile(model, backend="eager")
+    averager = flatmin.Averager(compiled, kind="mean")
+    averager.update()
+    flatmin.Averager(model, kind="mean").load_state_dict(averager.state_dict())
+    with averager.applied() as shown:
+        assert shown is compiled

@@ -28,9 +28,10 @@ Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 class Objective:
     """L(w) = 1/N sum_i loss(w; sample i), the mean over all samples of `data`.
 
-    Batches are weighted by their number of samples, so a short last batch changes nothing. That number is the leading
-    dimension of the first tensor in the targets, else in the batch; dicts, lists and objects are looked into. Nothing
-    is changed by measuring: mode, gradients, buffers, random state and weights are as before.
+    Batches are weighted by their number of samples, so a short last batch changes nothing (of a criterion that is no
+    mean over samples, with class weights or `ignore_index`, L depends on how the data is cut into batches). That number
+    is the leading dimension of the first tensor in the targets, else in the batch; dicts, lists and objects are looked
+    into. Nothing is changed by measuring: mode, gradients, buffers, random state and weights are as before.
 
     Args:
         model: a module; one made by `torch.compile` is measured on the module it wraps.

@@ -60,19 +60,25 @@ class FlatnessReport:
         """Name, value with error, and a note, for each number."""
         found = [
             ("loss", str(self.loss), "exact"),
-            ("trace", str(self.trace), f"{self.trace.num_products} products" if self.trace.stderr else "exact"),
+            ("trace", str(self.trace), self._trace_note()),
             *[(f"  {name}", str(part), "") for name, part in self.trace.per_layer.items()],
             ("trace / d", f"{self.trace.value / self.trace.num_params:.4g}", f"d = {self.trace.num_params} parameters"),
             ("lambda_max", str(self.top_eigenvalue), f"{self.top_eigenvalue.num_products} products"),
             *[(f"  lambda_{i}", str(part), "") for i, part in enumerate(self.top_eigenvalue.estimates[1:], 2)],
         ]
         if noise := self.noise_stability:
-            found.append(("noise rise", str(noise), f"sigma = {noise.radius:g}, {len(noise.samples)} draws"))
+            missed = "" if noise.converged else ", not to the error asked for"
+            found.append(("noise rise", str(noise), f"sigma = {noise.radius:g}, {len(noise.samples)} draws{missed}"))
         if ascent := self.ascent_sharpness:
             found.append(("worst rise", str(ascent), f"rho = {ascent.rho:g}, {ascent.metric}; a lower bound"))
         if density := self.density:
             found.append(("negative", str(density.negative_mass), f"share of eigenvalues < -{density.resolved:.2g}"))
         return found
+
+    def _trace_note(self) -> str:
+        if not self.trace.stderr:
+            return "exact"
+        return f"{self.trace.num_products} products" + ", not to the error asked for" * (not self.trace.converged)
 
     @property
     def title(self) -> str:
@@ -151,8 +157,8 @@ def measure(
     Example:
         print(flatmin.measure(model, nn.CrossEntropyLoss(), loader))
     """
-    if num_eigenvalues < 1:
-        raise ValueError(f"num_eigenvalues must be at least 1, got {num_eigenvalues}.")
+    if not isinstance(num_eigenvalues, int) or num_eigenvalues < 1:
+        raise ValueError(f"num_eigenvalues must be a whole number, at least 1; got {num_eigenvalues!r}.")
     objective = Objective(model, criterion, data, forward=forward, params=params, eval_mode=eval_mode, group=group)
     loss = objective.loss()
     kept = Store(store, objective, loss)

@@ -156,6 +156,8 @@ def format_estimate(value: float, stderr: float) -> str:
     if not (math.isfinite(value) and math.isfinite(stderr)) or stderr == 0 or value == 0:
         return f"{value:.4g}" if stderr == 0 else f"{value:.4g} +- {stderr:.2g}"
     digits = 1 - math.floor(math.log10(stderr))
+    if digits > 12:  # an error of the size of rounding
+        return f"{value:.12g} +- {stderr:.1g}"
     if digits < -4 or abs(value) < 1e-3:
         return f"{value:.4g} +- {stderr:.2g}"
     return f"{value:.{max(digits, 0)}f} +- {stderr:.{max(digits, 0)}f}"

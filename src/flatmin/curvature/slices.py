@@ -7,7 +7,7 @@ random directions in a million dimensions show little of the worst ones: look al
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +72,7 @@ class LossSlice:
 def loss_slice(
     objective: Objective,
     *directions: Vector,
-    span: float | tuple[float, float] = 1.0,
+    span: float | Sequence[float] = 1.0,
     num_points: int = 21,
     labels: Iterable[str] | None = None,
 ) -> LossSlice:
@@ -90,14 +90,15 @@ def loss_slice(
     beside the directions.
 
     Raises:
-        ValueError: not one or two directions, num_points < 2, an empty span, or a loss that is not finite at a point.
+        ValueError: not one or two directions, one of another objective, num_points < 2, an empty span, or a loss that
+            is not finite at a point.
 
     Example:
         flatmin.loss_slice(objective, flatmin.random_direction(objective)).plot()
 
     Source: Goodfellow, Vinyals, Saxe 2015 (lines); Li et al. 2018 (planes, filter-normalised).
     """
-    low, high = span if isinstance(span, tuple) else (-span, span)
+    low, high = (-span, span) if isinstance(span, (int, float)) else span
     names = [f"direction {i}" for i in range(1, 1 + len(directions))] if labels is None else list(labels)
     if len(directions) not in (1, 2):
         raise ValueError(
@@ -109,6 +110,11 @@ def loss_slice(
             raise ValueError(
                 f"a direction is a Vector, such as random_direction(objective), got {type(direction).__name__}. Give "
                 "eigenvectors one by one: loss_slice(objective, *result.vectors)."
+            )
+        if not _fits(direction, objective):
+            raise ValueError(
+                "a direction has another shape than the parameters of this objective: make it from the same one "
+                "(objective.only(...) has fewer parameters)."
             )
     if len(names) != len(directions):
         raise ValueError(f"{len(directions)} directions have {len(names)} labels.")
@@ -123,6 +129,11 @@ def loss_slice(
         labels=tuple(names),
         num_samples=objective.num_samples,
     )
+
+
+def _fits(direction: Vector, objective: Objective) -> bool:
+    pairs = zip(direction.tensors, objective.params, strict=False)
+    return len(direction) == len(objective.params) and all(t is None or t.shape == p.shape for t, p in pairs)
 
 
 @of_objective

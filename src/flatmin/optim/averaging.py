@@ -93,8 +93,9 @@ class Averager:
     ):
         self._first, self._every = first_step(kind, start, num_steps, every), every
         self._share = next_share(kind, decay)
+        self._shown = model
+        self._model = model = getattr(model, "_orig_mod", model)  # so that names are those without torch.compile
         reshard(model)
-        self._model = model
         self._known = Known(model)
         self._params = [p for p in self._known.parameters.values() if _can_be_averaged(p)]
         if not self._params:
@@ -133,7 +134,7 @@ class Averager:
 
         Everything is in place, so that optimizers, compiled models and captured graphs stay valid; and comes back also
         when the body raises. Batch norm has the statistics of the last `refresh`, if no iterate was averaged since,
-        else those of training. Mode is left to you (`model.eval()`).
+        else those of training. Mode is left to you (`model.eval()`). A training step inside is refused.
 
         Raises:
             ValueError: inside another `applied()`, or if the model has other parameters than before.
@@ -144,9 +145,10 @@ class Averager:
         try:
             try:
                 self._place = place
+                place.announce(worn=True)
                 place.move(_Average(list(self._averages.values()), shown=self._num_averaged > 0))
                 self._norms.wear()
-                yield self._model
+                yield self._shown
             finally:
                 self._leave(place, buffers)
         finally:
@@ -206,6 +208,7 @@ class Averager:
     def _leave(self, place: Place, buffers: Buffers) -> None:
         self._reshard()
         place.home()
+        place.withdraw()
         buffers.put_back()
         self._place = None
 

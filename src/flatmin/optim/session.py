@@ -19,7 +19,7 @@ from flatmin.optim.memory import Memory
 from flatmin.optim.misuse import ALREADY_UNDER_WAY, DIRECTION_LOST, SHARE_NOT_AVERAGED, check_dense
 from flatmin.optim.rule import Probe, Requests, Rule, Update, plain
 from flatmin.optim.scaling import UNSCALED, Scaling
-from flatmin.place import Place
+from flatmin.place import Place, refuse_if_worn
 from flatmin.quiet import Quiet
 from flatmin.radii import Radii
 from flatmin.vectors import Vector
@@ -187,6 +187,7 @@ class Session(Ending):
         if self._under_way:
             raise ValueError(ALREADY_UNDER_WAY)
         self._heal()
+        refuse_if_worn(params)
         goes_on = self._stage == "ready" and share is not None and self._micro_share is not None
         if self._stage == "ready" and not goes_on:
             raise ValueError(DIRECTION_LOST)
