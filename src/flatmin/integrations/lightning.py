@@ -168,8 +168,8 @@ class AveragingCallback(Callback):
         self._worn: AbstractContextManager[Any] | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """A run begins."""
-        self._is_read = False
+        """A run begins, and has read no checkpoint yet."""
+        self._is_read, self._loaded = False, None
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """To evaluate a checkpoint means its own average."""
