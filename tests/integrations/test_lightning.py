@@ -336,8 +336,7 @@ def test_a_checkpoint_is_evaluated_with_its_own_average(tmp_path):
             path = "best" if run is trainer else best.best_model_path
             evaluate(other, batches(128), ckpt_path=path, weights_only=True)
             assert torch.equal(other.validated_at[-1], expected)
-    fresh = Scored("sam")
-    trainer_of(averaging).fit(fresh, batches(64))  # the checkpoint was evaluated; this training begins anew
+    trainer_of(averaging).fit(Net("sam"), batches(64))  # the checkpoint was evaluated; this training begins anew
     assert averaging.state_dict()["averager"]["num_averaged"] == 4
 
 
