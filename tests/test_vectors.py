@@ -179,3 +179,9 @@ def test_norms_of_tiny_and_huge_entries_do_not_leave_the_range_of_fp32(size):
     for bad in (math.inf, math.nan):
         assert not math.isfinite(Vector([torch.tensor([size, bad]), torch.tensor([size])]).size())
     assert Vector([torch.zeros(2)]).size() == 0.0
+
+
+@pytest.mark.parametrize("missing", [None, torch.zeros(2).to_sparse()])
+def test_so_do_norms_of_vectors_that_lack_an_entry(missing):
+    assert Vector([torch.full((4,), 1e-30), missing]).size() == pytest.approx(2e-30)
+    assert Vector([torch.full((4,), 1e30), missing]).size() == pytest.approx(2e30)

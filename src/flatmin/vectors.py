@@ -197,7 +197,12 @@ class Vector:
             size = math.hypot(*[torch.linalg.vector_norm(t).item() for t in self.tensors])  # type: ignore[arg-type]
             return size if SQUARABLE < size < math.inf else size_in_units(self.present)
         norm, tensors = self.norm(), self.present
-        return norm.item() if all(t.is_cpu and t.dtype in COUNTABLE for t in tensors) else norm
+        if not all(t.is_cpu and t.dtype in COUNTABLE for t in tensors):
+            return norm
+        size = norm.item()
+        if SQUARABLE < size < math.inf or any_sharded(tensors):
+            return size
+        return size_in_units([values(t) for t in tensors])
 
     def isfinite(self) -> bool:
         """Whether every entry is finite. One host synchronisation; a second look if the norm overflows."""

@@ -200,3 +200,20 @@ def test_loading_drops_a_direction_and_puts_no_buffers_back(method):
     again.loop_step()
     again.loop_step()
     assert_same(case.model.state_dict(), again.model.state_dict())
+
+
+@pytest.mark.parametrize("how", ["load_state_dict", "zero_grad", "an exception"])
+def test_a_direction_that_was_dropped_leaves_nothing_with_the_scaler(how):
+    """The scaler knows gradients by an id, which the next ones may get."""
+    case, scale = Case("sam"), scaler()
+    for _ in range(50):
+        for number, _ in enumerate(case.optimizer.probes(scale)):
+            scale.scale(case.loss()).backward()
+            if how == "an exception" and number == 1:
+                break
+        if how == "load_state_dict":
+            case.optimizer.load_state_dict(case.optimizer.state_dict())
+        else:
+            case.optimizer.zero_grad()
+    scaled_step(case, scale, "loop")
+    assert case.optimizer.num_steps == 1

@@ -386,3 +386,13 @@ def test_other_wrong_calls(method):
             case.optimizer.probes(share=share)
     with pytest.raises(ValueError, match="model= takes the module"):
         build(method, SGD(case.model.parameters(), lr=0.1), model=3)
+
+
+def test_a_loss_of_a_class_of_its_own_is_a_loss():
+    class Own(torch.Tensor):
+        pass
+
+    case = Case("sam")
+    plain = Case("sam")
+    returned = case.optimizer.step(lambda: case.closure().as_subclass(Own))
+    assert float(returned) == float(plain.step())

@@ -104,3 +104,22 @@ def test_only_the_traces_that_are_used_must_be_positive_and_have_an_error():
     for loss in (0.07, 0.8):
         with pytest.raises(ValueError, match="need a positive loss and trace with an error"):
             flatmin.compare_at_matched_loss(curve, curve, loss=loss)
+
+
+def test_the_last_pass_counts_though_an_earlier_point_is_at_that_very_loss():
+    curve = [point(*p) for p in ((2.0, 8.0), (1.0, 1.0), (3.0, 9.0), (0.5, 4.0))]
+    at, beside = (flatmin.compare_at_matched_loss(curve, curve, loss=x).first.value for x in (1.0, 1.00001))
+    assert at == pytest.approx(beside, rel=1e-4)
+
+
+def test_a_loss_of_zero_beside_is_no_logarithm():
+    curve = [point(1.0, 2.0), point(0.0, 1.0)]
+    with pytest.raises(ValueError, match="need a positive loss"):
+        flatmin.compare_at_matched_loss(curve, curve, loss=0.5)
+
+
+def test_errors_of_one_probe_and_of_the_size_of_rounding_give_a_p_value():
+    tiny = [point(0.1, 1.0, 1e-90)]
+    assert flatmin.compare_at_matched_loss(tiny, tiny).p_value == pytest.approx(1.0)
+    single = dataclasses.replace(point(0.1, 1.0, 0.1), num_probes=1)
+    assert 0 < flatmin.compare_at_matched_loss(single, point(0.1, 2.0, 0.1)).p_value < 1

@@ -235,3 +235,5 @@ def test_the_reduction_of_a_partial_function_is_seen():
     total = functools.partial(nn.functional.cross_entropy, reduction="sum")
     mean = flatmin.Objective(model, nn.functional.cross_entropy, [(x, y)]).loss()
     assert flatmin.Objective(model, total, [(x, y)]).loss() == pytest.approx(mean, rel=1e-6)
+    module = functools.partial(nn.CrossEntropyLoss(reduction="sum"))
+    assert flatmin.Objective(model, module, [(x, y)]).loss() == pytest.approx(mean, rel=1e-6)

@@ -272,3 +272,20 @@ def test_a_closure_where_micro_batches_are_accumulated_is_refused():
             opt.step(lambda: nn.functional.cross_entropy(model(X), Y))
     finally:
         accelerator.gradient_accumulation_steps = 1
+
+
+def test_a_plain_optimizer_beside_an_accelerator_that_accumulates_is_left_alone():
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=4)
+    try:
+        model = net()
+        opt = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1))
+
+        def closure():
+            opt.zero_grad()
+            loss = nn.functional.cross_entropy(model(X), Y)
+            loss.backward()
+            return loss
+
+        assert opt.step(closure) > 0
+    finally:
+        accelerator.gradient_accumulation_steps = 1

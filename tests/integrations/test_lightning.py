@@ -349,3 +349,22 @@ def test_a_checkpoint_without_an_average_is_evaluated_as_it_is(tmp_path):
     with pytest.warns(UserWarning, match="has no average"):
         trainer.test(model, batches(128), ckpt_path=tmp_path / "weights.ckpt", weights_only=True)
     assert torch.equal(model.validated_at[-1], weights)
+
+
+@pytest.mark.parametrize("method", ["sam", "nso", "looksam"])
+def test_manual_optimization_is_the_plain_loop(method):
+    class Manual(Net):
+        automatic_optimization: Any = False
+
+        def training_step(self, batch, batch_idx):
+            opt: Any = self.optimizers()
+            for _probe in opt.optimizer.probes():
+                self.manual_backward(self.loss(batch))
+            opt.step()
+
+    model, trainer = Manual(method), trainer_of()
+    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, FlatCallback)]
+    trainer.fit(model, batches(64))
+    assert trainer.global_step == 4
+    assert model.events == ["optimizer step"] * 4
+    assert_close(model, plain(method), atol=0)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from flatmin.lab.display import differences_table
 from flatmin.lab.records import RunRecord
 from flatmin.lab.summary import holm, paired_p_value, summarize
 
@@ -110,3 +111,12 @@ def test_best_is_decided_on_common_seeds():
     # Without the diverged records (seeds that were never run), the same holds.
     all_runs["base"] = all_runs["base"][:4]
     assert summarize(all_runs)["best"]["test_accuracy"] == "sam"
+
+
+def test_the_table_of_differences_copes_with_what_is_missing():
+    three = summarize(runs(base=[0.9, 0.91, 0.92], sam=[0.92, 0.92, 0.95]))
+    assert "+2.00 ±2.48" in differences_table(three)
+    one = summarize(runs(base=[0.9], sam=[0.92]))
+    assert "| sam | +2.00 | -0.020 |" in differences_table(one)
+    diverged = {"base": [record(0, 0.9)], "sam": [record(0, 0.9, status="diverged")]}
+    assert "| sam | - |" in differences_table(summarize(diverged))

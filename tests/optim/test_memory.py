@@ -134,3 +134,24 @@ def test_friendly_sam_begins_with_the_first_gradient_of_each_layer():
         optimizer.step()
     assert optimizer.state[early]["flatmin_mean"].tolist() == [2.0]
     assert optimizer.state[late]["flatmin_mean"].tolist() == [6.0]
+
+
+@pytest.mark.parametrize("shares", [(0.25, 0.25), (1.0, 1.0), (0.25, 0.0)])
+@pytest.mark.parametrize("method", REMEMBERING)
+def test_what_is_remembered_does_not_depend_on_the_sum_of_the_shares(method, shares):
+    """A window may be short, and a micro-batch may have been left out."""
+    options = WITHOUT_NOISE.get(method, {})
+    whole, parts = (Case(method, "sgd", options=options, dtype=torch.float64) for _ in range(2))
+    for case in (whole, parts):
+        for group in case.optimizer.param_groups:
+            group["lr"] = 0.0
+    for _ in range(4):
+        whole.loop_step()
+        for share in shares:
+            for _ in parts.optimizer.probes(share=share):
+                parts.loss().backward()
+        parts.optimizer.step()
+    for p, q in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        for name in whole.optimizer.remembers:
+            kept = [case.optimizer.state[r]["flatmin_" + name] for case, r in ((whole, p), (parts, q))]
+            torch.testing.assert_close(*kept, rtol=1e-6, atol=1e-8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -74,6 +75,8 @@ def choose_parameters(model: nn.Module, params: Any) -> Mapping[str, Tensor]:
 
 
 def reduction_of(criterion: object) -> str:
-    """What a criterion says of itself: a module, or a `functools.partial` of a function."""
-    keywords = getattr(criterion, "keywords", {})
-    return getattr(criterion, "reduction", None) or keywords.get("reduction", "mean")
+    """What a criterion says of itself: a module, or a `functools.partial` of one or of a function."""
+    if isinstance(criterion, functools.partial):
+        return criterion.keywords.get("reduction") or reduction_of(criterion.func)
+    own = getattr(criterion, "reduction", None)
+    return own if isinstance(own, str) else "mean"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from scipy.special import stdtr
@@ -127,8 +127,9 @@ class _Matched(NamedTuple):
 
 def _freedom(parts: list[tuple[float, float]]) -> float:
     """Degrees of freedom of a sum of errors (Welch and Satterthwaite)."""
-    total = sum(error**2 for error, _ in parts)
-    return total**2 / sum(error**4 / freedom for error, freedom in parts if error > 0)
+    largest = max(error for error, _ in parts)
+    shares = [((error / largest) ** 2, freedom) for error, freedom in parts]
+    return sum(share for share, _ in shares) ** 2 / sum(share**2 / freedom for share, freedom in shares)
 
 
 def _curve(measured: Measured | Sequence[Measured]) -> list[_Point]:
@@ -142,7 +143,7 @@ def _curve(measured: Measured | Sequence[Measured]) -> list[_Point]:
 
 def _point(item: Any) -> _Point:
     if isinstance(item, TrackPoint):
-        return _Point(item.loss, item.trace, item.num_probes - 1)
+        return _Point(item.loss, item.trace, max(item.num_probes - 1, 1))
     trace = item.trace
     return _Point(item.loss.value, Estimate(value=trace.value, stderr=trace.stderr), max(len(trace.samples) - 1, 1))
 
@@ -151,23 +152,31 @@ def _at(curve: list[_Point], loss: float) -> _Matched:
     """At this loss, where training passed it for the last time; at an end, that of the end."""
     low, high = min(curve, key=lambda p: p.loss), max(curve, key=lambda p: p.loss)
     loss = min(max(loss, low.loss), high.loss)
-    same = [point for point in curve if point.loss == loss]
-    if same:
-        return _mean(same, [1 / len(same)] * len(same))
-    for before, after in reversed(list(pairwise(curve))):
-        if min(before.loss, after.loss) < loss < max(before.loss, after.loss):
-            share = math.log(loss / before.loss) / math.log(after.loss / before.loss)
-            return _mean([before, after], [1 - share, share])
+    after = None
+    for number, point in reversed(list(enumerate(curve))):
+        if point.loss == loss:
+            same = list(takewhile(lambda other: other.loss == loss, reversed(curve[: number + 1])))
+            return _mean(same, [1 / len(same)] * len(same))
+        if after is not None and min(point.loss, after.loss) < loss < max(point.loss, after.loss):
+            check_logarithms([point, after])
+            share = math.log(loss / point.loss) / math.log(after.loss / point.loss)
+            return _mean([point, after], [1 - share, share])
+        after = point
     raise AssertionError("a loss between two others is passed on the way")
 
 
-def _mean(points: Sequence[_Point], weights: Sequence[float]) -> _Matched:
+def check_logarithms(points: Sequence[_Point]) -> None:
+    """Raises a `ValueError` where there is none to be interpolated."""
     for loss, trace, _ in points:
         if not (loss > 0 and trace.value > 0 and math.isfinite(trace.stderr)):
             raise ValueError(
                 f"logarithms need a positive loss and trace with an error, got {loss:.4g} and {trace}. Measure with "
                 "more probes, or compare at another loss."
             )
+
+
+def _mean(points: Sequence[_Point], weights: Sequence[float]) -> _Matched:
+    check_logarithms(points)
     logs = [weight * math.log(trace.value) for weight, (_, trace, _) in zip(weights, points, strict=True)]
     parts = [
         (weight * trace.stderr / trace.value, freedom)

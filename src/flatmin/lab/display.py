@@ -114,8 +114,9 @@ def differences_table(summary: dict[str, Any]) -> str:
     for name in others:
         cells = []
         for column in columns:
-            entry = summary["versus"][column.key][name]
-            cells.append(f"{entry['difference']:+.{column.digits}f} ±{entry['half_width']:.{column.digits}f}")
+            difference, half = (summary["versus"][column.key][name][k] for k in ("difference", "half_width"))
+            text = "-" if difference is None else f"{difference:+.{column.digits}f}"
+            cells.append(text if half is None else f"{text} ±{half:.{column.digits}f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

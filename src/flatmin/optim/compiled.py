@@ -1,13 +1,13 @@
 """Where the whole step is inside a function that `torch.compile` compiles: our part of it is run as it is.
 
 Compiled, the engine's frames would lose what they write to its attributes, and with it the place in the noise stream.
-The model is what pays to compile; compiled by itself it stays so.
+The model is what pays to compile; compiled by itself it stays so. An exception from the body of a compiled loop keeps a
+frame with the loop in its traceback, so that the weights come home when the handler has ended, not when it begins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
-from functools import partial
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -25,10 +25,15 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-def each(begin: Callable[..., Generator[Any, None, None]], *args: Any) -> Iterator[Any]:
+def each(begin: Callable[..., Generator[Any, None, None]], *args: Any) -> Generator[Any, None, None]:
     """The items of the generator `begin(*args)`, none of which is computed by compiled frames."""
     return apart(_each, begin, args)
 
 
-def _each(begin: Callable[..., Generator[Any, None, None]], args: Any) -> Iterator[Any]:
-    return iter(partial(apart, next, begin(*args), None), None)
+def _each(begin: Callable[..., Generator[Any, None, None]], args: Any) -> Generator[Any, None, None]:
+    session = begin(*args)
+    try:
+        while (item := apart(next, session, None)) is not None:
+            yield item
+    finally:
+        apart(session.close)

@@ -36,6 +36,7 @@ from flatmin.optim.misuse import (
     check_options,
     check_perturbed,
     check_window,
+    is_of_lightning,
 )
 from flatmin.optim.rule import Probe
 from flatmin.optim.scaling import UNSCALED, Scaling
@@ -168,6 +169,10 @@ class FlatOptimizer(Session):
             raise ValueError(SCALER_STEP)
         if self._stage == "window" and self._under_way:
             return self._step_along_window(closure)
+        if self._stage == "ready" and is_of_lightning(closure):  # manual optimization: the loop was the training step
+            closure()  # its hooks
+            self._step_after_loop()
+            return None
         check_closure(closure)
         if not torch.is_grad_enabled():
             closure = torch.enable_grad()(closure)

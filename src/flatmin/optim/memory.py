@@ -2,9 +2,10 @@
 
 A rule reads `memory.get(name)` and writes `memory[name] = vector`. What it writes counts only once the base optimizer
 has stepped: a skipped step leaves no trace. If a step is made of several micro-batches that are perturbed one by one,
-each reads what stood there when the step began, and what they write is added up by their shares, as their directions
-are; but what a rule finds once a step (`found_once`) stands at once. In the state the vectors are per parameter, under
-`flatmin_<name>`, so that the layout is torch's. `dict` has the same face, which is what tests drive a rule with.
+each reads what stood there when the step began, and what they write is averaged by their shares (which need not sum to
+1: a window may be short); but what a rule finds once a step (`found_once`) stands at once. In the state the vectors are
+per parameter, under `flatmin_<name>`, so that the layout is torch's. `dict` has the same face, which is what tests
+drive a rule with.
 
 `torch.distributed.checkpoint` loads only what the state of a fresh optimizer has already. So where it sets that up,
 `make_room` puts zeros for what a rule will remember; whether anything has been remembered yet is a count in the groups.
@@ -42,7 +43,8 @@ class Memory:
         self._state = state
         self._empty = empty
         self._written: dict[str, Vector] = {}  # by this micro-batch
-        self._kept: dict[str, Vector] = {}  # by those before it, and their sum
+        self._kept: dict[str, Vector] = {}  # by those before it, and their weighted sum
+        self._shares: dict[str, float] = {}  # that this sum is of
 
     def get(self, name: str) -> Vector | None:
         """The vector of that name, or `None` if none of its entries has been kept."""
@@ -74,8 +76,10 @@ class Memory:
         """
         for name, vector in self._written.items():
             if share is not None and name not in self._found_once:
-                part, earlier = vector * share, self._kept.get(name)
-                self._kept[name] = part if earlier is None else earlier.add_(part)
+                if share > 0:
+                    part, earlier = vector * share, self._kept.get(name)
+                    self._kept[name] = part if earlier is None else earlier.add_(part)
+                    self._shares[name] = self._shares.get(name, 0.0) + share
                 continue
             shared = any(g is not None and any(map(_in_one_memory, vector.tensors, g.tensors)) for g in gradients)
             self._kept[name] = vector.copy() if shared else vector
@@ -84,6 +88,8 @@ class Memory:
     def commit(self) -> bool:
         """Writes what was kept to the state, if anything. Called after the base's step, which may set it up itself."""
         any_kept = bool(self._kept)
+        for name, total in self._shares.items():
+            self._kept[name].scale_(1.0 / total)
         for name, vector in self._kept.items():
             for p, entry in zip(self._params, vector.tensors, strict=True):
                 # A parameter that the base has not stepped may have no state yet, and an entry would stop the base
@@ -92,7 +98,7 @@ class Memory:
                     self._state[p][PREFIX + name] = entry.detach()
                 elif entry is None and PREFIX + name in self._state.get(p, ()):
                     self._state[p][PREFIX + name] = torch.zeros_like(self._state[p][PREFIX + name])
-        self._kept = {}
+        self._kept, self._shares = {}, {}
         return any_kept
 
 

@@ -162,10 +162,23 @@ def check_names(base: Optimizer, name: str, ours: Iterable[str]) -> None:
 def check_closure(closure: object) -> None:
     """Raises a `ValueError` for a closure that a framework calls, which knows one micro-batch of several only."""
     state = sys.modules.get("accelerate.state")
-    if state is not None and state.GradientState._shared_state.get("plugin_kwargs", {}).get("num_steps", 1) > 1:
+    shared = {} if state is None else state.GradientState._shared_state  # of all accelerators of the process
+    if shared.get("plugin_kwargs", {}).get("num_steps", 1) > 1 and _called_by("accelerate.optimizer"):
         raise ValueError(CLOSURE_IN_ACCUMULATE)
-    if getattr(getattr(closure, "func", None), "__qualname__", "") == "Precision._wrap_closure":
+    if is_of_lightning(closure):
         raise ValueError(NO_CALLBACK)
+
+
+def is_of_lightning(closure: object) -> bool:
+    """Whether Lightning made it: of a training step, or, in manual optimization, of nothing but its hooks."""
+    return getattr(getattr(closure, "func", None), "__qualname__", "") == "Precision._wrap_closure"
+
+
+def _called_by(module: str) -> bool:
+    frame = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") != module:
+        frame = frame.f_back
+    return frame is not None
 
 
 def check_model(model: object) -> None:
@@ -178,7 +191,7 @@ def check_loss(loss: object) -> None:
     """Raises a `ValueError` if a closure returned something else than a loss."""
     if loss is None:
         raise ValueError("the closure returned None. End it with `return loss`.")
-    if isinstance(loss, Tensor):
+    if isinstance(loss, Tensor) and loss.numel() != 1:
         raise ValueError(f"the closure returned a tensor of shape {tuple(loss.shape)}: return its mean.")
     if isinstance(loss, (tuple, list, dict)):
         raise ValueError(f"the closure returned a {type(loss).__name__}: let it return the loss alone, a number.")

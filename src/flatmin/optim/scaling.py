@@ -97,6 +97,12 @@ class Scaling:
                 flag.fill_(1.0)  # so that all scalers go down together
         return anywhere
 
+    def forget(self) -> None:
+        """Of a direction that was dropped: the scaler would take what comes next under the same id for it."""
+        for gradients in self._done:
+            self._scaler._per_optimizer_states.pop(id(gradients), None)
+        self._done = []
+
     def update(self) -> None:
         """Lets the scaler adjust its scale, once a step."""
         if self._scaler is not None and self._done and not self.rescale:

@@ -197,6 +197,7 @@ class Session(Ending):
             self._is_looping = True
         self._stage, self._micro_share, self._radii, self._dropped = stage, share, None, False
         if not goes_on:
+            self._scaling.forget()
             self._scaling, self._memory, self._num_draws = scaling, None, 0
             self._drift = self._direction = None
             self._rule_saw_gradients = False
