@@ -6,6 +6,7 @@ from scipy import stats
 
 from flatmin.lab.display import differences_table
 from flatmin.lab.records import RunRecord
+from flatmin.lab.report import _verdict
 from flatmin.lab.summary import holm, paired_p_value, summarize
 
 
@@ -120,3 +121,16 @@ def test_the_table_of_differences_copes_with_what_is_missing():
     assert "| sam | +2.00 | -0.020 |" in differences_table(one)
     diverged = {"base": [record(0, 0.9)], "sam": [record(0, 0.9, status="diverged")]}
     assert "| sam | - |" in differences_table(summarize(diverged))
+
+
+def test_the_verdict_says_the_trace_over_the_loss_beside_the_trace():
+    base, sam = [record(seed, 0.9 + seed / 100) for seed in range(4)], [record(seed, 0.91) for seed in range(4)]
+    for one in sam:  # half the trace at half the loss
+        one.result["train_loss"] = 0.05
+        one.result["flatness"]["trace"]["value"] /= 2
+    (sentence,) = _verdict({**summarize({"base": base, "sam": sam}), "num_seeds": 4})
+    assert "Hessian trace -50%" in sentence
+    assert "trace over loss +0%" in sentence
+    base[0].result["train_loss"] = 0.0
+    (sentence,) = _verdict({**summarize({"base": base, "sam": sam}), "num_seeds": 4})
+    assert "over loss" not in sentence

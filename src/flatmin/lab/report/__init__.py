@@ -14,7 +14,12 @@ from flatmin.lab.summary import LEVEL, shown
 from flatmin.lab.tasks import get_task
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
-TITLES = {"test_accuracy": "test accuracy", "test_loss": "test loss", "trace": "Hessian trace"}
+TITLES = {
+    "test_accuracy": "test accuracy",
+    "test_loss": "test loss",
+    "trace": "Hessian trace",
+    "trace_per_loss": "trace over loss",
+}
 
 
 def write_report(path: Path, summary: dict[str, Any], runs: Mapping[str, Sequence[RunRecord]]) -> Path:
@@ -71,13 +76,17 @@ def _mark(versus: dict[str, Any] | None, better: int) -> str:
 
 
 def _verdict(summary: dict[str, Any]) -> list[str]:
-    """One sentence per method: whether it generalises better than the control here, and whether it is flatter."""
+    """One sentence per method: whether it generalises better than the control here, and whether it is flatter.
+
+    Where a low loss takes curvature with it, the trace over the loss is said, too.
+    """
     control, *others = summary["methods"]
     score = "test_accuracy" if "test_accuracy" in summary["versus"] else "test_loss"
     sentences = []
     for name in others:
-        versus = {key: summary["versus"][key][name] for key in (score, "trace")}
-        if any(v["difference"] is None for v in versus.values()):
+        versus = {key: summary["versus"].get(key, {}).get(name) for key in (score, "trace", "trace_per_loss")}
+        versus = {key: v for key, v in versus.items() if v is not None and v["difference"] is not None}
+        if not {score, "trace"} <= versus.keys():
             sentences.append(f"{name}: no finished run to compare with {control}.")
             continue
         said = [
