@@ -49,7 +49,7 @@ class GaussNewtonOperator(_Factored):
     Args:
         objective: what to measure.
         graph_memory: bytes that kept graphs may take; 0 keeps none.
-        seed: not used here.
+        seed: of the vector that double backward is tried with.
 
     Cost: two gradients of the data for the graphs, about two for a product. Memory: the graph of one batch, and those
     kept.

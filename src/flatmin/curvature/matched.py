@@ -133,7 +133,7 @@ def _freedom(parts: list[tuple[float, float]]) -> float:
 
 
 def _curve(measured: Measured | Sequence[Measured]) -> list[_Point]:
-    """Loss and trace of each, in the order of training; at one loss, their mean."""
+    """Loss and trace of each, in the order of training."""
     measured = getattr(measured, "points", measured)  # of a Tracker
     items: Sequence[Any] = measured if isinstance(measured, Sequence) else [measured]
     if not items:
@@ -156,27 +156,27 @@ def _at(curve: list[_Point], loss: float) -> _Matched:
     for number, point in reversed(list(enumerate(curve))):
         if point.loss == loss:
             same = list(takewhile(lambda other: other.loss == loss, reversed(curve[: number + 1])))
-            return _mean(same, [1 / len(same)] * len(same))
+            return _mean(_with_logarithms(same), [1 / len(same)] * len(same))
         if after is not None and min(point.loss, after.loss) < loss < max(point.loss, after.loss):
-            check_logarithms([point, after])
+            pair = _with_logarithms([point, after])
             share = math.log(loss / point.loss) / math.log(after.loss / point.loss)
-            return _mean([point, after], [1 - share, share])
+            return _mean(pair, [1 - share, share])
         after = point
     raise AssertionError("a loss between two others is passed on the way")
 
 
-def check_logarithms(points: Sequence[_Point]) -> None:
-    """Raises a `ValueError` where there is none to be interpolated."""
+def _with_logarithms(points: list[_Point]) -> list[_Point]:
+    """Returns `points` if each loss and each trace has a logarithm, and each trace an error."""
     for loss, trace, _ in points:
         if not (loss > 0 and trace.value > 0 and math.isfinite(trace.stderr)):
             raise ValueError(
                 f"logarithms need a positive loss and trace with an error, got {loss:.4g} and {trace}. Measure with "
                 "more probes, or compare at another loss."
             )
+    return points
 
 
 def _mean(points: Sequence[_Point], weights: Sequence[float]) -> _Matched:
-    check_logarithms(points)
     logs = [weight * math.log(trace.value) for weight, (_, trace, _) in zip(weights, points, strict=True)]
     parts = [
         (weight * trace.stderr / trace.value, freedom)

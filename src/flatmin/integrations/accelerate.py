@@ -76,7 +76,7 @@ def windows(accelerator: Any, model: nn.Module, loader: Iterable[Any]) -> Iterat
         model: the prepared model, whose gradients need no reduction before the last micro-batch.
         loader: the prepared loader.
 
-    Yields: lists of batches, to be iterated once for each probe. Memory: the batches of one group.
+    Yields: `MicroBatches`, to be iterated once for each probe. Memory: the batches of one group.
     """
     batches = iter(loader)
     while window := list(islice(batches, accelerator.gradient_accumulation_steps)):

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from flatmin.noise import Law, Scale, check_law
 from flatmin.optim.engine import FlatOptimizer
+from flatmin.optim.misuse import check_whole
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.parts import half
 from flatmin.optim.registry import register
@@ -153,8 +154,7 @@ class NSO(FlatOptimizer):
 
 
 def _check(num_perturbations: int, antithetic: bool, clean_weight: float, scale: str, split_batch: bool) -> None:
-    if not isinstance(num_perturbations, int) or num_perturbations < 1:
-        raise ValueError(f"num_perturbations must be at least 1, a whole number, got {num_perturbations}.")
+    check_whole("num_perturbations", num_perturbations, 1)
     if not isinstance(antithetic, bool):
         raise ValueError(f"antithetic must be True or False, got {antithetic!r}.")
     if not 0 <= clean_weight <= 1:
