@@ -185,3 +185,20 @@ def test_norms_of_tiny_and_huge_entries_do_not_leave_the_range_of_fp32(size):
 def test_so_do_norms_of_vectors_that_lack_an_entry(missing):
     assert Vector([torch.full((4,), 1e-30), missing]).size() == pytest.approx(2e-30)
     assert Vector([torch.full((4,), 1e30), missing]).size() == pytest.approx(2e30)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_a_factor_is_not_rounded_to_the_width_of_another_entry(dtypes):
+    v = Vector(torch.ones(3, dtype=dtype) for dtype in dtypes)
+    for found in (v * (1 / 3)).tensors:
+        assert found is not None
+        assert (found == torch.tensor(1 / 3, dtype=found.dtype)).all()
+
+
+def test_a_factor_first_used_in_inference_mode_serves_outside():
+    with torch.inference_mode():
+        _ = Vector([torch.ones(2)]) * 0.8125
+    weight = torch.ones(2, requires_grad=True)
+    (Vector([weight]) * 0.8125).tensors[0].sum().backward()  # type: ignore[union-attr]
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [0.8125, 0.8125]

@@ -20,7 +20,6 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch._utils import _unflatten_dense_tensors
 
 from flatmin.radii import Radii
 from flatmin.shards import any_sharded, is_sharded, local, made_of, part_of, summed_apart, whole_rows
@@ -218,11 +217,12 @@ class Noise:
         alike = scales.count(scale) == len(scales)
         first = local(members[0]) if self._sharded else members[0]
         flat = first.new_empty(sum(slab.sizes), requires_grad=False)
-        for piece, out in zip(slab.pieces, flat.split_with_sizes(slab.sizes), strict=True):
+        outs = (flat,) if len(slab.pieces) == 1 else flat.split_with_sizes(slab.sizes)
+        for piece, out in zip(slab.pieces, outs, strict=True):
             generator.manual_seed(mix_seeds(self._seed + piece.key))
             _draw_piece(out, piece, draw, scale if alike else 1.0, generator)
-        if slab.in_order:
-            draws: Sequence[Tensor] = _unflatten_dense_tensors(flat, members)
+        if slab.views is not None:
+            draws = [flat.as_strided(*view) for view in slab.views]
         else:
             draws = [cut(flat, at, like) for at, like in zip(slab.offsets, members, strict=True)]
         if not alike:

@@ -20,7 +20,7 @@ from torch import Tensor
 from flatmin.shards import is_sharded, local, place_of
 
 BLOCK = 2**20  # elements of a large tensor with one seed: many, for its cost; few, for who needs a part of them only
-SMALL = 2**12  # elements of small tensors with one seed: many, for its cost; few, as they take memory together
+SMALL = 2**16  # elements of small tensors with one seed: many, for its cost; few, as they take memory together
 
 
 class Kind(NamedTuple):
@@ -73,7 +73,7 @@ class Slab(NamedTuple):
         pieces: what it is filled with.
         sizes: their sizes in memory.
         offsets: where each parameter would begin in it, if all of it were there.
-        in_order: whether every parameter is whole and contiguous.
+        views: shape, strides and offset of each parameter in it, if every one is whole and contiguous.
         simple: whether it is one such parameter, with one seed.
     """
 
@@ -81,7 +81,7 @@ class Slab(NamedTuple):
     pieces: tuple[Piece, ...]
     sizes: tuple[int, ...]
     offsets: tuple[int, ...]
-    in_order: bool
+    views: tuple[tuple[torch.Size, tuple[int, ...], int], ...] | None
     simple: bool
 
 
@@ -117,15 +117,21 @@ def _slab(order: list[int], like: Sequence[Kind], block: int) -> Slab:
     numel = sum(like[i].numel for i in order)
     start, stop = rows or (0, numel)
     pieces = tuple(_pieces(order[0], start, stop, numel, block))
+    offsets = tuple(itertools.accumulate((like[i].numel for i in order[:-1]), initial=-start))
     in_order = all(like[i].contiguous and like[i].rows is None for i in order)
+    views = tuple((like[i].shape, _strides(like[i].shape), at) for i, at in zip(order, offsets, strict=True))
     return Slab(
         tuple(order),
         pieces,
         sizes=tuple(piece.last - piece.first for piece in pieces),
-        offsets=tuple(itertools.accumulate((like[i].numel for i in order[:-1]), initial=-start)),
-        in_order=in_order,
+        offsets=offsets,
+        views=views if in_order else None,
         simple=in_order and len(order) == len(pieces) == 1,
     )
+
+
+def _strides(shape: torch.Size) -> tuple[int, ...]:
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 def _pieces(unit: int, start: int, stop: int, size: int, block: int) -> Iterator[Piece]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import Protocol
 
 import torch
@@ -36,6 +36,13 @@ class _Flags(threading.local):
 
 
 _FLAGS = _Flags()
+
+
+@lru_cache(maxsize=64)
+def _number(value: float, dtype: torch.dtype) -> Tensor:
+    """A number as kernels on the CPU take it: from one in Python each call for each tensor makes such a tensor anew."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 class Displacement(Protocol):
@@ -122,7 +129,7 @@ class Vector:
 
     def __mul__(self, scalar: float | Tensor) -> Vector:
         if self.plain and self.tensors and not isinstance(scalar, Tensor):
-            return Vector(torch._foreach_mul(self.tensors, scalar), plain=True)  # type: ignore[arg-type]
+            return Vector(torch._foreach_mul(self.tensors, self._factor(scalar)), plain=True)  # type: ignore[arg-type]
         return self.with_present(scaled(self.present, scalar))
 
     __rmul__ = __mul__
@@ -270,7 +277,13 @@ class Vector:
     def scale_(self, factor: float) -> None:
         """Multiplies the entries by `factor` in place."""
         if self.support and factor != 1.0:
-            torch._foreach_mul_(parts(self.present), factor)
+            torch._foreach_mul_(parts(self.present), self._factor(factor))
+
+    def _factor(self, number: float) -> float | Tensor:
+        """The same number in the form that multiplies the entries soonest."""
+        if self.countable and len({t.dtype for t in self.tensors}) == 1:  # type: ignore[union-attr]
+            return _number(number, self.tensors[0].dtype)  # type: ignore[union-attr]
+        return number
 
 
 def _same_length(a: object, b: object) -> None:
