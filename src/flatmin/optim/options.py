@@ -19,8 +19,8 @@ class EngineOptions(TypedDict, total=False):
     restore: "exact" (default) keeps one copy of the moved parameters while they are away; "recompute" keeps none
         and costs rounding (see flatmin.place). It pays for NSO (with `low_memory`), RSP, SAP, GSAM, WSAM and BSAM; the
         others hold the displacement instead, which is as large.
-    low_memory: draw noise again from its seed instead of holding it: one copy of the parameters less. 65,536 elements are
-        drawn together in any case, so that a small network gains nothing.
+    low_memory: draw noise again from its seed instead of holding it: one copy of the parameters less. Up to 65,536
+        elements are drawn together in any case, so that a small network gains nothing.
     guard: skip the step, count it and warn when a loss or the direction is not finite (one host synchronisation).
     every, start, stop: perturb only at steps t with start <= t < stop and (t - start) % every == 0; the other steps
         are the base optimizer's.
