@@ -20,6 +20,7 @@ SOURCE = ROOT / "src" / "flatmin"
 
 # room -> the rooms it may import from. Files at the top level are rooms of their own.
 MAY_IMPORT = {
+    "checks": set(),
     "extras": set(),
     "shards": set(),
     "slabs": {"shards"},
@@ -31,11 +32,11 @@ MAY_IMPORT = {
     "distributed": {"shards"},
     "noise": {"radii", "vectors", "shards", "slabs"},
     "quiet": {"buffers", "versions"},
-    "place": {"vectors", "shards", "versions"},
+    "place": {"checks", "vectors", "shards", "versions"},
     "problems": set(),
-    "optim": {"buffers", "radii", "vectors", "noise", "quiet", "place", "shards", "distributed"},
-    "curvature": {"radii", "vectors", "noise", "quiet", "place", "extras", "shards", "distributed"},
-    "bounds": set(),
+    "optim": {"checks", "buffers", "radii", "vectors", "noise", "quiet", "place", "shards", "distributed"},
+    "curvature": {"checks", "radii", "vectors", "noise", "quiet", "place", "extras", "shards", "distributed"},
+    "bounds": {"checks"},
     "integrations": {"quiet", "extras", "optim"},
     "lab": {"vectors", "noise", "quiet", "extras", "optim", "curvature", "problems", "integrations"},
     "__init__": {"optim", "curvature", "problems", "bounds"},

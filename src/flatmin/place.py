@@ -21,6 +21,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from flatmin.checks import check_choice
 from flatmin.shards import is_sharded, parts
 from flatmin.vectors import Displacement, Vector
 from flatmin.versions import unversioned
@@ -83,9 +84,7 @@ def refuse_if_worn(params: Iterable[Tensor]) -> None:
 
 def check_restore(restore: str) -> str:
     """Returns `restore` if it is known, else raises a `ValueError`."""
-    if restore not in get_args(Restore):
-        raise ValueError(f"restore must be 'exact' or 'recompute', got {restore!r}.")
-    return restore
+    return check_choice("restore", restore, get_args(Restore))
 
 
 class Place:

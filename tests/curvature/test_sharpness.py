@@ -283,8 +283,10 @@ def test_bad_arguments():
             flatmin.ascent_sharpness(objective, radius)
     with pytest.raises(ValueError, match="unknown metric 'fisher'"):
         flatmin.average_sharpness(objective, 0.1, "fisher")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="num_draws must be positive, got 0"):
+    with pytest.raises(ValueError, match="num_draws must be at least 1, got 0"):
         flatmin.noise_stability(objective, 0.1, num_draws=0)
+    with pytest.raises(ValueError, match=r"num_draws must be a whole number, got 2\.5"):
+        flatmin.noise_stability(objective, 0.1, num_draws=2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_starts must be at least 1"):
         flatmin.ascent_sharpness(objective, 0.1, num_starts=0)
     with pytest.raises(ValueError, match="scale must be"):

@@ -111,7 +111,7 @@ def test_bad_arguments():
         flatmin.loss_slice(objective, d, d, d)
     with pytest.raises(ValueError, match="1 directions have 2 labels"):
         flatmin.loss_slice(objective, d, labels=["a", "b"])
-    with pytest.raises(ValueError, match="the span not empty"):
+    with pytest.raises(ValueError, match="the span must not be empty"):
         flatmin.loss_slice(objective, d, span=(1.0, 1.0))
     with pytest.raises(ValueError, match=r"the checkpoint has nothing for '0\.weight'"):
         flatmin.direction_to(objective, {})

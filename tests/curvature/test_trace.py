@@ -106,8 +106,10 @@ def test_budgets():
     assert flatmin.trace(objective, max_products=1).stderr == math.inf
     with pytest.raises(ValueError, match="rtol must be positive, got 0"):
         flatmin.trace(objective, rtol=0.0)
-    with pytest.raises(ValueError, match="max_products must be positive, got -1"):
+    with pytest.raises(ValueError, match="max_products must be at least 1, got -1"):
         flatmin.trace(objective, max_products=-1)
+    with pytest.raises(ValueError, match=r"max_products must be a whole number, got 1000\.0"):
+        flatmin.trace(objective, method="hutchinson", max_products=1e3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"xtrace needs max_products of at least 12, got 5"):
         flatmin.trace(objective, method="xtrace", max_products=5)
     with pytest.raises(ValueError, match=r"unknown trace method 'power'\. Known: auto, hutchinson"):

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from flatmin.bounds.result import Bound, check_at_least_zero, check_common, check_count
+from flatmin.bounds.result import Bound, check_at_least_zero, check_common
+from flatmin.checks import check_whole
 
 NOISY = "these weights with noise of standard deviation {sigma:.4g}"
 GAUSSIAN = (
@@ -201,7 +202,7 @@ def gaussian_divergence(distance: float, sigma: float, num_params: int, prior_si
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be positive and finite, got {value}.")
     check_at_least_zero(distance=distance)
-    check_count("num_params", num_params)
+    check_whole("num_params", num_params, 1)
     ratio = sigma / prior_sigma
     return num_params * (ratio**2 / 2 - 0.5 - math.log(ratio)) + (distance / prior_sigma) ** 2 / 2
 

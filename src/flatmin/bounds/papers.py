@@ -107,7 +107,8 @@ def layerwise_bound(
     Source: Ju, Li, Sharma, Zhang 2023 (graph networks); Ju, Li, Zhang 2022 (fine-tuning), up to log terms.
     """
     check_common(training_loss, largest_loss, num_samples, 0.5)
-    if (hessian_distances is None) == (traces is distances is norms is None):
+    by_traces = not (traces is None and distances is None and norms is None)
+    if by_traces == (hessian_distances is not None):
         raise ValueError("give either traces, distances and norms, or hessian_distances.")
     terms = {"C": largest_loss, "n": float(num_samples)}
     if hessian_distances is not None:
@@ -118,8 +119,8 @@ def layerwise_bound(
     else:
         if traces is None or distances is None or norms is None or not len(traces) == len(distances) == len(norms):
             raise ValueError("traces, distances and norms must all be given, with one number per layer.")
-        for i, layer in enumerate(zip(traces, distances, norms, strict=True)):
-            check_at_least_zero(**{f"layer {i}": min(layer)})
+        for name, values in (("traces", traces), ("distances", distances), ("norms", norms)):
+            check_at_least_zero(**{f"{name}[{i}]": value for i, value in enumerate(values)})
         nearest = [min(d, m) ** 2 for d, m in zip(distances, norms, strict=True)]
         gap = largest_loss * math.sqrt(math.fsum(traces) * math.fsum(nearest) / num_samples)
         terms |= {"sum of traces": math.fsum(traces), "sum of squared distances": math.fsum(nearest)}

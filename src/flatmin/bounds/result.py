@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from numbers import Integral
 from typing import Any
+
+from flatmin.checks import check_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +71,9 @@ def check_common(training_loss: float, largest_loss: float, num_samples: int, de
         raise ValueError(f"largest_loss must be positive and finite, got {largest_loss}: the loss must be bounded.")
     if not 0 <= training_loss <= largest_loss:
         raise ValueError(f"the training loss must be in [0, {largest_loss}] (largest_loss), got {training_loss}.")
-    check_count("num_samples", num_samples)
+    check_whole("num_samples", num_samples, 1)
     if not 0 < delta < 1:
         raise ValueError(f"delta must be in (0, 1), got {delta}.")
-
-
-def check_count(name: str, count: object) -> None:
-    """Refuses what is not a whole number of at least 1."""
-    if not isinstance(count, Integral) or count < 1:
-        raise ValueError(f"{name} must be a whole number, at least 1; got {count!r}.")
 
 
 def check_at_least_zero(**numbers: float) -> None:

@@ -14,11 +14,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from flatmin.checks import check_positive, check_whole
 from flatmin.curvature.arguments import of_objective
 from flatmin.curvature.metrics import Metric, ToWeights, ball
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.results import Measurement
-from flatmin.curvature.sharpness import check_positive
 from flatmin.noise import Noise, mix_seeds
 from flatmin.place import Place
 from flatmin.radii import Radii
@@ -89,8 +89,7 @@ def ascent_sharpness(
     """
     check_positive("rho", rho)
     for name, value in (("num_steps", num_steps), ("num_starts", num_starts)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+        check_whole(name, value, 1)
     objective.check()
     clean, gradient = objective.loss_and_gradient()
     ascent = _Ascent(objective, ball(objective, metric, lambda: gradient), rho)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from flatmin.checks import check_positive, check_whole
 from flatmin.curvature.arguments import of_objective
 from flatmin.curvature.eigen import as_operator, top_eigenvalues
 from flatmin.curvature.objective import Objective
@@ -66,8 +67,7 @@ def block_eigenvalues(objective: Objective, k: int = 1, **options: Any) -> dict[
     Raises:
         ValueError: as `top_eigenvalues` does.
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}.")
+    check_whole("k", k, 1)
     layers = dict.fromkeys(objective.layers)
     parts = {
         layer: objective.only(n for n, of in zip(objective.names, objective.layers, strict=True) if of == layer)
@@ -103,10 +103,8 @@ def layerwise_rayleigh_sum(
 
     Source: the measuring script published with Zhang, Li, Ju 2024.
     """
-    if not tol > 0:
-        raise ValueError(f"tol must be positive, got {tol}.")
-    if max_products < 1:
-        raise ValueError(f"max_products must be at least 1, got {max_products}.")
+    check_positive("tol", tol)
+    check_whole("max_products", max_products, 1)
     operator = as_operator(objective, seed)
     operator.objective.check()
     layers = operator.objective.layers

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from flatmin.checks import check_whole
 from flatmin.curvature.arguments import of_objective
 from flatmin.curvature.eigen import as_operator
 from flatmin.curvature.lanczos import Lanczos, Rows
@@ -164,8 +165,8 @@ def spectral_density(
 
     Source: Lin, Saad, Yang 2016; Ubaru, Chen, Saad 2017; Ghorbani, Krishnan, Xiao 2019.
     """
-    if num_probes < 1 or num_steps < 2:
-        raise ValueError(f"num_probes must be at least 1 and num_steps at least 2, got {num_probes} and {num_steps}.")
+    check_whole("num_probes", num_probes, 1)
+    check_whole("num_steps", num_steps, 2)
     operator = as_operator(objective, seed)
     operator.objective.check()
     quadrature = _Quadrature(operator, num_steps)

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flatmin.checks import check_choice, check_positive, check_whole
 from flatmin.curvature.arguments import of_objective
 from flatmin.curvature.lanczos import Lanczos, Rows
 from flatmin.curvature.objective import Objective
@@ -135,15 +136,12 @@ def as_operator(objective: Objective | Operator, seed: int) -> Operator:
 
 
 def _check(objective: Objective, k: int, which: str, tol: float, max_products: int, max_basis: int) -> None:
-    if not 1 <= k <= objective.num_params:
+    if not 1 <= check_whole("k", k) <= objective.num_params:
         raise ValueError(f"k must be between 1 and the number of parameters ({objective.num_params}), got {k}.")
-    if which not in ("LA", "SA"):
-        raise ValueError(f"which must be 'LA' (largest) or 'SA' (smallest), got {which!r}.")
-    if not (math.isfinite(tol) and tol > 0):
-        raise ValueError(f"tol must be positive and finite, got {tol}.")
-    if max_products < 1:
-        raise ValueError(f"max_products must be at least 1, got {max_products}.")
-    if max_basis < k + 3:
+    check_choice("which", which, ("LA", "SA"))
+    check_positive("tol", tol)
+    check_whole("max_products", max_products, 1)
+    if check_whole("max_basis", max_basis) < k + 3:
         raise ValueError(f"max_basis must be at least k + 3 = {k + 3}, got {max_basis}.")
 
 

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flatmin.checks import check_choice
 from flatmin.curvature.batches import Batch
 from flatmin.curvature.differences import dots
 from flatmin.curvature.objective import Objective
@@ -95,8 +96,7 @@ class FisherOperator(_Factored):
         graph_memory: int = GRAPH_MEMORY,
         seed: int = 0,
     ):
-        if kind not in ("mc", "empirical"):
-            raise ValueError(f"kind must be 'mc' or 'empirical', got {kind!r}.")
+        check_choice("kind", kind, ("mc", "empirical"))
         self.kind = kind
         self.name = f"Fisher ({kind})"
         super().__init__(objective, graph_memory=graph_memory, seed=seed)

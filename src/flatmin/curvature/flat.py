@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flatmin.checks import check_whole
 from flatmin.curvature.arguments import of_objective
 from flatmin.curvature.eigen import top_eigenvalues
 from flatmin.curvature.objective import Objective
@@ -98,9 +99,8 @@ def flat_minimum_estimate(
 
     Source: Ahn, Jadbabaie, Sra 2024, section 2, for the definition; the estimate is this library's.
     """
-    if num_probes < 3:
-        raise ValueError(f"num_probes must be at least 3 for an error, got {num_probes}.")
-    if not 0 <= num_eigenvectors <= objective.num_params:
+    check_whole("num_probes", num_probes, 3)
+    if not 0 <= check_whole("num_eigenvectors", num_eigenvectors) <= objective.num_params:
         raise ValueError(f"num_eigenvectors must be in 0 .. {objective.num_params}, got {num_eigenvectors}.")
     loss = objective.check()
     d = objective.num_params

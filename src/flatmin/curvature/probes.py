@@ -21,6 +21,7 @@ import torch
 from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
+from flatmin.checks import check_positive, check_whole
 from flatmin.curvature.operators import BatchOperator, Curvature, Operator, PerBatch
 from flatmin.curvature.products import check_finite
 from flatmin.noise import draw_like, mix_seeds
@@ -106,10 +107,9 @@ class Budget:
         max_seconds: float | None,
         together: Callable[[int], int] = lambda decision: decision,
     ):
-        for name, value in [("rtol", rtol), ("max_products", max_products), ("max_seconds", max_seconds)]:
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be positive, got {value}.")
-        self.rtol, self.max_products, self.max_seconds = rtol, max_products, max_seconds
+        self.rtol = None if rtol is None else check_positive("rtol", rtol)
+        self.max_products = check_whole("max_products", max_products, 1)
+        self.max_seconds = None if max_seconds is None else check_positive("max_seconds", max_seconds)
         self._start, self._together = time.monotonic(), together
 
     def met(self, samples: np.ndarray, constant: float = 0.0) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from flatmin.checks import check_whole
 from flatmin.curvature.ascent import AscentResult, ascent_sharpness
 from flatmin.curvature.density import DensityResult, spectral_density
 from flatmin.curvature.eigen import top_eigenvalues
@@ -157,8 +158,7 @@ def measure(
     Example:
         print(flatmin.measure(model, nn.CrossEntropyLoss(), loader))
     """
-    if not isinstance(num_eigenvalues, int) or num_eigenvalues < 1:
-        raise ValueError(f"num_eigenvalues must be a whole number, at least 1; got {num_eigenvalues!r}.")
+    check_whole("num_eigenvalues", num_eigenvalues, 1)
     objective = Objective(model, criterion, data, forward=forward, params=params, eval_mode=eval_mode, group=group)
     loss = objective.loss()
     kept = Store(store, objective, loss)

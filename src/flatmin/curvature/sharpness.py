@@ -22,11 +22,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
+from flatmin.checks import check_choice, check_positive, check_whole
 from flatmin.curvature.arguments import of_objective
 from flatmin.curvature.batches import Batch
 from flatmin.curvature.metrics import Metric, ball
@@ -35,7 +36,7 @@ from flatmin.curvature.probes import PILOT, Budget, stderr
 from flatmin.curvature.results import Estimate, Measurement, student_interval
 from flatmin.noise import Law, Noise, Scale, check_law, mix_seeds
 from flatmin.place import Place
-from flatmin.radii import Radii, Step, check_radius
+from flatmin.radii import Radii, Step
 
 MAX_DRAWS = 1000
 Draw = Callable[[int], Noise | Step]  # from a seed, with the weights at home
@@ -120,8 +121,7 @@ def noise_stability(
     """
     check_positive("sigma", sigma)
     check_law(law)
-    if scale not in ("absolute", "filter"):
-        raise ValueError(f"scale must be 'absolute' or 'filter', got {scale!r}.")
+    check_choice("scale", scale, get_args(Scale))
     params, layers = objective.params, objective.layers
     names = [None, *(dict.fromkeys(layers) if per_layer else ())]
 
@@ -255,14 +255,8 @@ class _Sampler:
 
 
 def _budget(objective: Objective, rtol: float | None, num_draws: int | None, max_seconds: float | None) -> Budget:
-    if num_draws is not None and num_draws < 1:
-        raise ValueError(f"num_draws must be positive, got {num_draws}.")
+    if num_draws is not None:
+        check_whole("num_draws", num_draws, 1)
     if rtol is None and num_draws is None and max_seconds is None:
         rtol = 0.05
     return Budget(rtol, MAX_DRAWS if num_draws is None else num_draws, max_seconds, objective.together)
-
-
-def check_positive(name: str, value: float) -> None:
-    """Refuses a radius that is negative, not finite, or zero."""
-    if check_radius(name, value) == 0:
-        raise ValueError(f"{name} must be positive: at 0 the loss does not rise.")

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flatmin.checks import check_number, check_whole
 from flatmin.curvature.arguments import of_objective
 from flatmin.curvature.batches import Batch
 from flatmin.curvature.objective import Objective
@@ -118,8 +119,9 @@ def loss_slice(
             )
     if len(names) != len(directions):
         raise ValueError(f"{len(directions)} directions have {len(names)} labels.")
-    if num_points < 2 or not low < high:
-        raise ValueError(f"num_points must be at least 2 and the span not empty, got {num_points} and {low} .. {high}.")
+    check_whole("num_points", num_points, 2)
+    if not check_number("low", low) < check_number("high", high):
+        raise ValueError(f"the span must not be empty, got {low} .. {high}.")
     # From the ends inwards, so that the middle of a symmetric span is 0 exactly.
     axis = [((num_points - 1 - i) * low + i * high) / (num_points - 1) for i in range(num_points)]
     losses = _losses(objective, directions, np.array(axis))

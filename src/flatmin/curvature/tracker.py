@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flatmin.checks import check_positive, check_whole
 from flatmin.curvature.lanczos import Lanczos
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import HessianOperator
 from flatmin.curvature.probes import VectorProbes, stderr
 from flatmin.curvature.results import Estimate, Measurement, plain
-from flatmin.curvature.sharpness import check_positive, noise_stability
+from flatmin.curvature.sharpness import noise_stability
 from flatmin.curvature.space import Space
 from flatmin.extras import need
 from flatmin.noise import mix_seeds
@@ -99,8 +100,8 @@ class Tracker:
     ):
         if not 0 < max_overhead <= 1:
             raise ValueError(f"max_overhead must be in (0, 1], got {max_overhead}.")
-        if num_probes < 2 or num_steps < 1:
-            raise ValueError(f"num_probes must be at least 2, num_steps at least 1; got {num_probes} and {num_steps}.")
+        check_whole("num_probes", num_probes, 2)
+        check_whole("num_steps", num_steps, 1)
         if sigma is not None:
             check_positive("sigma", sigma)
         objective.check()
@@ -231,8 +232,7 @@ class FreeTrace:
 
     def __init__(self, sigma: float, window: int = 100):
         check_positive("sigma", sigma)
-        if window < 2:
-            raise ValueError(f"window must be at least 2, got {window}.")
+        check_whole("window", window, 2)
         self._sigma, self._samples = sigma, deque[float](maxlen=window)
         self._count = 0
 

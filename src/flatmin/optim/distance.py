@@ -5,12 +5,13 @@ Both go around any optimizer, and together with any method. In fine-tuning W_0 i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from flatmin.checks import check_choice, check_number, check_positive
 
 Norm = Literal["frobenius", "mars"]
 
@@ -71,10 +72,8 @@ class DistancePenalty(_Anchor):
     """
 
     def __init__(self, params: Iterable[Tensor], strength: float, start: Iterable[Tensor] | None = None):
-        if not (math.isfinite(strength) and strength >= 0):
-            raise ValueError(f"strength must be a finite number >= 0, got {strength}.")
+        self.strength = check_number("strength", strength, 0.0)
         super().__init__(params, start)
-        self.strength = strength
 
     def __call__(self) -> Tensor:
         """The penalty at the present weights, with its graph."""
@@ -111,12 +110,8 @@ class DistanceProjection(_Anchor):
     def __init__(
         self, params: Iterable[Tensor], radius: float, norm: Norm = "frobenius", start: Iterable[Tensor] | None = None
     ):
-        if not (math.isfinite(radius) and radius > 0):
-            raise ValueError(f"radius must be a finite number > 0, got {radius}.")
-        if norm not in get_args(Norm):
-            raise ValueError(f"norm must be 'frobenius' or 'mars', got {norm!r}.")
+        self.radius, self.norm = check_positive("radius", radius), check_choice("norm", norm, get_args(Norm))
         super().__init__(params, start)
-        self.radius, self.norm = radius, norm
 
     @torch.no_grad()
     def project(self) -> None:

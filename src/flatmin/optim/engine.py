@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from flatmin.checks import check_number
 from flatmin.distributed import explain
 from flatmin.optim import compiled
 from flatmin.optim.losses import Losses
@@ -32,7 +33,6 @@ from flatmin.optim.misuse import (
     check_closure,
     check_loss,
     check_model,
-    check_number,
     check_options,
     check_perturbed,
     check_window,

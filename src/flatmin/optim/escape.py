@@ -8,8 +8,8 @@ from typing import Any, Unpack
 
 from torch.optim import Optimizer
 
+from flatmin.checks import check_whole
 from flatmin.optim.engine import FlatOptimizer
-from flatmin.optim.misuse import check_whole
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.parts import some
 from flatmin.optim.registry import register

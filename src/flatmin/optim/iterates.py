@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
+from flatmin.checks import check_choice, check_whole
+
 Kind = Literal["tail", "mean", "ema"]
 
 NO_LENGTH = (
@@ -29,10 +31,10 @@ def next_share(kind: str, decay: float) -> Callable[[int], float]:
 
 def first_step(kind: str, start: float, num_steps: int | None, every: int) -> int:
     """The first step that may be averaged, counted from 1."""
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind must be 'tail', 'mean' or 'ema', got {kind!r}.")
-    if every < 1 or every != int(every):
-        raise ValueError(f"every must be a whole number >= 1, the steps between two averaged iterates; got {every!r}.")
+    check_choice("kind", kind, get_args(Kind))
+    check_whole("every, the steps between two averaged iterates,", every, 1)
+    if num_steps is not None:
+        check_whole("num_steps", num_steps, 1)
     first = _tail(start, num_steps) if kind == "tail" else 1
     if num_steps is not None and math.ceil(first / every) * every > num_steps:
         raise ValueError(

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import LBFGS, Optimizer
 
+from flatmin.checks import check_whole
 from flatmin.optim.options import EngineOptions
 
 NOTHING_TO_STEP = """step() before any gradient. Either pass a closure,
@@ -247,24 +246,6 @@ def warn_skipped(name: str, step: int, culprit: str, count: int, radius_name: st
         RuntimeWarning,
         stacklevel=5,
     )
-
-
-def check_whole(name: str, value: object, least: int | None = None) -> int:
-    """Returns `value` if it is a whole number (and at least `least`), else raises a `ValueError`."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise ValueError(f"{name} must be a whole number, got {value!r}.")
-    if least is not None and value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}.")
-    return int(value)
-
-
-def check_number(name: str, value: object, least: float | None = None) -> float:
-    """Returns `value` if it is a finite number (and at least `least`), else raises a `ValueError`."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}.")
-    if least is not None and value < least:
-        raise ValueError(f"{name} must be at least {least:g}, got {value}.")
-    return float(value)
 
 
 def check_window(every: int, start: int, stop: int | None) -> tuple[int, int, int | None]:

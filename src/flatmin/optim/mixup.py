@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+
+from flatmin.checks import check_positive
 
 
 def mixup(inputs: Tensor, targets: Tensor, num_classes: int | None = None, alpha: float = 0.2) -> tuple[Tensor, Tensor]:
@@ -29,8 +29,7 @@ def mixup(inputs: Tensor, targets: Tensor, num_classes: int | None = None, alpha
 
     Source: Zhang, Cisse, Dauphin, Lopez-Paz, "mixup: Beyond Empirical Risk Minimization", ICLR 2018.
     """
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha must be a finite number > 0, got {alpha}.")
+    check_positive("alpha", alpha)
     if not targets.is_floating_point():
         if num_classes is None:
             raise ValueError("integer labels are mixed as probabilities: say num_classes.")

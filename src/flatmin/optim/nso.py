@@ -7,9 +7,9 @@ from typing import Any, Unpack, get_args
 
 from torch.optim import Optimizer
 
+from flatmin.checks import check_choice, check_whole
 from flatmin.noise import Law, Scale, check_law
 from flatmin.optim.engine import FlatOptimizer
-from flatmin.optim.misuse import check_whole
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.parts import half
 from flatmin.optim.registry import register
@@ -162,8 +162,7 @@ def _check(num_perturbations: int, antithetic: bool, clean_weight: float, scale:
             f"clean_weight must be between 0 and 1, got {clean_weight}. It is the share of the gradient at "
             "the unperturbed weights; 0 (the default) does not compute it."
         )
-    if scale not in get_args(Scale):
-        raise ValueError(f"scale must be 'absolute' or 'filter', got {scale!r}.")
+    check_choice("scale", scale, get_args(Scale))
     two_points = antithetic and clean_weight == 0
     mixed = not antithetic and 0 < clean_weight < 1 and num_perturbations == 1
     if split_batch and not (two_points or mixed):

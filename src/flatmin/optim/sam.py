@@ -6,6 +6,7 @@ from typing import Unpack
 
 from torch.optim import Optimizer
 
+from flatmin.checks import check_number
 from flatmin.optim.engine import FlatOptimizer
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
@@ -93,9 +94,7 @@ class SAM(FlatOptimizer):
         eta: float = 0.01,
         **options: Unpack[EngineOptions],
     ):
-        if not eta >= 0:
-            raise ValueError(f"eta must be >= 0, got {eta}. It is the smallest scale that ASAM gives to a weight.")
-        self.adaptive, self.normalize, self.eta = adaptive, normalize, eta
+        self.adaptive, self.normalize, self.eta = adaptive, normalize, check_number("eta", eta, 0.0)
         self.sync_ascent = sync_ascent
         super().__init__(base, rho, **options)
 

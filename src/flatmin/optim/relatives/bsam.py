@@ -7,8 +7,8 @@ from typing import Unpack
 
 from torch.optim import SGD, Optimizer
 
+from flatmin.checks import check_number, check_positive, check_whole
 from flatmin.optim.engine import FlatOptimizer
-from flatmin.optim.misuse import check_number, check_whole
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
 from flatmin.optim.rule import Rule
@@ -123,8 +123,7 @@ class BSAM(FlatOptimizer):
     ):
         if not (len(betas) == 2 and all(0 <= b <= 1 for b in betas)):
             raise ValueError(f"betas must be two numbers in [0, 1], got {betas}.")
-        if not (check_number("initial", initial) > 0):
-            raise ValueError(f"initial must be positive, got {initial}: it is the first precision of every weight.")
+        check_positive("initial, the first precision of every weight,", initial)
         self.num_data = check_whole("num_data, the number of training samples,", num_data, 1)
         self.prior, self.damping = check_number("prior", prior, 0.0), check_number("damping", damping, 0.0)
         self.betas, self.initial = betas, initial

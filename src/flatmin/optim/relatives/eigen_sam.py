@@ -7,8 +7,8 @@ from typing import Unpack
 import torch
 from torch.optim import Optimizer
 
+from flatmin.checks import check_number, check_whole
 from flatmin.optim.engine import FlatOptimizer
-from flatmin.optim.misuse import check_number, check_whole
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
 from flatmin.optim.rule import HERE, Rule

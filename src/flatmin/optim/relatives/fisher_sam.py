@@ -6,6 +6,7 @@ from typing import Unpack
 
 from torch.optim import Optimizer
 
+from flatmin.checks import check_number
 from flatmin.optim.engine import FlatOptimizer
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
@@ -63,9 +64,7 @@ class FisherSAM(FlatOptimizer):
         sync_ascent: bool = False,
         **options: Unpack[EngineOptions],
     ):
-        if not eta >= 0:
-            raise ValueError(f"eta must be >= 0, got {eta}; 0 is SAM.")
-        self.eta, self.sync_ascent = eta, sync_ascent
+        self.eta, self.sync_ascent = check_number("eta", eta, 0.0), sync_ascent
         super().__init__(base, rho, **options)
 
     def rule(self) -> Rule:

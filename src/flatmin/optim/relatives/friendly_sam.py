@@ -6,8 +6,8 @@ from typing import Unpack
 
 from torch.optim import Optimizer
 
+from flatmin.checks import check_number
 from flatmin.optim.engine import FlatOptimizer
-from flatmin.optim.misuse import check_number
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
 from flatmin.optim.rule import HERE, Rule

@@ -6,6 +6,7 @@ from typing import Unpack
 
 from torch.optim import Optimizer
 
+from flatmin.checks import check_number, check_positive
 from flatmin.optim.engine import FlatOptimizer
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
@@ -64,9 +65,8 @@ class RandomSAM(FlatOptimizer):
         sync_ascent: bool = False,
         **options: Unpack[EngineOptions],
     ):
-        if not (sigma >= 0 and weight > 0):
-            raise ValueError(f"sigma must be >= 0 and weight > 0, got {sigma} and {weight}.")
-        self.sigma, self.weight, self.sync_ascent = sigma, weight, sync_ascent
+        self.sigma, self.weight = check_number("sigma", sigma, 0.0), check_positive("weight", weight)
+        self.sync_ascent = sync_ascent
         super().__init__(base, rho, seed=seed, **options)
 
     def rule(self) -> Rule:
