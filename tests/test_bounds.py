@@ -200,7 +200,7 @@ def test_bad_numbers(call, message):
 
 @pytest.mark.parametrize("num_params", [0, 2.5, -5])
 def test_weights_are_counted(num_params):
-    with pytest.raises(ValueError, match="num_params must be (a whole number|at least 1), got"):
+    with pytest.raises(ValueError, match=r"num_params must be (a whole number|at least 1), got"):
         bounds.gaussian_divergence(1.0, 0.1, num_params, 5.0)
 
 

@@ -154,7 +154,7 @@ def test_residuals_are_bounds_in_single_precision(tol):
 
 @pytest.mark.parametrize("tol", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_bad_tolerance(tol):
-    with pytest.raises(ValueError, match="tol must be (positive|a finite number)"):
+    with pytest.raises(ValueError, match=r"tol must be (positive|a finite number)"):
         flatmin.top_eigenvalues(setting("relu")[0], tol=tol)
 
 
