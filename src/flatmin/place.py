@@ -161,9 +161,8 @@ class Place:
 
 def _finite(displacement: Displacement) -> Displacement:
     """Without a copy of the weights a displacement that is not finite could not be taken back."""
-    if isinstance(displacement, Vector) and not displacement.isfinite():
-        return Vector([None] * len(displacement))
-    return displacement
+    is_finite = getattr(displacement, "isfinite", None)  # noise has none: it is
+    return displacement if is_finite is None or is_finite() else Vector([])
 
 
 def _own(displacement: Displacement) -> Displacement:

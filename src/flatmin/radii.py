@@ -96,6 +96,10 @@ class Step:
         support = self.vector.support
         return support if all(self.factors) else [i for i in support if self.factors[i]]
 
+    def isfinite(self) -> bool:
+        """Whether every entry is. One host synchronisation."""
+        return self.vector.isfinite() and all(map(math.isfinite, self.factors))
+
     def copy(self) -> Step:
         """The same displacement in memory of its own."""
         return Step(self.vector.copy(), self.factors)

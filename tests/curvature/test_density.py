@@ -1,6 +1,7 @@
 """The density of eigenvalues against dense spectra, by Wasserstein-1 distance; no ghosts; multiplicities are kept."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,7 +132,10 @@ def test_plain_data_and_bad_arguments():
     result = flatmin.spectral_density(objective, num_probes=1, num_steps=3)
     assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["weights"][0] == list(result.weights[0])
     assert result.to_dict()["stderr"] is None  # one probe has no spread
-    wrong = {"num_probes must be at least 1": {"num_probes": 0}, "num_steps must be at least 2": {"num_steps": 1}}
+    wrong: dict[str, Any] = {
+        "num_probes must be at least 1": {"num_probes": 0},
+        "num_steps must be at least 2": {"num_steps": 1},
+    }
     wrong["num_probes must be a whole number, got 2.5"] = {"num_probes": 2.5}
     for message, options in wrong.items():
         with pytest.raises(ValueError, match=message):

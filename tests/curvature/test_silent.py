@@ -342,3 +342,90 @@ def test_a_table_that_forward_shortens_is_left_as_it_was():
     ):
         measure(objective)
         assert torch.equal(table.weight, before)
+
+
+@pytest.mark.parametrize("forward", [lambda m, b: m(b[0]), lambda m, b: m(b[0]).sum(), lambda m, b: {"a": 1, "b": 2}])
+def test_what_forward_returns_is_not_unpacked_by_chance(forward):
+    model, x, y = make("relu")
+    with pytest.raises(ValueError, match=r"forward must return \(outputs, targets\), got"):
+        flatmin.Objective(model, criterion, [(x[:2], y[:2])], forward=forward).loss()
+
+
+class Once(torch.autograd.Function):
+    """x^2, whose second derivative raises without a word."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, slope):  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return OnceBackward.apply(x, slope)
+
+
+class OnceBackward(torch.autograd.Function):
+    """Its first derivative."""
+
+    @staticmethod
+    def forward(ctx, x, slope):
+        return 2 * x * slope
+
+    @staticmethod
+    def backward(ctx, slope):  # type: ignore[override]
+        raise NotImplementedError
+
+
+def test_an_error_that_says_nothing_is_a_reason_too():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(3, 2).double(), torch.randn(8, 3).double(), torch.randn(8, 2).double()
+    objective = flatmin.Objective(model, lambda out, y: Once.apply(out - y).mean(), [(x, y)])  # type: ignore[union-attr]
+    assert "double backward failed: NotImplementedError" in choose_way(objective).text
+    truth = float(dense_hessian(model, lambda: (model(x) - y).square().mean()).trace())
+    found = flatmin.trace(objective, max_products=40)
+    assert abs(found.value - truth) < 4 * found.stderr + 1e-6
+
+
+def test_differences_at_a_kink_are_warned_of():
+    """The margin's second derivative is that of a hinge: the loss turns within the reach of a difference."""
+    weight = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(weight.weight, 1.0)
+
+    def hinge(outputs, targets):
+        return ((outputs - targets).relu() * outputs.detach().abs()).sum() + (outputs - targets - 1e-3).relu().sum()
+
+    objective = flatmin.Objective(weight, hinge, [(torch.ones(4, 1), torch.ones(4, 1))])
+    with pytest.warns(RuntimeWarning, match="the loss has kinks near the weights, or single precision is too coarse"):
+        choose_way(objective, "difference")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_probes_for_a_subspace_that_was_too_small_are_counted(seed, monkeypatch):
+    counts = {"products": 0}
+    product, draw = HessianOperator.product, VectorProbes.draw
+
+    def counted(self, v):
+        counts["products"] += 1
+        return product(self, v)
+
+    def drawn(self, first, size):
+        counts["products"] += size
+        return draw(self, first, size)
+
+    monkeypatch.setattr(HessianOperator, "product", counted)
+    monkeypatch.setattr(VectorProbes, "draw", drawn)
+    model, x, y = make("attention")
+    objective = flatmin.Objective(model, criterion, [(x, y)])
+    for limit in (60, 2000):
+        counts["products"] = 0
+        result = flatmin.trace(objective, method="hutch++", rtol=0.002, max_products=limit, seed=seed)
+        assert result.num_products == counts["products"] <= limit
+
+
+def test_a_measurement_stands_for_its_number():
+    model, x, y = make("relu")
+    result = flatmin.trace(flatmin.Objective(model, criterion, [(x, y)]))
+    assert float(result) == result.value
+    assert f"{result:.3f}" == f"{result.value:.3f}"
+    assert f"{result}" == str(result)

@@ -340,6 +340,19 @@ def test_a_checkpoint_is_evaluated_with_its_own_average(tmp_path):
     assert averaging.state_dict()["averager"]["num_averaged"] == 4
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using")
+def test_an_average_of_one_iterate_an_epoch_is_evaluated_too(tmp_path):
+    model, averaging = Scored("sam"), AveragingCallback(kind="mean", every=2)
+    trainer = trainer_of(averaging, epochs=2)
+    trainer.fit(model, batches(64), batches(128))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    other = Scored("sam")
+    callback = AveragingCallback(kind="mean", every=2)
+    trainer_of(callback).test(other, batches(128), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert callback.averager is not None
+    assert callback.averager.num_averaged == 2
+
+
 def test_a_checkpoint_without_an_average_is_evaluated_as_it_is(tmp_path):
     model, averaging = Scored("sam"), AveragingCallback(kind="mean")
     trainer = trainer_of(averaging, epochs=2)

@@ -307,3 +307,10 @@ def test_each_training_begins_a_new_average(tmp_path):
         assert trainer.averager.state_dict()["num_averaged"] == 3
         losses.append(trainer.evaluate()["eval_loss"])
     assert losses[0] == losses[1]
+
+
+def test_a_method_beside_an_optimizer_that_is_given(tmp_path):
+    model = gpt()
+    given = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1)), None
+    with pytest.raises(ValueError, match="method= wraps the optimizer that the Trainer makes"):
+        FlatTrainer(model=model, args=arguments(tmp_path), train_dataset=DATA, method=flatmin.NSO, optimizers=given)

@@ -137,3 +137,11 @@ def test_each_entry_of_a_vector_is_a_row_of_its_own():
     flatmin.DistanceProjection([bias, row], radius=1.0, norm="mars", start=starts).project()
     torch.testing.assert_close(bias.detach(), torch.tensor([0.9, -0.9, 1.0]))
     torch.testing.assert_close(row.abs().sum(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("start", [[torch.ones(1, 3)], [torch.ones(2, 3), torch.ones(2)]])
+def test_the_start_of_another_model_is_not_loaded(start):
+    penalty = flatmin.DistancePenalty([nn.Parameter(torch.zeros(2, 3))], strength=1.0)
+    with pytest.raises(ValueError, match="start must have the shapes of the parameters"):
+        penalty.load_state_dict({"start": start})
+    assert float(penalty.distance()) == 0.0

@@ -55,6 +55,16 @@ class Batch:
         return Evaluated(self._objective.batch_loss(outputs, targets, self._size), outputs, targets)
 
 
+def pair(found: Any) -> tuple[Any, Any]:
+    """(outputs, targets), if that is what `forward` returned: a tensor of two rows could be unpacked too."""
+    if not (isinstance(found, tuple | list) and len(found) == 2):
+        raise ValueError(
+            f"forward must return (outputs, targets), got {type(found).__name__}. For a model that returns its own "
+            "loss: criterion=None, forward=lambda model, batch: (model(**batch), None)."
+        )
+    return found[0], found[1]
+
+
 def check_data(data: Iterable[Any]) -> Iterable[Any]:
     """`data`, if it can be iterated more than once and is not a single batch or empty."""
     if isinstance(data, Iterator):

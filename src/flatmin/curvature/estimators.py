@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from flatmin.curvature.gauss_newton import ClassVectors, Split, exact_trace, inspect
+from flatmin.curvature.graph import first_line
 from flatmin.curvature.local import LocalProbes, LocalResidual, why_not
 from flatmin.curvature.lowrank import fits, hutch_plus_plus, xtrace
 from flatmin.curvature.objective import Objective
@@ -132,7 +133,7 @@ class Work:
             Uncovered,
             *NOT_DIFFERENTIABLE,
         ) as error:  # the first batch said otherwise, or the loss bends no further
-            why = str(error).splitlines()[0][:100]
+            why = first_line(error)
         found = self._go_on(self._pilot(self._vectors(HessianOperator)))
         found.method += f" (auto: {why or split.reason})"  # type: ignore[union-attr]
         return found
@@ -236,7 +237,7 @@ class Work:
         except torch.OutOfMemoryError:
             raise
         except (ValueError, *NOT_DIFFERENTIABLE) as error:
-            return None, f"no Gauss-Newton: {str(error).splitlines()[0][:100]}"
+            return None, f"no Gauss-Newton: {first_line(error)}"
 
     def _exact(self, split: Split) -> Found:
         """Tr G, which is all."""

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from flatmin.checks import check_whole
 from flatmin.curvature.arguments import of_objective
 from flatmin.curvature.eigen import top_eigenvalues
+from flatmin.curvature.graph import first_line
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import HessianOperator
 from flatmin.curvature.probes import stderr
@@ -109,7 +110,7 @@ def flat_minimum_estimate(
     except torch.OutOfMemoryError:
         raise
     except NOT_DIFFERENTIABLE as error:
-        raise ValueError(f"the model cannot be differentiated three times: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"the model cannot be differentiated three times: {first_line(error)}") from error
     rows = torch.stack(slopes) / d
     whole = _norm(rows)
     if num_eigenvectors:

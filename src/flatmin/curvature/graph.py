@@ -25,6 +25,11 @@ LINEAR = frozenset(_LINEAR.split())
 BILINEAR = {"Mul", "Mm", "Bmm", "Mv", "Dot", "Convolution", "NativeBatchNorm", "CudnnBatchNorm", "Prelu", "PreluKernel"}
 
 
+def first_line(error: Exception) -> str:
+    """What an error says first, or its class if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:100]
+
+
 def kind(node: Node) -> str:
     """The name of an operation, without namespace, number or "Backward"; of a Python function "custom"."""
     if hasattr(node, "_forward_cls"):

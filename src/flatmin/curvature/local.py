@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from flatmin.curvature.differences import dots
+from flatmin.curvature.graph import first_line
 from flatmin.curvature.objective import Batch, Objective
 from flatmin.curvature.operators import GRAPH_MEMORY, PerBatch
 from flatmin.curvature.outputs import OutputLoss
@@ -163,7 +164,7 @@ def why_not(objective: Objective, way: Way, layouts: Sequence[Layout] | None, se
     except torch.OutOfMemoryError:
         raise
     except (Uncovered, *NOT_DIFFERENTIABLE) as error:
-        return str(error).splitlines()[0][:100]
+        return first_line(error)
     return ""
 
 

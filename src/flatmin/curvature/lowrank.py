@@ -27,6 +27,7 @@ from flatmin.noise import draw_like, mix_seeds
 from flatmin.vectors import Vector
 
 START = 8  # test vectors to begin with
+FIRST = 16  # probes of the rest before the first decision: what a subspace leaves varies unevenly
 # The leave-one-out estimates share most of their test vectors, so their spread understates the error of their mean: by
 # up to 1.4 for 12 vectors on the nets of the tests, by less for more. They are spread out by that.
 CORRELATION = 1.4
@@ -129,28 +130,30 @@ def hutch_plus_plus(
     total = budget.max_products
     doubles = budget.rtol is not None or variance < math.inf or budget.max_seconds is not None
     size = START if doubles else max(total // 3, 1)
+    drawn = 0  # for subspaces that were too small
     while True:
-        basis.extend(max(min(size, (total - basis.num_products - START) // 2), 1))
+        basis.extend(max(min(size, (total - basis.num_products - drawn - START) // 2), 1))
         size = basis.w.shape[1]
         constant = basis.by_param(basis.q, basis.z).sum(0)
-        budget.max_products = max(total - basis.num_products, 2)
+        budget.max_products = max(total - basis.num_products - drawn, 2)
         draw = VectorProbes(operator, mix_seeds(seed, size), basis.project).draw
-        samples = draw(0, min(START, budget.max_products)).cpu().numpy()
+        samples = draw(0, min(FIRST, budget.max_products)).cpu().numpy()
         left = budget.left(samples.sum(1), known + constant.sum())
         if size <= START and not basis.full and samples.sum(1).var(ddof=1) > variance / 2:
-            samples, constant = samples[:0], 0 * constant
+            drawn, samples, constant = drawn + len(samples), samples[:0], 0 * constant
             break
         # The next round takes four products for each test vector there is; half of the time goes to the rest.
         if basis.full or left <= 4 * size or 4 * size + START > budget.max_products:
             break
-        if budget.used(basis.num_products, 6 * size) > 1 / 2:
+        if budget.used(basis.num_products + drawn, 6 * size) > 1 / 2:
             break
+        drawn += len(samples)
     if len(samples) and not basis.full:
         samples = run(draw, budget, samples, known + float(constant.sum()))
     return LowRank(
         constant=constant,
         samples=samples,
-        num_products=basis.num_products + max(len(samples), START),
+        num_products=basis.num_products + drawn + len(samples),
         method=f"Hutch++ with {basis.q.shape[1]} directions and fresh probes for every batch",
     )
 

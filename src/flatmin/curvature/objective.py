@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 
 from flatmin.curvature.arguments import check_model, choose_parameters, reduction_of
 from flatmin.curvature.arithmetic import listening, one_path, rounding_of
-from flatmin.curvature.batches import Batch, SampleCount, check_data, forward_pair, generators
+from flatmin.curvature.batches import Batch, SampleCount, check_data, forward_pair, generators, pair
 from flatmin.curvature.sharded import NOT_POSSIBLE, Together, gradients
 from flatmin.distributed import reshard, summed_over
 from flatmin.place import Place, displaced, warn_if_away
@@ -155,7 +155,7 @@ class Objective:
         """Outputs and targets of what the data yields."""
         if self.sharded:
             reshard(self.model)  # the weights may have moved since they were gathered
-        outputs, targets = self._forward(self.model, content)
+        outputs, targets = pair(self._forward(self.model, content))
         self._rounding = max(self._rounding, rounding_of(outputs))
         return outputs, targets
 

@@ -15,6 +15,7 @@ that the loss does not use, or uses linearly, contributes zeros.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from flatmin.curvature.differences import (
     lengths,
     relative_difference,
 )
-from flatmin.curvature.graph import check_differentiable, check_whole
+from flatmin.curvature.graph import check_differentiable, check_whole, first_line
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.pairing import Pairing
 from flatmin.curvature.swapped import Swapped, worthwhile
@@ -42,6 +43,7 @@ from flatmin.vectors import Vector
 
 NAMES = {"autograd": "double backward", "difference": "differences of gradients", "loss": "differences of losses"}
 SHARDED = "sharded parameters, FSDP2"
+KINKED = 0.3  # relative difference of differences of two lengths from which on a warning is due
 ASYMMETRY = 10  # in units of the root of the rounding
 NOT_DIFFERENTIABLE = (RuntimeError,)  # what autograd raises, for a missing derivative too
 
@@ -196,12 +198,14 @@ def choose_way(objective: Objective, products: str = "auto", *, seed: int = 0) -
         ways.insert(0, Way(name="autograd", swaps=True))
     for way in ways:
         try:
-            return _try(objective, replace(way, reason=reason), seed)
+            found = _try(objective, replace(way, reason=reason), seed)
+            _warn_if_kinked(found)
+            return found
         except torch.OutOfMemoryError:
             raise
         except NOT_DIFFERENTIABLE as error:
             if not way.swaps:
-                reason = f"{NAMES[way.name]} failed: {str(error).splitlines()[0][:100]}"
+                reason = f"{NAMES[way.name]} failed: {first_line(error)}"
     raise ValueError(f"products={products!r} is not possible here; {reason}")
 
 
@@ -230,6 +234,17 @@ def _try(objective: Objective, way: Way, seed: int) -> Way:
         except NOT_DIFFERENTIABLE:
             check = None
     return replace(way, cross_check=check, graph_bytes=graph.total / batch.size)
+
+
+def _warn_if_kinked(way: Way) -> None:
+    if way.name != "autograd" and way.cross_check is not None and way.cross_check > KINKED:
+        warnings.warn(
+            f"{NAMES[way.name]} of other lengths are off by {way.cross_check:.1g} on one batch: the loss has kinks "
+            "near the weights, or single precision is too coarse. What is measured is as uncertain as that, and no "
+            "standard error covers it. A loss that can be differentiated twice, or float64, mends it.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _check_symmetric(hessian: BatchHessian, v: list[Tensor], product: Vector, loss: float, seed: int) -> None:

@@ -18,9 +18,21 @@ from flatmin.extras import need
 from flatmin.vectors import Vector
 
 
+class _Number:
+    """What has a `value` and can stand for it: `float(found)`, `f"{found:.3g}"`."""
+
+    value: float
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+    def __format__(self, spec: str) -> str:
+        return format(float(self), spec) if spec else str(self)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """One number with its error.
+class Measurement(_Number):
+    """One number with its error: `float(found)` is the number, `str(found)` says both.
 
     Attributes:
         value: the measured quantity.
@@ -47,7 +59,7 @@ class Measurement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class Estimate(_Number):
     """A part of a measurement: a value and its standard error."""
 
     value: float

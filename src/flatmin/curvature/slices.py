@@ -84,7 +84,7 @@ def loss_slice(
         directions: one or two: `random_direction(objective)`, eigenvectors (`top_eigenvalues(..., vectors=True)`), or
             `direction_to(objective, other.state_dict())`.
         span: coordinates from -span to span, or from the first to the second number, in units of the directions.
-        num_points: on each axis. An odd number has the weights themselves among the points.
+        num_points: on each axis. An odd number of a symmetric span has the weights themselves among the points.
         labels: of the axes.
 
     Cost: num_points losses of the data for a line, num_points^2 for a plane. Memory: two copies of the parameters

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flatmin.curvature.graph import Node
+from flatmin.curvature.graph import Node, first_line
 from flatmin.curvature.outer import outer, outer_norms, root, squared
 from flatmin.noise import draw_like
 
@@ -314,7 +314,7 @@ def refusing(function: Callable[Given, Result]) -> Callable[Given, Result]:
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, IndexError, RuntimeError) as error:
-            raise Uncovered(f"an operation is not as its name says ({str(error).splitlines()[0][:80]})") from error
+            raise Uncovered(f"an operation is not as its name says ({first_line(error)})") from error
 
     return refused
 

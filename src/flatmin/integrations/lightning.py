@@ -176,7 +176,7 @@ class AveragingCallback(Callback):
         self._is_read = True
         if trainer.state.fn != "fit":
             state = checkpoint["callbacks"].get(self.state_key, {}).get("averager")
-            self._build(pl_module, {"num_steps": 1}, state)
+            self._build(pl_module, {"kind": "mean"}, state)  # only to be worn: what it averages does not matter
             if state is None:
                 self._miss(trainer.ckpt_path)
 
@@ -184,10 +184,10 @@ class AveragingCallback(Callback):
         """Builds the averager, with the state of a checkpoint if there is one."""
         steps = trainer.estimated_stepping_batches
         known = {"num_steps": int(steps)} if steps not in (-1, float("inf")) else {}
-        self._build(pl_module, known, self._loaded)
+        self._build(pl_module, {**known, **self._options}, self._loaded)
 
-    def _build(self, pl_module: Any, known: dict[str, Any], state: dict[str, Any] | None) -> None:
-        self.averager, self._of = Averager(pl_module, **{**known, **self._options}), pl_module
+    def _build(self, pl_module: Any, options: dict[str, Any], state: dict[str, Any] | None) -> None:
+        self.averager, self._of = Averager(pl_module, **options), pl_module
         if state is not None:
             self.averager.load_state_dict(state)
         self._loaded = None

@@ -74,11 +74,16 @@ class FlatMixin:
         self._window: Window | None = None
         self._batches: list[tuple[Any, ...]] = []
         super().__init__(*args, **kwargs)
+        if method is not None and self.optimizer is not None:
+            raise ValueError(
+                "method= wraps the optimizer that the Trainer makes, and optimizers= gives one. Wrap that one "
+                "yourself, optimizers=(flatmin.SAM(optimizer), None), or leave optimizers= out."
+            )
         self.add_callback(_Events(self))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """The Trainer's optimizer, inside the method."""
-        is_given = self.optimizer is not None
+        is_given = self.optimizer is not None  # by an earlier call
         base = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         if self._method is not None and not is_given:
             self.optimizer = self._method(base)

@@ -5,7 +5,7 @@ Both go around any optimizer, and together with any method. In fine-tuning W_0 i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,11 +23,14 @@ class _Anchor:
         self._params = [p for p in params if p.is_floating_point()]
         if not self._params:
             raise ValueError("no floating-point parameters to keep near their start.")
-        points = self._params if start is None else list(start)
-        shapes = [tuple(p.shape) for p in self._params], [tuple(s.shape) for s in points]
+        self._start = self._checked(self._params if start is None else list(start))
+
+    def _checked(self, start: Sequence[Tensor]) -> list[Tensor]:
+        """Copies of `start` beside the parameters, if they have their shapes."""
+        shapes = [tuple(p.shape) for p in self._params], [tuple(s.shape) for s in start]
         if shapes[0] != shapes[1]:
             raise ValueError(f"start must have the shapes of the parameters, {shapes[0]}, got {shapes[1]}.")
-        self._start = [s.detach().clone().to(p) for s, p in zip(points, self._params, strict=True)]
+        return [s.detach().clone().to(p) for s, p in zip(start, self._params, strict=True)]
 
     def distance(self) -> Tensor:
         """|W - W_0| over all tensors together (Frobenius), a 0-dim tensor."""
@@ -39,10 +42,12 @@ class _Anchor:
         return {"start": list(self._start)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on around the start that `state_dict` gave."""
-        with torch.no_grad():
-            for mine, loaded in zip(self._start, state_dict["start"], strict=True):
-                mine.copy_(loaded)
+        """Goes on around the start that `state_dict` gave.
+
+        Raises:
+            ValueError: if it is of other shapes.
+        """
+        self._start = self._checked(state_dict["start"])
 
     def _pairs(self) -> Iterable[tuple[Tensor, Tensor]]:
         return zip(self._params, self._start, strict=True)

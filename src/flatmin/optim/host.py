@@ -13,7 +13,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from flatmin.optim.migration import Migration
-from flatmin.optim.misuse import check_minimises, check_names, warn_leftover
+from flatmin.optim.misuse import check_minimises, check_names, check_radius_name, warn_leftover
 from flatmin.radii import check_radius
 
 
@@ -127,14 +127,16 @@ class Host(Migration, Optimizer):
         groups, name = self.base.param_groups, self.radius_name
         for group in groups:
             if not new_only or "num_skipped" not in group or name not in group:
+                self._check_group(group)
                 group.setdefault(name, self._default_radius)
                 for common, value in self._common().items():
                     group.setdefault(common, groups[0].get(common, value))
-                self._check_group(group)
             check_radius(name, group[name])
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_minimises(type(self).__name__, group)
+        if "num_skipped" not in group:  # nobody's yet: a checkpoint, or an earlier wrapper, may have left others
+            check_radius_name(type(self).__name__, self.radius_name, group.keys() - self.defaults.keys())
         check_radius(self.radius_name, group.get(self.radius_name, self._default_radius))
 
     def _warn_of_leftovers(self) -> None:

@@ -51,6 +51,12 @@ ABANDONED = (
     "Let the loop run to its end, or call opt.zero_grad() and start again."
 )
 
+RADIUS_NAMES = ("rho", "sigma", "radius")  # of the methods here, and what else it is called
+
+NOT_PER_SAMPLE = (
+    "this method chooses samples by their losses, so mean() takes one loss for each sample, (n,), got {shape}. Use "
+    "reduction='none', and average over further dimensions: losses.flatten(1).mean(1)."
+)
 NOT_TAKEN = (
     "this rule evaluates its probes on parts of the batch, but take() was not called. In a loop write x, y = "
     "probe.take(x, y) first, in a closure x, y = opt.take(x, y)."
@@ -156,6 +162,13 @@ def check_names(base: Optimizer, name: str, ours: Iterable[str]) -> None:
             f"{name} cannot wrap {type(base).__name__}, which has a group option {taken[0]!r} of its own that means "
             "something else: one would be taken for the other. Use another base optimizer."
         )
+
+
+def check_radius_name(name: str, radius_name: str, options: Iterable[str]) -> None:
+    """Raises a `ValueError` if a group has a radius by another name, which nobody would read."""
+    for option in options:
+        if option != radius_name and option.lower() in RADIUS_NAMES:
+            raise ValueError(f"a group has {option!r}, which {name} does not read: its radius is {radius_name!r}.")
 
 
 def check_closure(closure: object) -> None:

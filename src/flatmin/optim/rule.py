@@ -29,7 +29,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flatmin.optim.misuse import NOT_CHOSEN, NOT_TAKEN
+from flatmin.optim.misuse import NOT_CHOSEN, NOT_PER_SAMPLE, NOT_TAKEN
 from flatmin.optim.parts import Part, num_rows, take_rows
 from flatmin.vectors import Displacement, Vector
 
@@ -88,6 +88,8 @@ class Probe:
         """The mean of per-sample losses (n,) over the samples that this probe is about: all of them for most rules."""
         if self.choose is not None:
             self._used = True
+            if losses.ndim != 1:
+                raise ValueError(NOT_PER_SAMPLE.format(shape=tuple(losses.shape)))
             losses = self.choose(losses)
         return losses.mean()
 

@@ -87,6 +87,7 @@ class EigenSAM(FlatOptimizer):
     radius_name = "rho"
     remembers = finds_once = ("eigenvector",)
     is_random = True
+    takes_sparse = False  # v is dense where a search fills it
 
     def __init__(
         self,
