@@ -71,10 +71,10 @@ def limit_map(f: Function, x: Tensor, *, tol: float = 1e-8, max_time: float = 1e
     """
 
     def at(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.array(values, dtype=np.float64))
+        return torch.from_numpy(np.array(values, dtype=np.float64)).to(x.device)
 
     def slope(_: float, values: np.ndarray) -> np.ndarray:
-        return -gradient(f, at(values)).numpy()
+        return -gradient(f, at(values)).cpu().numpy()
 
     from scipy.integrate import solve_ivp  # here, since few need it and it is slow to import
 
@@ -82,7 +82,7 @@ def limit_map(f: Function, x: Tensor, *, tol: float = 1e-8, max_time: float = 1e
         return float(gradient(f, at(values)).norm()) - tol
 
     rest.terminal = True  # type: ignore[attr-defined]
-    start = x.detach().double().numpy()
+    start = x.detach().double().cpu().numpy()
     if rest(0.0, start) <= 0:
         return x.detach().double().clone()
     solution = solve_ivp(
@@ -90,7 +90,7 @@ def limit_map(f: Function, x: Tensor, *, tol: float = 1e-8, max_time: float = 1e
         (0.0, max_time),
         start,
         method="BDF",
-        jac=lambda _, values: -hessian(f, at(values)).numpy(),
+        jac=lambda _, values: -hessian(f, at(values)).cpu().numpy(),
         events=rest,
         rtol=1e-10,
         atol=1e-12,

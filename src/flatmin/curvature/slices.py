@@ -193,7 +193,7 @@ def _losses(objective: Objective, directions: tuple[Vector, ...], axis: np.ndarr
                 totals[index] += _finite(batch) * batch.size
             place.move(None)
             count += batch.size
-    return objective.mean(torch.from_numpy(totals), count).numpy()
+    return objective.mean(torch.from_numpy(totals), count).cpu().numpy()
 
 
 def _finite(batch: Batch) -> float:
