@@ -425,3 +425,18 @@ def test_what_another_method_left_is_no_wrong_name():
     flatmin.SAM(base)
     assert flatmin.NSO(base).param_groups[0]["rho"] == 0.05
     assert flatmin.NSO(torch.optim.Adadelta([nn.Parameter(torch.ones(2))])).param_groups[0]["rho"] == 0.9  # its own
+
+
+def test_parameters_that_were_replaced_are_not_silently_left_alone():
+    old, new = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = flatmin.SAM(torch.optim.SGD([old], lr=0.1), perturb=[old])
+    optimizer.param_groups[0]["params"] = [new]
+
+    def closure():
+        optimizer.zero_grad()
+        loss = new.square().sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(ValueError, match="none of the parameters of perturb= is in the optimizer any more"):
+        optimizer.step(closure)

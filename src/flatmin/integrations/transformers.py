@@ -56,6 +56,7 @@ class FlatMixin:
 
     optimizer: Any
     accelerator: Any
+    args: Any
     model: Any
     state: Any
     add_callback: Callable[[Any], None]
@@ -136,7 +137,9 @@ class FlatMixin:
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
         if self.averager is not None:
-            _save(self.averager, Path(output_dir) / AVERAGES)
+            state = self.averager.state_dict()
+            if self.args.should_save:  # one process: it alone has made the folder
+                _save(state, Path(output_dir) / AVERAGES)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
@@ -191,8 +194,7 @@ class FlatTrainer(FlatMixin, Trainer):
     """
 
 
-def _save(averager: Averager, path: Path) -> None:
-    state = averager.state_dict()
+def _save(state: dict[str, Any], path: Path) -> None:
     counts = {name: str(state[name]) for name in ("num_updates", "num_averaged")}
     tensors = {f"{kind}/{k}": v.contiguous() for kind in ("averages", "statistics") for k, v in state[kind].items()}
     need("safetensors.torch", "hf").save_file(tensors, path, metadata=counts)

@@ -17,6 +17,12 @@ ONE_PLACE = (
     "look at one place. Use DistributedDataParallel, or a larger num_perturbations."
 )
 
+PERTURB_REPLACED = (
+    "none of the parameters of perturb= is in the optimizer any more: something has replaced its parameters by others "
+    "(as Accelerate's prepare does under FSDP2), and nothing would be perturbed. Give the others radius 0 in a group "
+    "of their own instead."
+)
+
 
 class Tools(Host):
     """Read-only views of the parameters and their options, and the method's own stream of random numbers."""
@@ -51,8 +57,10 @@ class Tools(Host):
             radius = float(group[name])
             values += [radius if p.requires_grad else 0.0 for p in group["params"]]
         if moved is not None:
-            chosen = {id(p) for p in moved}
-            values = [r if id(p) in chosen else 0.0 for r, p in zip(values, self.params, strict=True)]
+            chosen, params = {id(p) for p in moved}, self.params
+            if chosen and chosen.isdisjoint(map(id, params)):
+                raise ValueError(PERTURB_REPLACED)
+            values = [r if id(p) in chosen else 0.0 for r, p in zip(values, params, strict=True)]
         return Radii(values)
 
     @property
