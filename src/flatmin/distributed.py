@@ -27,6 +27,10 @@ from flatmin.shards import is_sharded
 AVAILABLE = distributed.is_available()
 _DIGIT = 2**12
 
+FSDP1 = (
+    "FullyShardedDataParallel (FSDP1) hides from an optimizer which part of each parameter it holds, so that norms and "
+    "noise would be wrong. Use torch.distributed.fsdp.fully_shard (FSDP2; in Accelerate fsdp_version=2)."
+)
 LOST = (
     "flatmin: another process died, or did not come along within the time-out of the process group "
     "(torch.distributed.init_process_group(timeout=...)). The weights of this one are where they were before the step. "
@@ -81,6 +85,13 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
     """The modules that `fully_shard` was applied to; none before somebody has imported it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+def refuse_fsdp1(module: nn.Module) -> None:
+    """Its parameters are ordinary tensors with a part each: norms, noise and skips would be those of one process."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
+        raise ValueError(FSDP1)
 
 
 def reshard(model: nn.Module) -> None:
@@ -185,6 +196,7 @@ class Ranks:
         if torch.compiler.is_compiling():
             return
         module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
+        refuse_fsdp1(module)
         if not isinstance(module, DistributedDataParallel):
             return
         if all(known() is not module for known in self._replicas):

@@ -8,6 +8,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+import flatmin
 from benchmarks.collectives import Collectives
 from flatmin.distributed import reshard
 from flatmin.radii import Radii
@@ -238,3 +239,27 @@ def partial(rank):
 
 def test_a_partial_sum_has_no_norm_yet(ranks):
     ranks(partial)
+
+
+def train_with_fsdp1(rank, named):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    torch.manual_seed(0)
+    model = FullyShardedDataParallel(torch.nn.Linear(4, 3), device_id=torch.device("cpu"))
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = flatmin.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model if named else None)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 4)).square().mean()
+        loss.backward()
+        return loss
+
+    with pytest.raises(ValueError, match=r"Use torch\.distributed\.fsdp\.fully_shard"):
+        optimizer.step(closure)
+    return all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_fsdp1_is_refused(ranks, named):
+    assert ranks(train_with_fsdp1, named) == [True, True]
