@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "distributed": {"shards"},
     "noise": {"radii", "vectors", "shards", "slabs"},
     "quiet": {"buffers", "versions"},
-    "place": {"checks", "vectors", "shards", "versions"},
+    "place": {"vectors", "shards", "versions"},
     "problems": set(),
     "optim": {"checks", "buffers", "radii", "vectors", "noise", "quiet", "place", "shards", "distributed"},
     "curvature": {"checks", "radii", "vectors", "noise", "quiet", "place", "extras", "shards", "distributed"},

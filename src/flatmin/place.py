@@ -16,12 +16,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from flatmin.checks import check_choice
 from flatmin.shards import is_sharded, parts
 from flatmin.vectors import Displacement, Vector
 from flatmin.versions import unversioned
@@ -80,11 +79,6 @@ def refuse_if_worn(params: Iterable[Tensor]) -> None:
                 "a training step inside averager.applied(): the weights there are the average, and the step would be "
                 "undone on leaving. Move it out of the block."
             )
-
-
-def check_restore(restore: str) -> str:
-    """Returns `restore` if it is known, else raises a `ValueError`."""
-    return check_choice("restore", restore, get_args(Restore))
 
 
 class Place:

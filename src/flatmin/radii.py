@@ -61,7 +61,7 @@ class Radii:
         Args:
             vector: v, usually a gradient.
             factor: of the norm |v| over the moved entries (a number, or a 0-dim tensor); 1 / |v| by default. Where it
-                is not finite nothing is moved.
+                is not finite it counts as 0 (and v, if it is not finite either, times 0 is not 0 off the CPU).
         """
         moved = self.select(vector)
         size = moved.size()

@@ -341,7 +341,7 @@ def test_a_checkpoint_is_evaluated_with_its_own_average(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using")
-def test_an_average_of_one_iterate_an_epoch_is_evaluated_too(tmp_path):
+def test_an_average_of_every_second_iterate_is_evaluated_too(tmp_path):
     model, averaging = Scored("sam"), AveragingCallback(kind="mean", every=2)
     trainer = trainer_of(averaging, epochs=2)
     trainer.fit(model, batches(64), batches(128))

@@ -129,11 +129,8 @@ class Work:
                 return self._by_variance(split)
         except torch.OutOfMemoryError:
             raise
-        except (
-            Uncovered,
-            *NOT_DIFFERENTIABLE,
-        ) as error:  # the first batch said otherwise, or the loss bends no further
-            why = first_line(error)
+        except (Uncovered, *NOT_DIFFERENTIABLE) as error:
+            why = first_line(error)  # the first batch said otherwise, or the loss bends no further
         found = self._go_on(self._pilot(self._vectors(HessianOperator)))
         found.method += f" (auto: {why or split.reason})"  # type: ignore[union-attr]
         return found

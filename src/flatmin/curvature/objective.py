@@ -52,9 +52,10 @@ class Objective:
     that probes equal those of one process which measures such joined batches. Products are differences of gradients.
 
     Raises:
-        ValueError: no batches, a one-shot iterator, no parameters, a loss that is not a finite scalar, batches whose
-            number of samples cannot be told, two passes over the data that disagree; parameters that are sharded
-            otherwise than by FSDP2, only some that are sharded, or a group of other processes than hold the shards.
+        ValueError: a `forward` that returns no pair, no batches, a one-shot iterator, no parameters, a loss that is not
+            a finite scalar, batches whose number of samples cannot be told, two passes over the data that disagree;
+            parameters that are sharded otherwise than by FSDP2, only some that are sharded, or a group of other
+            processes than hold the shards.
 
     Example:
         objective = Objective(model, nn.CrossEntropyLoss(), loader)

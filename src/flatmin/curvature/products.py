@@ -175,6 +175,8 @@ class Way:
 def choose_way(objective: Objective, products: str = "auto", *, seed: int = 0) -> Way:
     """The way to compute products with the Hessian of `objective`: `products`, or the first that works ("auto").
 
+    Warns (RuntimeWarning) if it comes to differences, and those of another length are off by `KINKED` or more.
+
     Cost: about seven gradients of the first batch (eight more if it comes to differences).
 
     Raises:

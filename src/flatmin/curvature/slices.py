@@ -120,7 +120,7 @@ def loss_slice(
     if len(names) != len(directions):
         raise ValueError(f"{len(directions)} directions have {len(names)} labels.")
     check_whole("num_points", num_points, 2)
-    if not check_number("low", low) < check_number("high", high):
+    if not check_number("span", low) < check_number("span", high):
         raise ValueError(f"the span must not be empty, got {low} .. {high}.")
     # From the ends inwards, so that the middle of a symmetric span is 0 exactly.
     axis = [((num_points - 1 - i) * low + i * high) / (num_points - 1) for i in range(num_points)]

@@ -15,13 +15,13 @@ rule asks to remember (flatmin.optim.memory).
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flatmin.checks import check_number
+from flatmin.checks import check_choice, check_number
 from flatmin.distributed import explain
 from flatmin.optim import compiled
 from flatmin.optim.losses import Losses
@@ -41,7 +41,7 @@ from flatmin.optim.misuse import (
 from flatmin.optim.rule import Probe
 from flatmin.optim.scaling import UNSCALED, Scaling
 from flatmin.optim.session import Session
-from flatmin.place import Restore, check_restore
+from flatmin.place import Restore
 
 
 class FlatOptimizer(Session):
@@ -80,7 +80,7 @@ class FlatOptimizer(Session):
         check_options(unknown, type(self), self.radius_name)
         super().__init__(base, radius, seed)
         self._perturbed = None if perturb is None else check_perturbed(perturb, self.params)
-        self._restore: str = check_restore(restore)
+        self._restore = check_choice("restore", restore, get_args(Restore))
         self._low_memory = low_memory
         self._guard = guard
         self._every, self._start, self._stop = check_window(every, start, stop)

@@ -74,7 +74,8 @@ class ESAM(FlatOptimizer):
     unperturbed weights.
 
     Raises:
-        ValueError: negative `rho`, `beta` or `gamma` outside (0, 1], a body that does not call `mean`.
+        ValueError: negative `rho`, `beta` or `gamma` outside (0, 1], a body that does not call `mean`, or calls it with
+            losses that are not (n,).
 
     Source: Du et al., "Efficient Sharpness-aware Minimization for Improved Training of Neural Networks", ICLR 2022.
     As in its published code whole tensors are chosen. The norm is over all moved parameters, chosen or not, as in the
