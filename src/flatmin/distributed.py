@@ -10,6 +10,8 @@ parameters are sharded, or a `DistributedDataParallel` around some of them was n
 
 from __future__ import annotations
 
+import itertools
+import secrets
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
@@ -26,10 +28,16 @@ from flatmin.shards import is_sharded
 
 AVAILABLE = distributed.is_available()
 _DIGIT = 2**12
+_CALLS = itertools.count()
 
 FSDP1 = (
     "FullyShardedDataParallel (FSDP1) hides from an optimizer which part of each parameter it holds, so that norms and "
     "noise would be wrong. Use torch.distributed.fsdp.fully_shard (FSDP2; in Accelerate fsdp_version=2)."
+)
+STATIC_GRAPH = (
+    "DistributedDataParallel(static_graph=True) has to average gradients in its first backward, and this one must not: "
+    "the gradients of several probes are averaged together (NSO in a loop), or each process looks for itself (SAM). "
+    "Use static_graph=False; or a closure for NSO, sync_ascent=True for SAM."
 )
 LOST = (
     "flatmin: another process died, or did not come along within the time-out of the process group "
@@ -64,6 +72,21 @@ def several() -> bool:
     return AVAILABLE and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
+def random_seed() -> int:
+    """A really random number, the same on all processes for their n-th call.
+
+    The first to come leaves its own in the store of the process group. That is no collective: a process that never
+    asks keeps nobody waiting.
+    """
+    seed = secrets.randbits(63)
+    if not several():
+        return seed
+    store, key = distributed.distributed_c10d._get_default_store(), f"flatmin/seed/{next(_CALLS)}"
+    if store.add(f"{key}/callers", 1) == 1:
+        store.set(key, str(seed))
+    return int(store.get(key))
+
+
 def summed_over(group: Any, tensors: Sequence[Tensor], count: int) -> tuple[list[Tensor], int]:
     """The sums of `tensors` and `count` over the processes of `group`, by one all-reduce of all numbers together.
 
@@ -82,9 +105,13 @@ def summed_over(group: Any, tensors: Sequence[Tensor], count: int) -> tuple[list
 
 
 def fsdp_modules(model: nn.Module) -> list[Any]:
-    """The modules that `fully_shard` was applied to; none before somebody has imported it."""
+    """The modules that `fully_shard` was applied to."""
+    return [module for module in model.modules() if _is_fsdp(module)]
+
+
+def _is_fsdp(module: Any) -> bool:
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)  # never before somebody has imported it
 
 
 def refuse_fsdp1(module: nn.Module) -> None:
@@ -119,13 +146,15 @@ class Ranks:
     def __init__(self, params: Sequence[Tensor], model: nn.Module | None = None):
         self.num_params = len(params)
         self._params = {id(p) for p in params}
+        # Those that no wrapper is known for yet: while there are some, every forward is looked at.
+        self._unwrapped = set(self._params)
+        self._ungathered = {id(p) for p in params if is_sharded(p)}
         self._device = params[0].device
         # In an order that is the same on all processes: one that waits in another group would wait for ever.
         meshes = dict.fromkeys(p.device_mesh for p in params if is_sharded(p))  # type: ignore[attr-defined]
         self._groups: list[Any] = list(dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups()))
         self._replicas: list[weakref.ref[DistributedDataParallel]] = []
         self._shards: list[weakref.ref[Any]] = []  # the modules that FSDP2 gathers weights for
-        self._search_shards = bool(meshes)
         self._exchange, self.kept_apart = True, False
         self._active = False  # there is something to settle
         self._silenced: list[DistributedDataParallel] = []
@@ -134,25 +163,25 @@ class Ranks:
         self._search = not self._groups and not any(hasattr(part, "_orig_mod") for part in named)
         for part in named:
             self._meet(part)
-        if model is not None and meshes:
-            self._meet_shards(model)
+            self._meet_shards(part)
 
     @property
     def alone(self) -> bool:
         """Whether there is no other process, and nothing that was made for several."""
-        return not (self._groups or self._replicas or self._shards or self._search_shards or several())
+        return not (self._groups or self._replicas or self._shards or several())
 
     def probe(self, exchange: bool) -> None:
         """Before an evaluation: whether its backward may average gradients over the processes."""
         self._exchange, self.kept_apart = exchange, False
-        if not (several() or self._shards or self._search_shards):
+        if not (several() or self._shards or self._ungathered):
             return
         self._active = True
         self._put_back()
+        self._forget_dead()
         self.go_on()
-        if self._search and not self._replicas:
+        if self._search and self._unwrapped:
             _global_forward_pre_hooks[id(self)] = self._meet  # in torch's table itself: see flatmin.quiet
-        if self._search_shards:
+        elif self._ungathered:
             _global_forward_pre_hooks[id(self)] = self._meet_shards
 
     def go_on(self) -> None:
@@ -203,21 +232,30 @@ class Ranks:
             if not any(id(p) in self._params for p in module.parameters()):
                 return
             self._replicas.append(weakref.ref(module))
+            self._unwrapped -= {id(p) for p in module.parameters()}
             self._groups = list(dict.fromkeys([*self._groups, module.process_group]))
-        if self._exchange or module.require_backward_grad_sync:
-            # Found; a compiled part of it must not see the hook. Inside a caller's `no_sync`, which will switch
+        if not self._unwrapped and (self._exchange or module.require_backward_grad_sync):
+            # All are found; a compiled part must not see the hook. Inside a caller's `no_sync`, which will switch
             # averaging on again, the next forward of this probe has to be met too.
             _global_forward_pre_hooks.pop(id(self), None)
         self._silence(module)
 
+    def _forget_dead(self) -> None:
+        """Looks again for what wraps the parameters of a wrapper that is no more: there may be a new one."""
+        alive = [known for known in self._replicas if known() is not None]
+        if len(alive) < len(self._replicas):
+            self._replicas = alive
+            wrapped = [p for known in alive if (replica := known()) is not None for p in replica.parameters()]
+            self._unwrapped = self._params - {id(p) for p in wrapped}
+
     def _meet_shards(self, module: nn.Module, _args: object = ()) -> None:
         if torch.compiler.is_compiling():
             return
-        for part in fsdp_modules(module):
+        for part in fsdp_modules(module) if _is_fsdp(module) else ():
             if all(known() is not part for known in self._shards):  # else it may be in the middle of its forward
                 self._shards.append(weakref.ref(part))
-                self._search_shards = False
                 part.reshard()
+                self._ungathered -= {id(p) for p in part.parameters()}
 
     def _reshard(self) -> None:
         """Weights move in their shards: what is gathered of them from before, or of a probe, is of another place."""
@@ -232,5 +270,7 @@ class Ranks:
         if self._exchange:
             self.kept_apart |= not replica.require_backward_grad_sync
         elif replica.require_backward_grad_sync:
+            if replica.static_graph:
+                raise ValueError(STATIC_GRAPH)
             self._silenced.append(replica)
             replica.require_backward_grad_sync = False

@@ -277,43 +277,6 @@ def test_an_overflow_on_one_rank_skips_on_all_and_lowers_all_scales(ranks):
         assert scale == 512.0
 
 
-def named(rank):
-    run = Run("sam", "ddp", share(rank))
-    run.optimizer = flatmin.SAM(run.optimizer.base, model=torch.nn.ModuleList([run.model]))
-    with Collectives() as seen:
-        run.step()
-    return seen.count("all_reduce")
-
-
-def test_the_model_may_be_named(ranks):
-    assert ranks(named) == [1, 1]
-
-
-def compiled(rank, outside):
-    """Compiled around DDP, or inside it."""
-    warnings.simplefilter("ignore")  # torch.compile's own
-    run = Run("sam", "ddp", share(rank))
-    model: Any = run.model
-    if outside:
-        model = torch.compile(model, backend="eager")
-    else:
-        model.module = torch.compile(model.module, backend="eager")
-    run.model = model
-    run.optimizer = flatmin.SAM(run.optimizer.base, model=model)
-    run.run(2)
-    with Collectives() as seen:
-        run.step()
-    return run.weights(), seen.count("all_reduce")
-
-
-@pytest.mark.parametrize("outside", [True, False])
-def test_compiled_models(ranks, outside):
-    expected = ranks(train, "sam", "ddp", "loop", "sgd", {})[0]
-    for weights, gradient_reduces in ranks(compiled, outside):
-        assert_near(weights, expected)
-        assert gradient_reduces == 1
-
-
 def sometimes_used(rank, how):
     """A parameter that takes part in the first of two points only."""
     torch.manual_seed(0)
@@ -343,19 +306,6 @@ def test_a_parameter_that_only_the_first_point_uses_is_averaged(ranks):
     first, second = ranks(sometimes_used, "ddp")
     assert_near(first, second, atol=0)
     assert_near(first, sometimes_used(0, "alone"), atol=1e-6)
-
-
-def bucket_views(rank, method):
-    run = Run(method, "ddp", share(rank))
-    run.model = torch.nn.parallel.DistributedDataParallel(run.plain, gradient_as_bucket_view=True)
-    return run.run(STEPS).weights()
-
-
-@pytest.mark.parametrize("method", ["gsam", "rsp", "wsam", "eigen-sam", "friendly-sam", "nso"])
-def test_gradients_that_are_views_of_buckets(ranks, method):
-    one = Run(method).run(STEPS).weights()
-    for weights in ranks(bucket_views, method):
-        assert_near(weights, one)
 
 
 def test_only_rules_that_look_take_the_argument():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import flatmin
 from benchmarks.collectives import Collectives
@@ -14,7 +15,8 @@ from flatmin.distributed import reshard
 from flatmin.radii import Radii
 from flatmin.shards import local
 from flatmin.vectors import Vector
-from tests.distributed.setups import METHODS, Run, assert_near, make_batch, share
+from tests.contracts.cases import build
+from tests.distributed.setups import METHODS, Run, assert_near, make_batch, share, whole, wrap
 
 STEPS = 3
 BY_SAMPLE = ("sap", "esam", "nso-split", "rwp")
@@ -68,6 +70,56 @@ def train_with_looks(rank, method, form, how):
 def test_gathered_weights_are_never_of_another_place(ranks, method, form):
     expected = train_with_looks(0, method, form, "alone")
     for found in ranks(train_with_looks, method, form, "root"):
+        assert_near(found, expected)
+
+
+def train_in_columns(rank, method, form, alone):
+    """Tensor parallelism of every parameter: each rank has some of the hidden units, and all of the batch."""
+    torch.manual_seed(0)
+    run = Run(method)
+    run.plain = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3, bias=False)
+    ).double()
+    if not alone:
+        mesh = init_device_mesh("cpu", (2,))
+        parallelize_module(run.plain, mesh, {"1": ColwiseParallel(), "3": RowwiseParallel()})
+    run.model = run.plain
+    run.optimizer = build(method, torch.optim.SGD(run.plain.parameters(), lr=0.1))
+    return run.run(STEPS, form).weights()
+
+
+@pytest.mark.parametrize("method", ["nso", "sam", "gsam"])
+@pytest.mark.parametrize("form", ["loop", "closure"])
+def test_tensor_parallelism(ranks, method, form):
+    expected = train_in_columns(0, method, form, True)
+    for found in ranks(train_in_columns, method, form, False):
+        assert_near(found, expected)
+
+
+def train_two_roots(rank, how, later):
+    """Two roots in one optimizer, of which one joins after the first step, and keeps its weights from then on."""
+    torch.manual_seed(0)
+    parts = [torch.nn.Linear(6, 6).double(), torch.nn.Linear(6, 6).double()]
+    for part in parts:
+        wrap(torch.nn.Sequential(part), how)
+    optimizer = flatmin.NSO(torch.optim.SGD([p for part in parts for p in part.parameters()], lr=0.1), sigma=0.1)
+    x = make_batch()[0].flatten(1)[share(rank) if how != "alone" else slice(None)]
+    for step in range(STEPS):
+        joined = step > 0 or not later
+        if joined:
+            with torch.no_grad():
+                parts[1](x)
+        for _ in optimizer.probes():
+            hidden = parts[0](x)
+            (parts[1](hidden.tanh()) if joined else hidden).square().mean().backward()
+        optimizer.step()
+    return {f"{n}.{name}": whole(p) for n, part in enumerate(parts) for name, p in part.named_parameters()}
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_every_root_is_met(ranks, later):
+    expected = train_two_roots(0, "alone", later)
+    for found in ranks(train_two_roots, "fsdp", later):
         assert_near(found, expected)
 
 

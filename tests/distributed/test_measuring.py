@@ -61,6 +61,15 @@ def test_whatever_is_measured(ranks, name):
     assert ranks(rise_on_a_rank, name) == [pytest.approx(expected, rel=1e-6)] * 2
 
 
+def on_the_first_rank_alone(rank):
+    with pytest.raises(ValueError, match="each needs at least one"):
+        objective(slice(5 * rank, 5), distributed.group.WORLD)
+
+
+def test_a_rank_without_batches_leaves_none_waiting(ranks):
+    ranks(on_the_first_rank_alone)
+
+
 def flat(vector):
     return torch.cat([t.flatten() for t in vector.present])
 

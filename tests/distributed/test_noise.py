@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.optim import SGD
 
+import flatmin
 from flatmin import noise
 from flatmin.noise import Noise
 from flatmin.radii import Radii
@@ -25,6 +27,7 @@ def draw(like, law, scale, **options):
 
 
 def drawn_in_shards(rank, placement, law, scale, block, world_size):
+    usual = noise.BLOCK, noise.SMALL
     noise.BLOCK, noise.SMALL = block, min(block, 2**12)
     try:
         mesh = init_device_mesh("cpu", (world_size,))
@@ -37,7 +40,7 @@ def drawn_in_shards(rank, placement, law, scale, block, world_size):
         draw(like, law, scale, keep=False).add_to(moved)
         return [whole(t) for t in vector.present], [whole(t) for t in moved]
     finally:
-        noise.BLOCK, noise.SMALL = 2**20, 2**12
+        noise.BLOCK, noise.SMALL = usual
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -74,3 +77,15 @@ def test_the_layout_in_memory_does_not_matter():
     a, b = (draw([t], "normal", "absolute").vector().present[0] for t in (like, last))
     assert torch.equal(a, b)
     assert b.stride() == last.stride()
+
+
+def really_random_seeds(rank):
+    """Of three optimizers, of which the first process makes the last one alone."""
+    made = [flatmin.NSO(SGD([torch.zeros(2)], lr=0.1), seed=None) for _ in range(3 - rank)]
+    return [optimizer.param_groups[0]["seed"] for optimizer in made]
+
+
+def test_processes_share_a_seed_that_is_really_random(ranks):
+    first, second = ranks(really_random_seeds)
+    assert first[:2] == second
+    assert len(set(first)) == 3

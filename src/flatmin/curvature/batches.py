@@ -22,6 +22,7 @@ SINGLE = (
     "the targets of a batch have no batch dimension. If data is a Dataset, its items are single samples: pass "
     "DataLoader(dataset, batch_size=...)."
 )
+NO_BATCHES = "the data has no batches: an empty loader has no loss to measure."
 DEPTH = 6  # how deep samples are looked for; objects may refer to each other in circles
 
 
@@ -66,7 +67,7 @@ def pair(found: Any) -> tuple[Any, Any]:
 
 
 def check_data(data: Iterable[Any]) -> Iterable[Any]:
-    """`data`, if it can be iterated more than once and is not a single batch or empty."""
+    """`data`, if it can be iterated more than once and is not a single batch."""
     if isinstance(data, Iterator):
         raise ValueError(
             f"data is a one-shot iterator ({type(data).__name__}), but measuring takes several passes. Pass a "
@@ -74,16 +75,15 @@ def check_data(data: Iterable[Any]) -> Iterable[Any]:
         )
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         raise ValueError("data is an (inputs, targets) pair, not a list of batches: write [(inputs, targets)].")
-    if _length(data) == 0:
-        raise ValueError("the data has no batches: an empty loader has no loss to measure.")
     return data
 
 
-def _length(data: Any) -> int | None:
+def is_empty(data: Any) -> bool:
+    """Whether there are no batches, as far as a length says."""
     try:
-        return len(data)
+        return len(data) == 0
     except TypeError:  # a loader of an IterableDataset has a __len__ that raises
-        return None
+        return False
 
 
 def forward_pair(model: nn.Module, batch: Any) -> tuple[Any, Any]:

@@ -207,7 +207,7 @@ def _probe(objective: Objective, seed: int) -> tuple[float, Tensor]:
     options: dict[str, Any] = {"create_graph": True, "allow_unused": True, "materialize_grads": True}
     with differentiable_twice(objective):
         for index, (loss, n) in enumerate(objective.batch_losses()):
-            generator.manual_seed(mix_seeds(seed, objective.number(index)))
+            generator.manual_seed(mix_seeds(seed, objective.members.number(index)))
             v = [draw_like(p, "rademacher", generator) for p in params]
             first = torch.autograd.grad(loss, params, **options)
             along = _inner(first, v)

@@ -9,13 +9,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from flatmin.curvature.arguments import check_model, choose_parameters, reduction_of
 from flatmin.curvature.arithmetic import listening, one_path, rounding_of
-from flatmin.curvature.batches import Batch, SampleCount, check_data, forward_pair, generators, pair
+from flatmin.curvature.batches import NO_BATCHES, Batch, SampleCount, check_data, forward_pair, generators, pair
+from flatmin.curvature.members import Members
 from flatmin.curvature.sharded import NOT_POSSIBLE, Together, gradients
-from flatmin.distributed import reshard, summed_over
+from flatmin.distributed import reshard
 from flatmin.place import Place, displaced, warn_if_away
 from flatmin.quiet import undisturbed
 from flatmin.shards import any_sharded
@@ -82,9 +83,11 @@ class Objective:
         reshard(self.model)
         chosen = choose_parameters(self.model, params)
         self._together = Together(self.model, chosen, group) if any_sharded(chosen.values()) else None
-        self.group = group if self._together is None else self._together.group
         self.names: tuple[str, ...] = tuple(chosen)
         self.params: tuple[Tensor, ...] = tuple(chosen.values())
+        group = group if self._together is None else self._together.group
+        self.members = Members(group, self.params[0].device, joint=self.sharded)
+        self.members.check_share(self.data)
         self._num_samples: int | None = None
         self._rounding = max(rounding_of(p) for p in self.params)  # of the coarsest number on the way to the loss
 
@@ -105,6 +108,11 @@ class Objective:
     def layers(self) -> tuple[str, ...]:
         """The module that each parameter belongs to, by name."""
         return tuple(name.rpartition(".")[0] or name for name in self.names)
+
+    @property
+    def group(self) -> Any:
+        """The process group whose members have the other batches, or `None`."""
+        return self.members.group
 
     @property
     def sharded(self) -> bool:
@@ -167,7 +175,7 @@ class Objective:
             yield batch
             count += batch.size
         if count == 0:
-            raise ValueError("the data has no batches: an empty loader has no loss to measure.")
+            raise ValueError(NO_BATCHES)
         self._num_samples = count
 
     def _own_batches(self) -> Iterator[Batch]:
@@ -210,43 +218,10 @@ class Objective:
             total: a sum over samples, a Vector or a tensor.
             count: how many samples.
         """
-        if self.group is not None and not self.sharded:
-            entries = total.present if isinstance(total, Vector) else [total]
-            device = self.params[0].device  # that the group can send from
-            sums, count = summed_over(self.group, [t.to(device) for t in entries], count)
-            self._num_samples = count
-            total = total.with_present(sums) if isinstance(total, Vector) else sums[0]  # type: ignore[assignment]
+        sums, count = self.members.sums(total.present if isinstance(total, Vector) else [total], count)
+        self._num_samples = count
+        total = total.with_present(sums) if isinstance(total, Vector) else sums[0]  # type: ignore[assignment]
         return total / count
-
-    def number(self, batch: int) -> int:
-        """The number of this process's `batch` among those of all, if they were dealt out in turn."""
-        if self.group is None or self.sharded:
-            return batch
-        return batch * distributed.get_world_size(self.group) + distributed.get_rank(self.group)
-
-    def together(self, decision: int) -> int:
-        """A decision that clocks may have a part in, as the first process of the group takes it."""
-        if self.group is None:
-            return decision
-        box = torch.tensor(decision, device=self.params[0].device)
-        distributed.broadcast(box, group=self.group, group_src=0)
-        return int(box)
-
-    @property
-    def first(self) -> bool:
-        """Whether this process is the first of the group, or the only one."""
-        return self.group is None or distributed.get_rank(self.group) == 0
-
-    def text_of_first(self, read: Callable[[], str]) -> str:
-        """What `read()` gives on the first process of the group, for all of them."""
-        if self.group is None:
-            return read()
-        device = self.params[0].device
-        text = read().encode() if self.first else b""
-        length = self.together(len(text))
-        content = torch.tensor(list(text.ljust(length)), dtype=torch.uint8, device=device)
-        distributed.broadcast(content, group=self.group, group_src=0)
-        return bytes(content.tolist()).decode()
 
     def gradient(self) -> Vector:
         """The gradient of L. One forward and one backward pass."""

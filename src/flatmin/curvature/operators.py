@@ -110,7 +110,7 @@ class PerBatch(ABC, Generic[Curvature]):
             self._kept, made_of = [], self._seen()
             kept = []
             for index, batch in enumerate(self.objective.batches()):
-                item = [(self._open(batch, self.objective.number(index)), batch)]
+                item = [(self._open(batch, self.objective.members.number(index)), batch)]
                 if self._keeps:
                     kept += item
                 yield item.pop()

@@ -54,7 +54,7 @@ class Probes(ABC, Generic[Curvature]):
         for curvature, batch in self.operator.batches():  # not enumerate(), which would keep the last graph
             index, rows = next(numbers), []
             for row in range(size):
-                generator.manual_seed(mix_seeds(self._seed, first + row, objective.number(index)))
+                generator.manual_seed(mix_seeds(self._seed, first + row, objective.members.number(index)))
                 rows.append(self._forms(curvature, generator).to(device))
             total, count = total + batch.size * torch.stack(rows), count + batch.size
             del curvature, batch

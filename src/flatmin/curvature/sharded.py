@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from flatmin.curvature.batches import Batch, Evaluated, SampleCount
+from flatmin.curvature.members import NO_SHARE
 from flatmin.distributed import explained, fsdp_modules, reshard
 from flatmin.shards import any_sharded, is_sharded
 
@@ -38,10 +39,6 @@ NOT_POSSIBLE = (
 NOT_EXCHANGED = (
     "the model does not exchange gradients (set_requires_gradient_sync(False)), or some of an accumulation wait to be "
     "exchanged: finish the accumulation, and measure with set_requires_gradient_sync(True)."
-)
-NO_BATCH = (
-    "a process has no batch at all. The processes of a sharded model evaluate it together, so each needs at least one; "
-    "after that their numbers may differ."
 )
 END = object()
 
@@ -106,7 +103,7 @@ class Together:
         own, content, samples = iter(objective.data), END, SampleCount()
         while present := self._how_many_have(following := next(own, END)):
             if content is END and present < distributed.get_world_size(self.group):
-                raise ValueError(NO_BATCH)
+                raise ValueError(NO_SHARE)
             idle = following is END
             content = content if idle else following
             yield JointBatch(objective, content, samples, self, idle=idle)

@@ -233,7 +233,7 @@ class _Sampler:
                 at_home, n = float(batch.evaluate().loss.double()), batch.size
                 for row, column in np.ndindex(totals.shape):
                     place.move(None)
-                    u = self._drawers[column](mix_seeds(self._seed, first + row, self._objective.number(index)))
+                    u = self._drawers[column](mix_seeds(self._seed, first + row, self._objective.members.number(index)))
                     totals[row, column] += n * (self._mean_loss(place, u, batch) - at_home)
                 place.move(None)
                 clean, count = clean + n * at_home, count + n
@@ -259,4 +259,4 @@ def _budget(objective: Objective, rtol: float | None, num_draws: int | None, max
         check_whole("num_draws", num_draws, 1)
     if rtol is None and num_draws is None and max_seconds is None:
         rtol = 0.05
-    return Budget(rtol, MAX_DRAWS if num_draws is None else num_draws, max_seconds, objective.together)
+    return Budget(rtol, MAX_DRAWS if num_draws is None else num_draws, max_seconds, objective.members.together)

@@ -46,10 +46,10 @@ class Store:
         }
         self._tolerance = objective.tolerance
         self._parts: dict[str, Any] = {}
-        self._writes = objective.first
+        self._writes = objective.members.first
         if self._path is not None and self._writes:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-        if self._path is not None and (text := objective.text_of_first(self._text)):
+        if self._path is not None and (text := objective.members.text_of_first(self._text)):
             self._parts = self._parsed(text)
 
     def get(self, name: str, settings: Mapping[str, Any], kind: type[Result], measure: Callable[[], Result]) -> Result:

@@ -76,7 +76,9 @@ def trace(
         raise ValueError(f"unknown trace method {method!r}. Known: {', '.join(METHODS)}.")
     if rtol is None and max_products is None and max_seconds is None:
         rtol = 0.05
-    budget = Budget(rtol, MAX_PRODUCTS if max_products is None else max_products, max_seconds, objective.together)
+    budget = Budget(
+        rtol, MAX_PRODUCTS if max_products is None else max_products, max_seconds, objective.members.together
+    )
     if objective.group is not None and method not in ("auto", "hutchinson"):
         raise ValueError(f"over several processes the trace is estimated by Hutchinson's probes, not by {method!r}.")
     objective.check()

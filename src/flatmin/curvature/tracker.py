@@ -131,7 +131,7 @@ class Tracker:
         step = self._updates if step is None else step
         self._updates += 1
         begin = self._clock()
-        if self.points and not self._objective.together(self._affordable(begin - self._start)):
+        if self.points and not self._objective.members.together(self._affordable(begin - self._start)):
             return None
         try:
             found = self._measure(mix_seeds(self._seed, len(self.points)))

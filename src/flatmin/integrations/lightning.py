@@ -143,8 +143,9 @@ def _copied(state: Any) -> Any:
 class AveragingCallback(Callback):
     """Averages the weights after each step; validation, tests and predictions use the average.
 
-    Checkpoints hold the weights of training, and the average beside them, so that a resumed run equals an uninterrupted
-    one. `trainer.test(model, data, ckpt_path="best")` takes both from there, in a fresh trainer too. After training,
+    Checkpoints hold the weights of training, and the average beside them, so that a run that is resumed between epochs
+    equals an uninterrupted one (within an epoch, as far as Lightning's loaders go on).
+    `trainer.test(model, data, ckpt_path="best")` takes both from there, in a fresh trainer too. After training,
     `with callback.averager.applied(): ...` gives the model the average; a model with batch norm needs
     `callback.averager.refresh(loader)` first.
 

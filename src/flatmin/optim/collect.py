@@ -133,14 +133,15 @@ class Collector:
                 changed = True
                 if grad is not None and not _replaced_by_autograd(p) and not reused:
                     raise ValueError(CLEARED_IN_LOOP)
-            elif grad is not None and local(grad)._version != version:
+            elif grad is not None and _mark(grad)[1] != version:
                 changed = True
         if not changed:
             raise ValueError(NO_BACKWARD)
 
 
 def _mark(grad: Tensor | None) -> tuple[Tensor | None, int]:
-    return (grad, 0 if grad is None else local(grad)._version)
+    # Of a DTensor, the part of this process changes alone under FSDP2, and the whole alone under tensor parallelism.
+    return (grad, 0 if grad is None else grad._version + local(grad)._version)
 
 
 def _replaced_by_autograd(p: Tensor) -> bool:

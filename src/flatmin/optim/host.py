@@ -7,11 +7,11 @@ count, a seed) lives in the groups, so that the layout is torch's and `torch.dis
 
 from __future__ import annotations
 
-import secrets
 from typing import Any
 
 from torch.optim import Optimizer
 
+from flatmin.distributed import random_seed
 from flatmin.optim.migration import Migration
 from flatmin.optim.misuse import check_minimises, check_names, check_radius_name, warn_leftover
 from flatmin.radii import check_radius
@@ -43,7 +43,7 @@ class Host(Migration, Optimizer):
 
     def __init__(self, base: Optimizer, radius: float, seed: int | None):
         self._default_radius = check_radius(self.radius_name, radius)
-        self._seed = secrets.randbits(63) if seed is None else int(seed)
+        self._seed = random_seed() if seed is None else int(seed)
         # Optimizer.__init__ would build groups and state of its own. Unpickling is torch's protocol for an
         # optimizer that already has them: it only sets up the hooks.
         self.__setstate__({"base": base})

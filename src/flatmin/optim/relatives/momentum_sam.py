@@ -69,7 +69,7 @@ class MomentumSAM(FlatOptimizer):
                 return velocity
         if self.num_steps > self.num_skipped:  # plain SGD has no state at all
             raise ValueError(
-                f"MomentumSAM needs momentum, and {type(self.base).__name__} keeps no {' or '.join(BUFFERS)}. Use e.g. "
-                "SGD(..., momentum=0.9) or AdamW."
+                f"MomentumSAM needs momentum, and the state of {type(self.base).__name__} shows no "
+                f"{' or '.join(BUFFERS)}. Use e.g. SGD(momentum=0.9) or AdamW (ZeroRedundancyOptimizer shows none)."
             )
         return None
