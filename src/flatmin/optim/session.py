@@ -95,12 +95,7 @@ class Session(Ending):
                 self._set_aside_elsewhere(params, elsewhere)
             probe = requests.next(None)
             while probe is not None:
-                self._probe = probe
-                collector.let_go()
-                # A window goes away and home again with each micro-batch, so it keeps the displacement.
-                place.move(probe.displacement if stage == "window" else probe.release())
-                collector.secure()
-                collector.before(probe)
+                self._go_to(probe, place, collector)
                 if others is not None:
                     others.probe(self._exchanges(probe) and not collector.is_part(probe, requests.ahead))
                 quiet.probe()
@@ -108,13 +103,7 @@ class Session(Ending):
                 quiet.settle()
                 if others is not None:
                     others.settle()
-                    if share is not None and others.kept_apart:
-                        raise ValueError(SHARE_NOT_AVERAGED)
-                probe.check_used()
-                if probe.weight is None and self._scaling is not UNSCALED:
-                    self._scaling.unscale()
-                if not self.takes_sparse:
-                    check_dense([p.grad for p in params], type(self).__name__)
+                self._check_evaluated(probe)
                 if self.reads_weights:
                     place.move(None)
                 probe = requests.next(collector.after(probe))
@@ -146,6 +135,25 @@ class Session(Ending):
             self._place = self._probe = self._radii = None
         if overflow and share is None:
             self._undo_overflow()
+
+    def _go_to(self, probe: Probe, place: Place, collector: Collector) -> None:
+        """Moves the weights to where `probe` is about."""
+        self._probe = probe
+        collector.let_go()
+        # A window goes away and home again with each micro-batch, so it keeps the displacement.
+        place.move(probe.displacement if self._stage == "window" else probe.release())
+        collector.secure()
+        collector.before(probe)
+
+    def _check_evaluated(self, probe: Probe) -> None:
+        """Refuses what the caller left in `.grad` if it is not the gradient that was asked for; unscales it."""
+        if self._micro_share is not None and self.ranks.kept_apart:
+            raise ValueError(SHARE_NOT_AVERAGED)
+        probe.check_used()
+        if probe.weight is None and self._scaling is not UNSCALED:
+            self._scaling.unscale()
+        if not self.takes_sparse:
+            check_dense([p.grad for p in self.params], type(self).__name__)
 
     def _set_aside_elsewhere(self, params: list[Tensor], found: list[tuple[list[Tensor], Vector]]) -> None:
         """Takes away what other optimizers are about to step along: a loss here may add gradients to it."""
