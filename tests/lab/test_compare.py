@@ -218,6 +218,12 @@ def test_unknown_names(tmp_path, options, message):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_budget_that_does_not_pay_for_a_step_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"a budget of 1 gradients does not pay for one step of nso, which costs 2\."):
+        compare(tmp_path, num_gradients=1).run()
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     "options",
     [{"num_seeds": 0}, {"jobs": 0}, {"num_gradients": 0}, {"methods": ()}],

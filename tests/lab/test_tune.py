@@ -25,6 +25,7 @@ def tune(tmp_path, **options):
         ({"rho": (0.1, 0.2)}, r"same number of trials.*base 1 \(--lr x --weight-decay\), sam 2 \(--lr x --rho\)"),
         ({"lr": ()}, "same number of trials, and at least one"),
         ({"task": "digit"}, "unknown task 'digit'"),
+        ({"num_gradients": 1}, "a budget of 1 gradients does not pay for one step of sam, which costs 2"),
     ],
 )
 def test_everything_is_checked_before_anything_is_trained(tmp_path, options, message, monkeypatch):

@@ -71,9 +71,7 @@ class Compare:
         for seed in range(self.num_seeds):
             for name in self.methods:
                 method, settings = split_name(name)[0], settings_of(task, name)
-                steps = amount if self.budget == "steps" else int(amount // method.gradients)
-                if steps < 1:
-                    raise ValueError(f"--num-gradients {amount} does not pay for one step of {name}.")
+                steps = amount if self.budget == "steps" else method.num_steps(amount)
                 specs.append(RunSpec(task=task.name, method=name, seed=seed, num_steps=steps, settings=settings))
         return specs
 

@@ -80,7 +80,10 @@ class Tune:
             raise ValueError(f"--num-gradients must be at least 1, got {self.num_gradients}.")
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"--methods names at least one method, and none twice, got {' '.join(self.methods)!r}.")
-        radii = {name: split_name(name)[0].radius_name for name in self.methods}
+        rules = {name: split_name(name)[0] for name in self.methods}
+        for rule in rules.values():
+            rule.num_steps(self._budget)
+        radii = {name: rule.radius_name for name, rule in rules.items()}
         control = self.methods[0]
         if radii[control] is not None:
             raise ValueError(
@@ -137,7 +140,7 @@ class Tune:
         return [Settings(lr=lr, weight_decay=decay, radius=r, parts=parts) for lr, r in grid]
 
     def _tune(self, method: str) -> list[dict[str, Any]]:
-        steps = max(1, int(self._budget // split_name(method)[0].gradients))
+        steps = split_name(method)[0].num_steps(self._budget)
         candidates = self._settings(method)
         trials = [
             [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from types import MappingProxyType
 from typing import Any
 
@@ -35,6 +36,20 @@ class Method:
     def radius_name(self) -> str | None:
         """The group option that holds the size of the perturbation (`None` for the base)."""
         return getattr(self.factory, "radius_name", None)
+
+    def num_steps(self, num_gradients: int) -> int:
+        """Steps that so many gradients pay for.
+
+        Raises:
+            ValueError: if that is less than one.
+        """
+        cost = Fraction(self.gradients).limit_denominator()  # of 2.1 or 4/3, which a float only comes near
+        if num_gradients < cost:
+            raise ValueError(
+                f"a budget of {num_gradients} gradients does not pay for one step of {self.name}, which costs "
+                f"{self.gradients:g}."
+            )
+        return int(num_gradients // cost)
 
     def build(self, base: Optimizer, **options: Any) -> Optimizer:
         """The method around `base`; for the plain base, `base` itself."""
