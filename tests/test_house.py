@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "curvature": {"checks", "radii", "vectors", "noise", "quiet", "place", "extras", "shards", "distributed"},
     "bounds": {"checks"},
     "integrations": {"quiet", "extras", "optim"},
-    "lab": {"vectors", "noise", "quiet", "extras", "optim", "curvature", "problems", "integrations"},
+    "lab": {"checks", "vectors", "noise", "quiet", "extras", "optim", "curvature", "problems", "integrations"},
     "__init__": {"optim", "curvature", "problems", "bounds"},
     "__main__": {"lab"},
 }

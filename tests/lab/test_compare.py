@@ -11,7 +11,7 @@ import flatmin.lab.pool as pool
 import flatmin.lab.tasks as tasks_module
 from flatmin.lab.compare import Compare, Report
 from flatmin.lab.records import read_run
-from flatmin.lab.tasks import get_task
+from flatmin.lab.tasks import Settings, get_task
 
 
 def compare(tmp_path, **options):
@@ -59,6 +59,27 @@ def test_the_report_is_self_contained_and_whole(finished):
         assert text in html
     for svg in re.findall(r"<svg.*?</svg>", html, flags=re.S):
         ET.fromstring(svg)
+
+
+def test_the_report_says_what_each_method_used(tmp_path, monkeypatch):
+    task = get_task("digits")
+    changed = {**task.settings, "bsam": Settings(lr=0.1), "sam": Settings(lr=0.1, weight_decay=0.001)}
+    monkeypatch.setitem(tasks_module._TASKS, "digits", dataclasses.replace(task, settings=changed))
+    report = compare(tmp_path, methods=("base", "sam", "bsam", "nso+swa"), num_seeds=1).run()
+    path = tmp_path / "runs" / "small" / "records" / "bsam-seed0.jsonl"
+    header, *rest = path.read_text().splitlines()
+    old = json.loads(header)
+    old["spec"]["settings"]["weight_decay"] = 0.02  # as it was recorded, and not used
+    path.write_text("\n".join([json.dumps(old), *rest]) + "\n")
+    assert Report(name="small", out=tmp_path / "runs").run() == report
+    rows = re.findall(r"<tr><td>(.*?)</td></tr>", report.read_text().split("<h2>Settings</h2>")[1])
+    assert [row.split("</td><td>") for row in rows] == [
+        ["base", "SGD, momentum 0.9", "0.1", "0.001", "-"],
+        ["sam", "SGD, momentum 0.9", "0.1", "0.001", "rho by default"],
+        ["bsam", "SGD", "0.1", "-", "rho by default"],
+        ["nso+swa", "SGD, momentum 0.9", "0.1", "0.001", "sigma 0.02"],
+    ]
+    assert "nso+swa: swa 0.75. Parts were not tuned." in " ".join(report.read_text().split())
 
 
 def test_a_finished_comparison_is_not_run_again(finished, monkeypatch, capsys):
@@ -234,10 +255,7 @@ def test_bad_numbers(tmp_path, options):
 
 
 def test_a_comparison_in_which_everything_diverges_still_reports(tmp_path, monkeypatch, capsys):
-    from flatmin.lab import tasks
-    from flatmin.lab.tasks import Settings
-
-    task = tasks.get_task("digits")
+    task = get_task("digits")
     monkeypatch.setitem(task.settings, "nso", Settings(lr=1e8, radius=0.05))  # type: ignore[arg-type]
     report = compare(tmp_path, num_gradients=400).run()
     assert "Diverged: nso on digits, seed 0: the loss became" in report.read_text()

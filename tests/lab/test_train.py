@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -117,10 +118,32 @@ def test_threads_are_put_back(tmp_path):
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="lr must be positive"):
         Settings(lr=0)
-    with pytest.raises(ValueError, match="weight_decay must be >= 0"):
+    with pytest.raises(ValueError, match="weight_decay must be at least 0, got -1"):
         Settings(lr=1, weight_decay=-1)
-    with pytest.raises(ValueError, match="rho must be a finite number >= 0"):
-        build_optimizer(spec("sam", radius=-1.0), torch.nn.Linear(2, 2), 200)
+    with pytest.raises(ValueError, match="radius must be at least 0, got -1"):
+        Settings(lr=1, radius=-1)
+    with pytest.raises(ValueError, match="radius must be a finite number, got nan"):
+        Settings(lr=1, radius=math.nan)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("bsam", {"weight_decay": 1e-3}, "a prior of its own in place of weight decay: take weight_decay=0.001 out"),
+        ("base", {"radius": 0.1}, "base has no radius: take radius=0.1 out"),
+        ("sam+swa", {}, r"the parts of its name \(swa\), and have none"),
+        ("sam", {"parts": {"swa": 0.75, "mixup": 0.2}}, r"the parts of its name \(none\), and have swa and mixup"),
+    ],
+)
+def test_settings_that_a_method_would_not_use_are_refused(method, settings, message):
+    with pytest.raises(ValueError, match=message):
+        RunSpec(task="digits", method=method, seed=0, num_steps=1, settings=Settings(lr=0.1, **settings))
+
+
+def test_the_base_of_a_method_with_a_prior_is_plain_sgd():
+    base = build_optimizer(spec("bsam"), torch.nn.Linear(2, 2), 200).param_groups[0]
+    assert (base["momentum"], base["weight_decay"]) == (0.0, 0.0)
+    assert build_optimizer(spec("sam"), torch.nn.Linear(2, 2), 200).param_groups[0]["momentum"] == 0.9
 
 
 def test_the_seed_decides_the_first_weights_and_the_order_of_the_batches(tmp_path):

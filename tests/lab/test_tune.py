@@ -56,6 +56,16 @@ def test_a_grid_is_extended_without_doing_its_runs_again(tmp_path, monkeypatch):
         tune(tmp_path, num_gradients=20).run()
 
 
+def test_what_a_method_does_not_use_is_not_in_its_settings(tmp_path, capsys):
+    tune(tmp_path, methods=("base", "sam", "bsam"), weight_decay=(0.01,), num_gradients=20).run()
+    lines = {line.split('"')[1]: line for line in capsys.readouterr().out.splitlines() if ": Settings(" in line}
+    assert "weight_decay=0.01" in lines["base"]
+    assert "weight_decay=0.01" in lines["sam"]
+    assert "weight_decay" not in lines["bsam"]
+    best = json.loads((tmp_path / "tuning" / "tuning.json").read_text())["best"]
+    assert [best[name]["weight_decay"] for name in ("base", "sam", "bsam")] == [0.01, 0.01, 0.0]
+
+
 def test_a_trial_that_diverges_is_null_in_the_file(tmp_path):
     tune(tmp_path, methods=("base",), lr=(0.1, 1e8)).run()
     text = (tmp_path / "tuning" / "tuning.json").read_text()

@@ -52,6 +52,21 @@ def split_name(name: str) -> tuple[Method, dict[str, float]]:
     return method, {part: PARTS[part][0] for part in parts}
 
 
+def check_used(name: str, settings: Settings) -> None:
+    """Refuses settings that `rule+part+part` would not use: a record would say what was not so."""
+    method, parts = split_name(name)
+    if settings.weight_decay and method.replaces_momentum:
+        raise ValueError(
+            f"{method.name} has a prior of its own in place of weight decay: take "
+            f"weight_decay={settings.weight_decay:g} out of its settings."
+        )
+    if settings.radius is not None and method.radius_name is None:
+        raise ValueError(f"{method.name} has no radius: take radius={settings.radius:g} out of its settings.")
+    if settings.parts.keys() != parts.keys():
+        had, named = (" and ".join(p) or "none" for p in (settings.parts, parts))
+        raise ValueError(f"the settings of {name} must have the parts of its name ({named}), and have {had}.")
+
+
 def settings_of(task: Task, name: str) -> Settings:
     """The task's settings for `rule+part+part`; those of the rule, with the parts' usual strengths, if it has none.
 

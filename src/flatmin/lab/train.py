@@ -18,7 +18,7 @@ from torch.optim import SGD, Optimizer
 from flatmin.curvature import measure
 from flatmin.extras import need
 from flatmin.lab.fingerprint import fingerprint
-from flatmin.lab.parts import Evaluation, Training, split_name
+from flatmin.lab.parts import Evaluation, Training, check_used, split_name
 from flatmin.lab.processes import Alone
 from flatmin.lab.records import RunWriter, Unwritten, environment
 from flatmin.lab.tasks import Settings, Splits, get_task
@@ -31,13 +31,20 @@ ALONE = Alone()
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """Everything that decides a run's numbers."""
+    """Everything that decides a run's numbers.
+
+    Raises:
+        ValueError: for an unknown method, or settings that it would not use.
+    """
 
     task: str
     method: str
     seed: int
     num_steps: int
     settings: Settings
+
+    def __post_init__(self) -> None:
+        check_used(self.method, self.settings)
 
     @property
     def name(self) -> str:
@@ -136,9 +143,12 @@ def _training(spec: RunSpec, model: nn.Module, splits: Splits) -> Training:
 
 
 def build_optimizer(spec: RunSpec, model: nn.Module, num_data: int) -> Optimizer:
-    """SGD with momentum 0.9 and the spec's settings, inside the spec's method; `num_data` training samples."""
+    """SGD with momentum 0.9 and the spec's settings, inside the spec's method; `num_data` training samples.
+
+    Plain SGD where the method has a momentum and a prior of its own.
+    """
     settings, method = spec.settings, split_name(spec.method)[0]
-    if getattr(method.factory, "replaces_momentum", False):
+    if method.replaces_momentum:
         base = SGD(model.parameters(), lr=settings.lr)
     else:
         base = SGD(model.parameters(), lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay)

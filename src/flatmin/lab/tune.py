@@ -31,8 +31,9 @@ class Tune:
     """Choose learning rate and radius for each method by validation loss, on an equal number of trials each.
 
     The control is tuned over learning rate x weight decay, the other methods over learning rate x radius at the
-    control's best weight decay. Interrupted, or with a larger grid, it continues where it stopped. What it finds is
-    written to tuning.json and printed as it stands in a task's `settings`, from which `compare` takes them.
+    control's best weight decay (at none for bSAM, which has a prior in its place). Interrupted, or with a larger grid,
+    it continues where it stopped. What it finds is written to tuning.json and printed as it stands in a task's
+    `settings`, from which `compare` takes them.
     """
 
     task: str = "digits"
@@ -134,7 +135,7 @@ class Tune:
                 Settings(lr=lr, weight_decay=wd, parts=parts)
                 for lr, wd in itertools.product(self.lr, self.weight_decay)
             ]
-        decay = self.best[self.methods[0]]["weight_decay"]
+        decay = 0.0 if rule.replaces_momentum else self.best[self.methods[0]]["weight_decay"]
         radii = self.rho if radius == "rho" else self.sigma
         grid = itertools.product(self.lr, radii)
         return [Settings(lr=lr, weight_decay=decay, radius=r, parts=parts) for lr, r in grid]

@@ -35,7 +35,7 @@ class Host(Migration, Optimizer):
     train, eval = OfTheBase("train"), OfTheBase("eval")  # trainers ask for them: schedule-free optimizers have modes
     remembers: tuple[str, ...] = ()  # the vectors that the method keeps between steps (flatmin.optim.memory)
     finds_once: tuple[str, ...] = ()  # those of them that the first micro-batch of a step finds for all
-    replaces_momentum: bool = False  # whether the base should be plain SGD
+    replaces_momentum: bool = False  # and weight decay: the base should be plain SGD
     takes_sparse: bool = True  # whether its formula can be evaluated on sparse gradients
     is_random: bool = False  # whether the method draws random numbers
     reads_weights: bool = True  # whether its rule reads the weights after its first request, or draws in their scale

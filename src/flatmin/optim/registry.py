@@ -37,6 +37,11 @@ class Method:
         """The group option that holds the size of the perturbation (`None` for the base)."""
         return getattr(self.factory, "radius_name", None)
 
+    @property
+    def replaces_momentum(self) -> bool:
+        """Whether it has a momentum and a prior of its own, in place of the base's momentum and weight decay."""
+        return getattr(self.factory, "replaces_momentum", False)
+
     def num_steps(self, num_gradients: int) -> int:
         """Steps that so many gradients pay for.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from flatmin.extras import need
 from flatmin.lab.display import budget_line, format_cell, trace_error
+from flatmin.lab.parts import split_name
 from flatmin.lab.records import RunRecord, write_text
 from flatmin.lab.report import charts
 from flatmin.lab.summary import LEVEL, shown
@@ -37,7 +38,7 @@ def write_report(path: Path, summary: dict[str, Any], runs: Mapping[str, Sequenc
         verdict=_verdict(summary),
         figures=[(title, note, safe(svg)) for title, note, svg in charts.figures(runs)],
         untested=[column.title for column in shown(summary) if not column.better],
-        settings={name: records[0].header["spec"]["settings"] for name, records in runs.items() if records},
+        settings=[_settings(name, records[0].header["spec"]["settings"]) for name, records in runs.items() if records],
         header=first.header if first else {},
         messages=[m for entry in summary["methods"].values() for m in entry["messages"]],
     )
@@ -63,6 +64,23 @@ def _rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
             )
         rows.append({"title": column.title, "cells": cells})
     return rows
+
+
+def _settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the method used: a record may have a weight decay that it did not."""
+    method = split_name(name)[0]
+    return {
+        "name": name,
+        "base": "SGD" if method.replaces_momentum else "SGD, momentum 0.9",
+        "lr": given["lr"],
+        "weight_decay": "-" if method.replaces_momentum else given["weight_decay"],
+        "radius": _radius(method.radius_name, given["radius"]),
+        "parts": given.get("parts", {}),
+    }
+
+
+def _radius(name: str | None, radius: float | None) -> str:
+    return "-" if name is None else f"{name} {'by default' if radius is None else radius}"
 
 
 def _trace_note(entry: dict[str, Any]) -> str:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from flatmin.checks import check_number, check_positive
+
 Pair = tuple[Tensor, Tensor]
 
 
@@ -29,9 +31,12 @@ class Settings:
 
     Attributes:
         lr: initial learning rate.
-        weight_decay: of the base optimizer.
-        radius: rho or sigma; `None` for the base.
-        parts: what the method is joined with, and how strongly (flatmin.lab.parts).
+        weight_decay: of the base optimizer; 0 for a method with a prior in its place (bSAM, around plain SGD).
+        radius: rho or sigma; `None` for the base, and for a method's default.
+        parts: what the method is joined with, and how strongly (flatmin.lab.parts); those of its name.
+
+    Raises:
+        ValueError: for a number that is not finite or out of range.
     """
 
     lr: float
@@ -40,10 +45,10 @@ class Settings:
     parts: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}.")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must be >= 0, got {self.weight_decay}.")
+        check_positive("lr", self.lr)
+        check_number("weight_decay", self.weight_decay, 0.0)
+        if self.radius is not None:
+            check_number("radius", self.radius, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
