@@ -70,6 +70,37 @@ def test_best_is_marked_only_if_it_beats_every_other():
     assert versus["p"] < 1e-5
 
 
+def test_best_beats_the_control_by_the_test_that_marks_it():
+    # sam beats base with p = 0.03: enough for one comparison with base, not for the largest of three.
+    base = [0.90, 0.91, 0.89, 0.92, 0.90, 0.91]
+    gains = (0.010, 0.030, 0.002, 0.020, 0.040, 0.001)
+    sam = [a + d for a, d in zip(base, gains, strict=True)]
+    found = summarize(runs(base=base, sam=sam))
+    assert 0.02 < found["versus"]["test_accuracy"]["sam"]["p"] < 0.05
+    assert found["best"]["test_accuracy"] == "sam"
+    # nso and rsp follow sam closely, below it: beaten beyond doubt, and not to be told from base.
+    others = {
+        name: [a - np.mean(gains) + k * i for i, a in enumerate(sam)] for name, k in (("nso", 1e-4), ("rsp", -1e-4))
+    }
+    found = summarize(runs(base=base, sam=sam, **others))
+    assert found["versus"]["test_accuracy"]["sam"]["mark"] is None
+    assert found["best"]["test_accuracy"] is None
+
+
+def test_best_implies_the_mark():
+    rng = np.random.default_rng(2)
+    num_best = 0
+    for _ in range(120):
+        values = {name: list(0.9 + shift + 0.01 * rng.normal(size=5)) for name, shift in
+                  (("base", 0.0), ("sam", 0.02), ("nso", 0.0), ("rsp", 0.0))}  # fmt: skip
+        found = summarize(runs(**values))
+        best = found["best"]["test_accuracy"]
+        if best not in (None, "base"):
+            num_best += 1
+            assert found["versus"]["test_accuracy"][best]["mark"] == "better"
+    assert num_best > 5
+
+
 def test_chance_rarely_earns_a_mark():
     rng = np.random.default_rng(1)
     marked = 0

@@ -3,10 +3,11 @@
 interval   Student's t over the seeds: mean +- t(0.975, n - 1) s / sqrt(n)
 paired     two methods share the training samples, initial weights and batch order of a seed, so they are compared
            by the t-test on the differences, seed by seed
-best       a method is marked best in a column only if it beats *every* other method on the seeds that both
-           finished, p < 0.05 after Holm's correction for the number of comparisons, and none of its runs diverged
-versus     the same test of each method against the control (the first method), Holm-corrected within a column, and
-           the 95% interval of the differences (each for itself)
+versus     the test of each method against the control (the first method), Holm-corrected within a column, its mark
+           (better or worse where p < 0.05), and the 95% interval of the differences (each for itself)
+best       a method is best in a column only if it is marked better than the control and beats *every* other method
+           on the seeds that both finished, p < 0.05 after Holm's correction for these comparisons, and none of its
+           runs diverged
 
 With fewer than three common seeds nothing is tested, nor if the difference is the same on every seed (there is then no
 spread to judge it by); p is None.
@@ -77,6 +78,8 @@ COLUMNS = (
     Column("steps", "steps", 0, ("steps",), 0),
 )
 
+BY_KEY = {column.key: column for column in COLUMNS}
+
 Runs = Mapping[str, Sequence[RunRecord]]  # method -> its runs
 
 
@@ -99,10 +102,11 @@ def summarize(runs: Runs) -> dict[str, Any]:
         }
         for name, records in runs.items()
     }
+    versus = {c.key: _versus(runs, c) for c in columns if c.better}
     return {
         "methods": methods,
-        "best": {c.key: _best(runs, c) for c in columns if c.better},
-        "versus": {c.key: _versus(runs, c) for c in columns if c.better},
+        "best": {key: _best(runs, BY_KEY[key], marks) for key, marks in versus.items()},
+        "versus": versus,
     }
 
 
@@ -154,12 +158,14 @@ def _by_seed(records: Sequence[RunRecord], column: Column) -> dict[int, float]:
     return {r.header["spec"]["seed"]: column.of(r) for r in records if r.finished}
 
 
-def _best(runs: Runs, column: Column) -> str | None:
+def _best(runs: Runs, column: Column, versus: Mapping[str, Mapping[str, Any]]) -> str | None:
     values = {name: _by_seed(records, column) for name, records in runs.items()}
     values = {name: v for name, v in values.items() if v}
     if len(values) < 2:
         return None
-    whole = [name for name in values if all(r.finished for r in runs[name])]
+    # The control has no mark: for it, to beat every other is the test that marks them worse.
+    marked = [name for name in values if name not in versus or versus[name]["mark"] == "better"]
+    whole = [name for name in marked if all(r.finished for r in runs[name])]
     return next((name for name in whole if _beats_all(values, name, column.better)), None)
 
 
@@ -193,7 +199,16 @@ def _versus(runs: Runs, column: Column) -> dict[str, dict[str, Any]]:
     tested = [name for name in others if found[name]["p"] is not None]
     for name, p in zip(tested, holm([found[name]["p"] for name in tested]), strict=True):
         found[name]["p"] = p
+    for name in others:
+        found[name]["mark"] = _mark(found[name], column)
     return found
+
+
+def _mark(versus: Mapping[str, Any], column: Column) -> str | None:
+    """Better or worse than the control; `None` where the seeds do not tell them apart."""
+    if versus["p"] is None or versus["p"] >= LEVEL:
+        return None
+    return "better" if versus["difference"] * column.better > 0 else "worse"
 
 
 def _rms(values: Sequence[float]) -> float | None:

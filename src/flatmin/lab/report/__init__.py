@@ -47,7 +47,6 @@ def write_report(path: Path, summary: dict[str, Any], runs: Mapping[str, Sequenc
 
 
 def _rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    control, *_ = summary["methods"]
     rows = []
     for column in shown(summary):
         cells = []
@@ -57,7 +56,7 @@ def _rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
                 {
                     "text": format_cell(column, entry["columns"][column.key]),
                     "best": summary["best"].get(column.key) == name,
-                    "mark": _mark(versus, column.better) if name != control else "",
+                    "mark": None if versus is None else versus["mark"],
                     "p": None if versus is None else versus["p"],
                     "note": _trace_note(entry) if column.key == "trace" else "",
                 }
@@ -85,12 +84,6 @@ def _radius(name: str | None, radius: float | None) -> str:
 
 def _trace_note(entry: dict[str, Any]) -> str:
     return "" if entry["trace_stderr"] is None else f"each trace {trace_error(entry['trace_stderr'])}"
-
-
-def _mark(versus: dict[str, Any] | None, better: int) -> str:
-    if versus is None or versus["difference"] is None or versus["p"] is None or versus["p"] >= LEVEL:
-        return ""
-    return "better" if versus["difference"] * better > 0 else "worse"
 
 
 def _verdict(summary: dict[str, Any]) -> list[str]:
