@@ -71,7 +71,7 @@ def test_where_targets_are_no_labels_the_comparison_is_by_test_loss(own, tmp_pat
     )
     assert f"sam against base: test loss {100 * change:+.1f}%" in html
     assert "Test loss against trace" in html
-    assert "training loss, seconds, gradients and steps are not\n  tested" in html
+    assert "training loss, seconds, gradients and steps are\n  never marked" in html
     assert "guessed." in html
 
 

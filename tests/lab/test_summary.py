@@ -1,5 +1,7 @@
 """Intervals and paired tests against scipy and hand-computed values; a mark only where it is earned."""
 
+import re
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -85,6 +87,60 @@ def test_best_beats_the_control_by_the_test_that_marks_it():
     found = summarize(runs(base=base, sam=sam, **others))
     assert found["versus"]["test_accuracy"]["sam"]["mark"] is None
     assert found["best"]["test_accuracy"] is None
+
+
+def fitted(train_loss, over_loss, gap):
+    """Runs with these training losses, traces over the loss and gaps, by seed."""
+    found = [record(seed, 0.9) for seed in range(len(train_loss))]
+    for r, loss, ratio, g in zip(found, train_loss, over_loss, gap, strict=True):
+        r.result.update(train_loss=loss, gap=g)
+        r.result["flatness"]["trace"]["value"] = ratio * loss
+    return found
+
+
+@pytest.mark.parametrize(("train_loss", "mark"), [(0.001, "better"), (0.010, "better"), (0.050, "confounded")])
+def test_a_worse_fit_is_no_better_gap_and_no_better_trace_over_the_loss(train_loss, mark):
+    noise = np.array([1, -1, 2, 0, -2, 1]) * 1e-4
+    base = fitted(0.010 + noise, 700 + 1e4 * noise, 0.30 + noise)
+    sam = fitted(train_loss - noise, 400 + 2e4 * noise, 0.20 + 2 * noise)
+    for first, second, said in (("base", "sam", mark), ("sam", "base", mark.replace("better", "worse"))):
+        runs_ = {name: {"base": base, "sam": sam}[name] for name in (first, second)}
+        found = summarize(runs_)
+        for key in ("gap", "trace_per_loss"):
+            assert found["versus"][key][second]["p"] < 1e-4
+            assert found["versus"][key][second]["mark"] == said
+            assert found["best"][key] == (None if mark == "confounded" else "sam")
+    assert summarize({"base": base, "sam": sam})["versus"]["trace"]["sam"]["mark"] in ("better", "worse")
+
+
+def test_the_verdict_says_that_the_fit_is_worse():
+    noise = np.array([1, -1, 2, 0, -2, 1]) * 1e-4
+    base = fitted(0.010 + noise, 700 + 1e4 * noise, 0.30 + noise)
+    sam = fitted(0.050 - noise, 400 + 2e4 * noise, 0.20 + 2 * noise)
+    (sentence,) = _verdict(summarize({"base": base, "sam": sam}))
+    assert re.search(r"trace over loss -43% \(p = \S+, but at a higher training loss\)", sentence)
+    (sentence,) = _verdict(summarize({"sam": sam, "base": base}))
+    assert re.search(r"trace over loss \+75% \(p = \S+, but at a lower training loss\)", sentence)
+
+
+def test_best_beats_none_that_fits_better():
+    # Below base, which fits as well, and below nso, which fits better: against nso it does not count.
+    noise = np.array([1, -1, 2, 0, -2, 1]) * 1e-4
+    base = fitted(0.010 + noise, 700 + 1e4 * noise, 0.30 + noise)
+    sam = fitted(0.010 - noise, 400 + 2e4 * noise, 0.20 + 2 * noise)
+    nso = fitted(0.001 + noise, 600 - 1e4 * noise, 0.25 - noise)
+    for key in ("gap", "trace_per_loss"):
+        assert summarize({"base": base, "sam": sam})["best"][key] == "sam"
+        found = summarize({"base": base, "sam": sam, "nso": nso})
+        assert found["versus"][key]["sam"]["mark"] == "better"
+        assert found["best"][key] is None
+
+
+def test_a_training_loss_that_is_higher_by_the_same_on_every_seed_is_higher():
+    noise = np.array([1, -1, 2, 0]) * 1e-4
+    base = fitted([0.25] * 4, 700 + 1e4 * noise, 0.30 + noise)
+    sam = fitted([0.50] * 4, 400 + 2e4 * noise, 0.20 + 2 * noise)
+    assert summarize({"base": base, "sam": sam})["versus"]["gap"]["sam"]["mark"] == "confounded"
 
 
 def test_best_implies_the_mark():

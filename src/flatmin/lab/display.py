@@ -12,6 +12,8 @@ from rich.table import Table
 
 from flatmin.lab.summary import Column, shown
 
+MARKS = {"better": "▲", "worse": "▼", "confounded": "†"}  # against the control
+
 
 class Live:
     """Live progress of a comparison: one line for all runs, one for each that is under way."""
@@ -58,6 +60,15 @@ def budget_line(summary: dict[str, Any]) -> str:
             "gradients a step takes half the steps."
         )
     return f"Equal steps: {summary['amount']} a run, so a method that needs two gradients a step costs twice as much."
+
+
+def confounded_note(summary: dict[str, Any]) -> str:
+    """What a dagger says; nothing without one."""
+    if all(entry["mark"] != "confounded" for versus in summary["versus"].values() for entry in versus.values()):
+        return ""
+    return (
+        "Different, but the lower value is at the higher training loss, which alone lowers it: it counts neither way."
+    )
 
 
 def format_cell(column: Column, cell: dict[str, Any]) -> str:

@@ -8,6 +8,8 @@ versus     the test of each method against the control (the first method), Holm-
 best       a method is best in a column only if it is marked better than the control and beats *every* other method
            on the seeds that both finished, p < 0.05 after Holm's correction for these comparisons, and none of its
            runs diverged
+confounded where a higher training loss alone lowers a quantity (the gap, the trace over the loss), the method with the
+           lower value is not better if its training loss is significantly higher: the mark says so instead
 
 With fewer than three common seeds nothing is tested, nor if the difference is the same on every seed (there is then no
 spread to judge it by); p is None.
@@ -32,7 +34,8 @@ LEVEL = 0.05
 class Column:
     """One measured quantity: its title, where it is in a result, and which direction is better.
 
-    With `over` it is divided by another one. Only what `needs` names must be in the results.
+    With `over` it is divided by another one. Only what `needs` names must be in the results. What `falls_with_fit` has
+    the training loss in it: a higher one alone lowers it.
     """
 
     key: str
@@ -43,6 +46,7 @@ class Column:
     percent: bool = False
     over: tuple[str, ...] = ()
     needs: str = ""
+    falls_with_fit: bool = False
 
     def of(self, record: RunRecord) -> float:
         """Its value in one run."""
@@ -64,14 +68,17 @@ def _entry(result: Any, path: Sequence[str]) -> float:
 
 
 TRACE = ("flatness", "trace", "value")
+TRAINING_LOSS = Column("train_loss", "training loss", 0, ("train_loss",), 4)
 COLUMNS = (
     Column("test_accuracy", "test accuracy, %", +1, ("test_accuracy",), 2, percent=True),
     Column("test_loss", "test loss", -1, ("test_loss",)),
-    Column("gap", "generalisation gap", -1, ("gap",)),
-    Column("train_loss", "training loss", 0, ("train_loss",), 4),
+    Column("gap", "generalisation gap", -1, ("gap",), falls_with_fit=True),
+    TRAINING_LOSS,
     Column("trace", "Hessian trace", -1, TRACE, 2),
     # Cross-entropy takes its curvature with it as it goes to zero: what is left of a low trace beside a low loss.
-    Column("trace_per_loss", "trace / loss", -1, TRACE, 0, over=("train_loss",), needs="test_accuracy"),
+    Column(
+        "trace_per_loss", "trace / loss", -1, TRACE, 0, over=("train_loss",), needs="test_accuracy", falls_with_fit=True
+    ),
     Column("lambda_max", "lambda_max", -1, ("flatness", "top_eigenvalue", "value"), 2),
     Column("seconds", "seconds", 0, ("seconds",), 2),
     Column("gradients", "gradients", 0, ("gradients",), 0),
@@ -80,7 +87,8 @@ COLUMNS = (
 
 BY_KEY = {column.key: column for column in COLUMNS}
 
-Runs = Mapping[str, Sequence[RunRecord]]  # method -> its runs
+Records = Sequence[RunRecord]
+Runs = Mapping[str, Records]  # method -> its runs
 
 
 def shown(summary: Mapping[str, Any]) -> list[Column]:
@@ -159,56 +167,56 @@ def _by_seed(records: Sequence[RunRecord], column: Column) -> dict[int, float]:
 
 
 def _best(runs: Runs, column: Column, versus: Mapping[str, Mapping[str, Any]]) -> str | None:
-    values = {name: _by_seed(records, column) for name, records in runs.items()}
-    values = {name: v for name, v in values.items() if v}
-    if len(values) < 2:
+    finished = {name: records for name, records in runs.items() if any(r.finished for r in records)}
+    if len(finished) < 2:
         return None
     # The control has no mark: for it, to beat every other is the test that marks them worse.
-    marked = [name for name in values if name not in versus or versus[name]["mark"] == "better"]
+    marked = [name for name in finished if name not in versus or versus[name]["mark"] == "better"]
     whole = [name for name in marked if all(r.finished for r in runs[name])]
-    return next((name for name in whole if _beats_all(values, name, column.better)), None)
+    return next((name for name in whole if _beats_all(finished, name, column)), None)
 
 
-def _beats_all(values: Mapping[str, Mapping[int, float]], name: str, better: int) -> bool:
+def _beats_all(runs: Runs, name: str, column: Column) -> bool:
     """Whether it is better than every other on common seeds, significantly. At most one method is."""
-    others = [v for other, v in values.items() if other != name]
-    p_values = [paired_p_value(values[name], v) for v in others]
-    if any(better * _mean_difference(values[name], v) <= 0 for v in others) or None in p_values:
-        return False
-    return max(holm([p for p in p_values if p is not None])) < LEVEL
-
-
-def _mean_difference(a: Mapping[int, float], b: Mapping[int, float]) -> float:
-    """The mean of a - b over common seeds, nan without any."""
-    common = sorted(a.keys() & b.keys())
-    return float(np.mean([a[s] - b[s] for s in common])) if common else math.nan
+    pairs = {other: (runs[name], runs[other]) for other in runs if other != name}
+    return all(entry["mark"] == "better" for entry in _tested(pairs, column).values())
 
 
 def _versus(runs: Runs, column: Column) -> dict[str, dict[str, Any]]:
     (control, *others) = runs
-    reference = _by_seed(runs[control], column)
+    return _tested({name: (runs[name], runs[control]) for name in others}, column)
+
+
+def _tested(pairs: Mapping[str, tuple[Records, Records]], column: Column) -> dict[str, dict[str, Any]]:
+    """One family of paired tests, Holm-corrected: of each pair the first less the second, by seeds, and its mark."""
     found = {}
-    for name in others:
-        values = _by_seed(runs[name], column)
-        paired = _describe([values[s] - reference[s] for s in sorted(values.keys() & reference.keys())])
-        found[name] = {
-            "difference": paired["mean"],
-            "half_width": paired["half_width"],
-            "p": paired_p_value(values, reference),
-        }
-    tested = [name for name in others if found[name]["p"] is not None]
+    for name, (one, other) in pairs.items():
+        a, b = _by_seed(one, column), _by_seed(other, column)
+        paired = _describe([a[s] - b[s] for s in sorted(a.keys() & b.keys())])
+        found[name] = {"difference": paired["mean"], "half_width": paired["half_width"], "p": paired_p_value(a, b)}
+    tested = [name for name in pairs if found[name]["p"] is not None]
     for name, p in zip(tested, holm([found[name]["p"] for name in tested]), strict=True):
         found[name]["p"] = p
-    for name in others:
-        found[name]["mark"] = _mark(found[name], column)
+    for name, (one, other) in pairs.items():
+        found[name]["mark"] = _mark(found[name], column, one, other)
     return found
 
 
-def _mark(versus: Mapping[str, Any], column: Column) -> str | None:
-    """Better or worse than the control; `None` where the seeds do not tell them apart."""
-    if versus["p"] is None or versus["p"] >= LEVEL:
+def _mark(tested: Mapping[str, Any], column: Column, one: Records, other: Records) -> str | None:
+    """Whether `one` is better or worse, or that is confounded; `None` where the seeds do not tell them apart."""
+    if tested["p"] is None or tested["p"] >= LEVEL:
         return None
-    return "better" if versus["difference"] * column.better > 0 else "worse"
+    is_better = tested["difference"] * column.better > 0
+    if column.falls_with_fit and (_fits_worse(one, other) if is_better else _fits_worse(other, one)):
+        return "confounded"
+    return "better" if is_better else "worse"
+
+
+def _fits_worse(one: Records, other: Records) -> bool:
+    """Whether its training loss is higher: p < 0.05 uncorrected, since a correction would let more marks stand."""
+    a, b = _by_seed(one, TRAINING_LOSS), _by_seed(other, TRAINING_LOSS)
+    p = paired_p_value(a, b)  # None: higher by the same on every seed
+    return sum(a[s] - b[s] for s in a.keys() & b.keys()) > 0 and (p is None or p < LEVEL)
 
 
 def _rms(values: Sequence[float]) -> float | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flatmin.extras import need
-from flatmin.lab.display import budget_line, format_cell, trace_error
+from flatmin.lab.display import MARKS, budget_line, confounded_note, format_cell, trace_error
 from flatmin.lab.parts import split_name
 from flatmin.lab.records import RunRecord, write_text
 from flatmin.lab.report import charts
@@ -34,6 +34,8 @@ def write_report(path: Path, summary: dict[str, Any], runs: Mapping[str, Sequenc
         summary=summary,
         task=get_task(summary["task"]),
         rows=_rows(summary),
+        MARKS=MARKS,
+        confounded=confounded_note(summary),
         budget=budget_line(summary),
         verdict=_verdict(summary),
         figures=[(title, note, safe(svg)) for title, note, svg in charts.figures(runs)],
@@ -101,7 +103,7 @@ def _verdict(summary: dict[str, Any]) -> list[str]:
             sentences.append(f"{name}: no finished run to compare with {control}.")
             continue
         said = [
-            f"{TITLES[key]} {_change(key, v['difference'], summary['methods'][control])} ({_significance(v['p'])})"
+            f"{TITLES[key]} {_change(key, v['difference'], summary['methods'][control])} ({_significance(v)})"
             for key, v in versus.items()
         ]
         sentences.append(f"{name} against {control}: {', '.join(said)}.")
@@ -116,7 +118,10 @@ def _change(key: str, difference: float, control: dict[str, Any]) -> str:
     return f"{change:+.1f}%" if key == "test_loss" else f"{change:+.0f}%"
 
 
-def _significance(p: float | None) -> str:
+def _significance(versus: dict[str, Any]) -> str:
+    p = versus["p"]
     if p is None:
         return "not tested: too few seeds, or the same difference on each"
+    if versus["mark"] == "confounded":
+        return f"p = {p:.1g}, but at a {'higher' if versus['difference'] < 0 else 'lower'} training loss"
     return f"p = {p:.1g}" if p < LEVEL else f"not significant, p = {p:.2g}"
