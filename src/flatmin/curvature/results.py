@@ -163,13 +163,21 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def format_estimate(value: float, stderr: float) -> str:
-    """`12.34 +- 0.05`: two digits of the error, and the value to the same place."""
-    if not (math.isfinite(value) and math.isfinite(stderr)) or stderr == 0 or value == 0:
-        return f"{value:.4g}" if stderr == 0 else f"{value:.4g} +- {stderr:.2g}"
-    digits = 1 - math.floor(math.log10(stderr))
-    if digits > 12:  # an error of the size of rounding
-        return f"{value:.12g} +- {stderr:.1g}"
-    if digits < -4 or abs(value) < 1e-3:
-        return f"{value:.4g} +- {stderr:.2g}"
-    return f"{value:.{max(digits, 0)}f} +- {stderr:.{max(digits, 0)}f}"
+def format_estimate(value: float, stderr: float, sign: str = "") -> str:
+    """`12.34 +- 0.05`: two digits of the error, and the value to the same place; with `sign="+"` always with its sign.
+
+    Below a ten-thousandth and from a million on with one power of ten for both: `(4.10 +- 0.23)e-07`.
+    """
+    if stderr == 0:
+        return f"{value:{sign}.4g}"
+    if not (math.isfinite(value) and math.isfinite(stderr)):
+        return f"{value:{sign}.4g} +- {stderr:.2g}"
+    power = math.floor(math.log10(max(abs(value), stderr)))
+    place = math.floor(math.log10(stderr)) - 1  # of the error's second digit
+    if power - place > 12:  # an error of the size of rounding
+        return f"{value:{sign}.12g} +- {stderr:.1g}"
+    if -4 <= power < 6:
+        digits = max(-place, 0)
+        return f"{round(value, -place):{sign}.{digits}f} +- {round(stderr, -place):.{digits}f}"
+    digits, unit = power - place, 10.0**power
+    return f"({value / unit:{sign}.{digits}f} +- {stderr / unit:.{digits}f})e{power:+03d}"

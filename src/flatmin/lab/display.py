@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from flatmin.lab.summary import Column, shown
+from flatmin.curvature.results import format_estimate
+from flatmin.lab.summary import shown
 
 MARKS = {"better": "▲", "worse": "▼", "confounded": "†"}  # against the control
+PLAIN = {"better": "+", "worse": "-", "confounded": "?"}  # where the output is not in Unicode
+STYLES = {"better": "green", "worse": "red", "confounded": "dim"}
 
 
 class Live:
@@ -71,44 +78,49 @@ def confounded_note(summary: dict[str, Any]) -> str:
     )
 
 
-def format_cell(column: Column, cell: dict[str, Any]) -> str:
-    """`91.20 +- 0.40`, or a dash without data."""
+def format_cell(cell: dict[str, Any]) -> str:
+    """`91.20 ±0.40`, a number without its interval where it has none, or a dash without data."""
     if cell["mean"] is None:
         return "-"
-    text = f"{cell['mean']:.{column.digits}f}"
     if cell["half_width"] is None or len(set(cell["values"])) == 1:
-        return text
-    return f"{text} ±{cell['half_width']:.{column.digits}f}"
+        return f"{cell['mean']:.0f}" if abs(cell["mean"]) >= 1000 else f"{cell['mean']:.4g}"
+    return _interval(cell["mean"], cell["half_width"])
+
+
+def format_difference(versus: dict[str, Any]) -> str:
+    """`+0.26 ±0.44`, or a dash where no seed has both."""
+    if versus["difference"] is None:
+        return "-"
+    return _interval(versus["difference"], versus["half_width"] or 0.0, "+")
+
+
+def _interval(mean: float, half_width: float, sign: str = "") -> str:
+    return format_estimate(mean, half_width, sign).replace("+- ", "±")
 
 
 def trace_error(error: float) -> str:
     """The error of one run's trace, in a table."""
-    return f"±{error:.2f}" if error else "exact"
+    return f"±{error:.2g}" if error else "exact"
 
 
 def print_table(summary: dict[str, Any], console: Console | None = None) -> None:
-    """The comparison as a table: mean and 95% interval over seeds; bold where significantly best."""
+    """The comparison, one method a row: mean and 95% interval over seeds; in as many tables as the width asks for."""
     console = console or Console()
-    title = f"{summary['task']}: mean ± 95% interval over {summary['num_seeds']} seeds"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("", no_wrap=True)
-    names = list(summary["methods"])
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    for column in shown(summary):
-        row = []
-        for name in names:
-            text = format_cell(column, summary["methods"][name]["columns"][column.key]).replace(" ±", "±")
-            if summary["best"].get(column.key) == name:
-                text = f"[bold green]{text} *[/]"
-            row.append(text)
-        table.add_row(column.title, *row)
-        if column.key == "trace":
-            errors = [summary["methods"][name]["trace_stderr"] for name in names]
-            table.add_row("  error of a trace", *["-" if e is None else trace_error(e) for e in errors])
-    console.print(table)
+    names, marks = list(summary["methods"]), PLAIN if console.options.ascii_only else MARKS
+    console.print(f"{escape(summary['task'])}: mean ± 95% interval over {summary['num_seeds']} seeds", highlight=False)
+    columns = _columns(summary, marks)
+    while columns:
+        count = next((n for n in range(len(columns), 1, -1) if _fits(console, _table(names, columns[:n]))), 1)
+        console.print(_table(names, columns[:count]))
+        columns = columns[count:]
     if summary["num_seeds"] >= 3 and len(names) > 1:
-        console.print("* better than every other method: paired t-test over seeds, Holm, p < 0.05.")
+        console.print(
+            f"{marks['better']} better, {marks['worse']} worse than {names[0]}; * better than every other method, too: "
+            "paired t-tests over seeds, Holm, p < 0.05.",
+            highlight=False,
+        )
+    if note := confounded_note(summary):
+        console.print(f"{marks['confounded']} {note}")
     console.print(budget_line(summary))
     if summary.get("mixed_versions"):
         console.print(f"[yellow]{escape(summary['mixed_versions'])}[/]", highlight=False)
@@ -117,17 +129,53 @@ def print_table(summary: dict[str, Any], console: Console | None = None) -> None
             console.print(f"[red]diverged[/]: {escape(message)}", highlight=False)
 
 
+def _columns(summary: dict[str, Any], marks: Mapping[str, str]) -> list[tuple[str, list[Text]]]:
+    """Title and cells of each; the error of a trace stands beside it."""
+    columns = []
+    for column in shown(summary):
+        columns.append((column.title, _marked(summary, column.key, marks)))
+        if column.key == "trace":
+            errors = [entry["trace_stderr"] for entry in summary["methods"].values()]
+            columns.append(("each trace", [Text("-" if e is None else trace_error(e)) for e in errors]))
+    return columns
+
+
+def _marked(summary: dict[str, Any], key: str, marks: Mapping[str, str]) -> list[Text]:
+    """The cells of a column, each with its mark; numbers stay below each other."""
+    best, versus = summary["best"].get(key), summary["versus"].get(key, {})
+    width = 2 if best or any(entry["mark"] for entry in versus.values()) else 0
+    cells = []
+    for name, entry in summary["methods"].items():
+        mark, is_best = versus.get(name, {}).get("mark"), name == best
+        sign = ("*" if is_best else marks.get(mark, "")).rjust(width)
+        number = format_cell(entry["columns"][key]).replace(" ±", "±")
+        cells.append(Text.assemble((number, "bold green" if is_best else ""), (sign, STYLES.get(mark, "bold green"))))
+    return cells
+
+
+def _table(names: Sequence[str], columns: Sequence[tuple[str, list[Text]]]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("", no_wrap=True)
+    for title, cells in columns:
+        width = max(len(part) for part in (*title.split(), *(cell.plain for cell in cells)))
+        table.add_column(textwrap.fill(title, width), justify="right", vertical="bottom", no_wrap=True)
+    for name, *cells in zip(names, *(cells for _, cells in columns), strict=True):
+        table.add_row(Text(name), *cells)
+    return table
+
+
+def _fits(console: Console, table: Table) -> bool:
+    unbounded = console.options.update_width(10_000)
+    return Measurement.get(console, unbounded, table).maximum <= console.width
+
+
 def differences_table(summary: dict[str, Any]) -> str:
     """Each method less the control, by seeds, with the 95% interval of that difference; Markdown."""
     control, *others = summary["methods"]
     columns = [c for c in shown(summary) if c.better]
     lines = [f"| less {control} | {' | '.join(c.title for c in columns)} |", "|---|" + "---:|" * len(columns)]
     for name in others:
-        cells = []
-        for column in columns:
-            difference, half = (summary["versus"][column.key][name][k] for k in ("difference", "half_width"))
-            text = "-" if difference is None else f"{difference:+.{column.digits}f}"
-            cells.append(text if half is None else f"{text} ±{half:.{column.digits}f}")
+        cells = [format_difference(summary["versus"][column.key][name]) for column in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -137,7 +185,7 @@ def markdown_table(summary: dict[str, Any]) -> str:
     columns = [c for c in shown(summary) if c.key != "steps"]
     lines = [f"| | {' | '.join(c.title for c in columns)} |", "|---|" + "---:|" * len(columns)]
     for name, entry in summary["methods"].items():
-        cells = [format_cell(c, entry["columns"][c.key]) for c in columns]
+        cells = [format_cell(entry["columns"][c.key]) for c in columns]
         best = [f"**{t}**" if summary["best"].get(c.key) == name else t for c, t in zip(columns, cells, strict=True)]
         lines.append(f"| {name} | {' | '.join(best)} |")
     return "\n".join(lines)

@@ -42,7 +42,6 @@ class Column:
     title: str
     better: int  # +1 larger, -1 smaller, 0 neither
     path: tuple[str, ...]
-    digits: int = 3
     percent: bool = False
     over: tuple[str, ...] = ()
     needs: str = ""
@@ -68,21 +67,21 @@ def _entry(result: Any, path: Sequence[str]) -> float:
 
 
 TRACE = ("flatness", "trace", "value")
-TRAINING_LOSS = Column("train_loss", "training loss", 0, ("train_loss",), 4)
+TRAINING_LOSS = Column("train_loss", "training loss", 0, ("train_loss",))
 COLUMNS = (
-    Column("test_accuracy", "test accuracy, %", +1, ("test_accuracy",), 2, percent=True),
+    Column("test_accuracy", "test accuracy, %", +1, ("test_accuracy",), percent=True),
     Column("test_loss", "test loss", -1, ("test_loss",)),
     Column("gap", "generalisation gap", -1, ("gap",), falls_with_fit=True),
     TRAINING_LOSS,
-    Column("trace", "Hessian trace", -1, TRACE, 2),
+    Column("trace", "Hessian trace", -1, TRACE),
     # Cross-entropy takes its curvature with it as it goes to zero: what is left of a low trace beside a low loss.
     Column(
-        "trace_per_loss", "trace / loss", -1, TRACE, 0, over=("train_loss",), needs="test_accuracy", falls_with_fit=True
+        "trace_per_loss", "trace / loss", -1, TRACE, over=("train_loss",), needs="test_accuracy", falls_with_fit=True
     ),
-    Column("lambda_max", "lambda_max", -1, ("flatness", "top_eigenvalue", "value"), 2),
-    Column("seconds", "seconds", 0, ("seconds",), 2),
-    Column("gradients", "gradients", 0, ("gradients",), 0),
-    Column("steps", "steps", 0, ("steps",), 0),
+    Column("lambda_max", "lambda_max", -1, ("flatness", "top_eigenvalue", "value")),
+    Column("seconds", "seconds", 0, ("seconds",)),
+    Column("gradients", "gradients", 0, ("gradients",)),
+    Column("steps", "steps", 0, ("steps",)),
 )
 
 BY_KEY = {column.key: column for column in COLUMNS}

@@ -56,7 +56,7 @@ def _rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
             versus = summary["versus"].get(column.key, {}).get(name)
             cells.append(
                 {
-                    "text": format_cell(column, entry["columns"][column.key]),
+                    "text": format_cell(entry["columns"][column.key]),
                     "best": summary["best"].get(column.key) == name,
                     "mark": None if versus is None else versus["mark"],
                     "p": None if versus is None else versus["p"],
