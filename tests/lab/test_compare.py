@@ -10,7 +10,9 @@ import pytest
 import flatmin.lab.pool as pool
 import flatmin.lab.tasks as tasks_module
 from flatmin.lab.compare import Compare, Report
+from flatmin.lab.display import format_difference
 from flatmin.lab.records import read_run
+from flatmin.lab.summary import COLUMNS
 from flatmin.lab.tasks import Settings, get_task
 
 
@@ -59,6 +61,19 @@ def test_the_report_is_self_contained_and_whole(finished):
         assert text in html
     for svg in re.findall(r"<svg.*?</svg>", html, flags=re.S):
         ET.fromstring(svg)
+
+
+def test_the_report_shows_the_intervals_of_the_differences(finished):
+    folder = finished / "runs" / "small"
+    summary = json.loads((folder / "summary.json").read_text())
+    section = (folder / "report.html").read_text().split("<h2>Differences to base</h2>")[1].split("<h2>")[0]
+    rows = re.findall(r"<tr><td>(.*?)</td>\s*<td>(.*?)\s*(?:<span.*?</span>)?<small>p = (.*?)</small></td>", section)
+    assert [title for title, *_ in rows] == [column.title for column in COLUMNS if column.better]
+    for column, (_, text, p) in zip([c for c in COLUMNS if c.better], rows, strict=True):
+        versus = summary["versus"][column.key]["nso"]
+        assert text == format_difference(versus)
+        assert "±" in text
+        assert float(p) == pytest.approx(versus["p"], rel=0.06)
 
 
 def test_the_report_says_what_each_method_used(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flatmin.extras import need
-from flatmin.lab.display import MARKS, budget_line, confounded_note, format_cell, trace_error
+from flatmin.lab.display import MARKS, budget_line, confounded_note, format_cell, format_difference, trace_error
 from flatmin.lab.parts import split_name
 from flatmin.lab.records import RunRecord, write_text
 from flatmin.lab.report import charts
@@ -34,6 +34,7 @@ def write_report(path: Path, summary: dict[str, Any], runs: Mapping[str, Sequenc
         summary=summary,
         task=get_task(summary["task"]),
         rows=_rows(summary),
+        differences=_differences(summary),
         MARKS=MARKS,
         confounded=confounded_note(summary),
         budget=budget_line(summary),
@@ -59,12 +60,26 @@ def _rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
                     "text": format_cell(entry["columns"][column.key]),
                     "best": summary["best"].get(column.key) == name,
                     "mark": None if versus is None else versus["mark"],
-                    "p": None if versus is None else versus["p"],
                     "note": _trace_note(entry) if column.key == "trace" else "",
                 }
             )
         rows.append({"title": column.title, "cells": cells})
     return rows
+
+
+def _differences(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each method less the control, with the interval of that difference: what these seeds could have shown."""
+    rows = []
+    for column in shown(summary):
+        versus = summary["versus"].get(column.key)
+        if versus:
+            cells = [{**v, "text": format_difference(v), "note": _p_value(v["p"])} for v in versus.values()]
+            rows.append({"title": column.title, "cells": cells})
+    return rows
+
+
+def _p_value(p: float | None) -> str:
+    return "not tested" if p is None else f"p = {p:.2g}"
 
 
 def _settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
