@@ -6,10 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 
 import pytest
 
-from flatmin.lab.cli import Tasks, main
+from flatmin.lab.cli import Interrupted, Methods, Tasks, Terminated, main
+from flatmin.lab.compare import Compare
+from flatmin.lab.launch import Train
+from flatmin.lab.tune import Tune
 
 
 def test_help_is_generated_from_the_dataclass(capsys):
@@ -101,7 +105,32 @@ def test_an_interrupt_within_exec_of_a_string_ends_with_our_status_too(tmp_path)
     command = [sys.executable, "-m", "command"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.returncode == 130
-    assert "the same command continues" in done.stderr
+    assert done.stderr == "flatmin: interrupted.\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("compare", "Finished runs are kept; the same command continues."),
+        ("tune", "Finished runs are kept; the same command continues."),
+        ("train", "Of a run that is not finished nothing is used; the same command begins it again."),
+        ("methods", ""),
+    ],
+)
+@pytest.mark.parametrize(("stopped", "status"), [(Interrupted, 130), (Terminated, 143)])
+def test_what_is_left_is_said_as_it_is(monkeypatch, capsys, command, said, stopped, status):
+    def stop(self):
+        raise stopped
+
+    for kind in (Compare, Tune, Train, Methods):
+        monkeypatch.setattr(kind, "run", stop)
+    assert main([command]) == status
+    assert capsys.readouterr().err == f"flatmin: {stopped.__name__.lower()}. {said}".rstrip() + "\n"
+
+
+def test_the_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{metadata.version('flatmin')}\n"
 
 
 def test_an_ignored_interrupt_stays_ignored(monkeypatch):

@@ -11,7 +11,7 @@ from flatmin.lab.tune import Tune
 
 def tune(tmp_path, **options):
     options = {"methods": ("base", "sam"), "lr": (0.1,), "weight_decay": (0.0,), "rho": (0.05,), **options}
-    return Tune(out=tmp_path / "tuning", num_seeds=1, jobs=1, **options)
+    return Tune(out=tmp_path / "tuning", **{"num_seeds": 1, "jobs": 1, **options})
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,12 @@ def tune(tmp_path, **options):
         ({"rho": (0.1, 0.2)}, r"same number of trials.*base 1 \(--lr x --weight-decay\), sam 2 \(--lr x --rho\)"),
         ({"lr": ()}, "same number of trials, and at least one"),
         ({"task": "digit"}, "unknown task 'digit'"),
+        ({"rho": (-1.0,)}, "radius must be at least 0, got -1"),
+        ({"lr": (0.1, -0.1)}, "lr must be positive, got -0.1"),
+        ({"weight_decay": (float("nan"),)}, "weight_decay must be a finite number, got nan"),
+        ({"rho": (0.1, 0.1), "weight_decay": (0.0, 0.1)}, "the grid of sam has a setting twice: .*radius0.1"),
+        ({"num_seeds": 0}, "--num-seeds must be at least 1, got 0"),
+        ({"jobs": 0}, "--jobs must be at least 1, got 0"),
         ({"num_gradients": 1}, "a budget of 1 gradients does not pay for one step of sam, which costs 2"),
     ],
 )
@@ -52,7 +58,8 @@ def test_a_grid_is_extended_without_doing_its_runs_again(tmp_path, monkeypatch):
     assert [(spec.method, spec.settings.lr) for spec in trained] == [("base", 0.03), ("sam", 0.03)]
     trials = json.loads((tmp_path / "tuning" / "tuning.json").read_text())["trials"]
     assert [[trial["lr"] for trial in rows] for rows in trials.values()] == [[0.03, 0.1]] * 2
-    with pytest.raises(ValueError, match="is a run with another num_steps"):
+    mend = r"is a run with another num_steps .* It is left as it is: choose another --out\.$"
+    with pytest.raises(ValueError, match=mend):
         tune(tmp_path, num_gradients=20).run()
 
 

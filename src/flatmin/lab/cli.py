@@ -11,11 +11,18 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, Any
 
 from flatmin.extras import need
 
-CONTINUES = "Finished runs are kept; the same command continues."
+
+@dataclass
+class Version:
+    """What --version stands for."""
+
+    def run(self) -> None:
+        """Prints the version."""
+        print(metadata.version("flatmin"))
 
 
 @dataclass
@@ -64,25 +71,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Ctrl-C and SIGTERM stop all runs with whole records; the exit status is 130 or 143 (141 for a reader that has gone).
     """
+    command: Any = None
     try:
         with _stoppable():
-            _run(arguments)
+            command = _parsed(sys.argv[1:] if arguments is None else arguments)
+            command.run()
             sys.stdout.flush()
     except (ValueError, ImportError) as error:
         return _end(f"error: {error}", 2)
     except BrokenProcessPool:
-        return _end(f"error: a worker process died, perhaps for want of memory. {CONTINUES}", 2)
+        return _stopped("error: a worker process died, perhaps for want of memory", command, 2)
     except BrokenPipeError:  # `flatmin methods | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Terminated:
-        return _end(f"terminated. {CONTINUES}", 143)
+        return _stopped("terminated", command, 143)
     except KeyboardInterrupt:
-        return _end(f"interrupted. {CONTINUES}", 130)
+        return _stopped("interrupted", command, 130)
     return 0
 
 
-def _run(arguments: Sequence[str] | None) -> None:
+def _parsed(arguments: Sequence[str]) -> Any:
+    """The command that the arguments name, with its options."""
+    if list(arguments) == ["--version"]:
+        return Version()
     tyro = need("tyro", "lab")
     from flatmin.lab.compare import Compare, Report
     from flatmin.lab.launch import Train
@@ -96,10 +108,13 @@ def _run(arguments: Sequence[str] | None) -> None:
         | Annotated[Tasks, tyro.conf.subcommand("tasks")]
         | Annotated[Methods, tyro.conf.subcommand("methods")]
     )
-    if list(sys.argv[1:] if arguments is None else arguments) == ["--version"]:
-        print(metadata.version("flatmin"))
-    else:
-        tyro.cli(commands, prog="flatmin", args=arguments).run()
+    return tyro.cli(commands, prog="flatmin", args=arguments)
+
+
+def _stopped(how: str, command: Any, status: int) -> int:
+    """Says what is left, if the command has come so far that something may be."""
+    left = getattr(command, "if_stopped", "")
+    return _end(f"{how}. {left}".rstrip(), status)
 
 
 def _end(message: str, status: int) -> int:

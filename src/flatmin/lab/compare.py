@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from flatmin.lab.display import Live, print_table
-from flatmin.lab.folder import FORMAT, check_name, locked, prepare, read_config, unfinished
+from flatmin.lab.folder import FORMAT, check_counts, check_name, locked, prepare, read_config, unfinished
 from flatmin.lab.parts import settings_of, split_name
-from flatmin.lab.pool import run_all
+from flatmin.lab.pool import IF_STOPPED, run_all
 from flatmin.lab.records import RunRecord, read_run, write_json
 from flatmin.lab.report import write_report
 from flatmin.lab.summary import mixed_versions, summarize
@@ -42,12 +42,10 @@ class Compare:
     """Where comparisons are kept."""
     jobs: int = 2
     """Runs at the same time, one thread each."""
+    if_stopped: ClassVar[str] = IF_STOPPED
 
     def __post_init__(self) -> None:
-        for option in ("num_seeds", "jobs", "num_gradients"):
-            value = getattr(self, option)
-            if value is not None and value < 1:
-                raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {value}.")
+        check_counts(num_seeds=self.num_seeds, jobs=self.jobs, num_gradients=self.num_gradients)
         if not self.methods:
             raise ValueError("--methods is empty: name at least one, the first is the control.")
         if len(set(self.methods)) < len(self.methods):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from flatmin.checks import check_whole
 from flatmin.lab.fingerprint import fingerprint
 from flatmin.lab.records import cannot_write, make_writable, read_run
 from flatmin.lab.tasks import get_task
@@ -20,6 +21,13 @@ except ImportError:  # not on Windows: two processes in one folder are then the 
     fcntl = None
 
 FORMAT = "flatmin-comparison/1"
+
+
+def check_counts(**counts: int | None) -> None:
+    """Refuses an option that is given and less than 1."""
+    for name, count in counts.items():
+        if count is not None:
+            check_whole(f"--{name.replace('_', '-')}", count, 1)
 
 
 def check_name(name: str) -> None:
@@ -85,7 +93,7 @@ def unfinished(runs: Iterable[tuple[RunSpec, Path]]) -> list[tuple[RunSpec, Path
 
 
 def _other(path: Path, how: str) -> str:
-    return f"{path} is a run {how}. It is left as it is: choose another --name or --out."
+    return f"{path} is a run {how}. It is left as it is: choose another --out."
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from flatmin.lab.compare import Compare
 from flatmin.lab.processes import launched
@@ -31,6 +32,8 @@ class Train:
     """Mini-batch gradients to spend. Default: the task's."""
     out: Path = Path("runs/train")
     """Where the record and the weights are written: <method>-seed<seed>.jsonl and .safetensors."""
+
+    if_stopped: ClassVar[str] = "Of a run that is not finished nothing is used; the same command begins it again."
 
     def spec(self) -> RunSpec:
         """The run.

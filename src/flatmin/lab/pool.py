@@ -20,6 +20,8 @@ from typing import Any, Protocol
 
 from flatmin.lab.train import RunSpec, train
 
+IF_STOPPED = "Finished runs are kept; the same command continues."
+
 _shared: dict[str, Any] = {}
 
 

@@ -207,5 +207,5 @@ def _check_fields(record: dict[str, Any], fields: Iterable[str], path: Path) -> 
 def _refusal(path: Path, why: str) -> str:
     return (
         f"{path} is not a run that flatmin wrote, or it is damaged: {why}. It is left as it is. Move it away (the run "
-        "is then done again), or choose another --name."
+        "is then done again), or choose another --out."
     )

@@ -11,14 +11,14 @@ import itertools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from flatmin.lab.display import Live
-from flatmin.lab.folder import locked, unfinished
+from flatmin.lab.folder import check_counts, locked, unfinished
 from flatmin.lab.parts import split_name
-from flatmin.lab.pool import run_all
+from flatmin.lab.pool import IF_STOPPED, run_all
 from flatmin.lab.records import environment, make_writable, read_run, write_json
 from flatmin.lab.tasks import Settings, get_task
 from flatmin.lab.train import RunSpec
@@ -57,13 +57,14 @@ class Tune:
     jobs: int = 2
     """Runs at the same time."""
     best: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
+    if_stopped: ClassVar[str] = IF_STOPPED
 
     def run(self) -> None:
         """Tunes method by method, prints the winners, writes tuning.json. Finished runs are not done again.
 
         Raises:
-            ValueError: for an unknown task or method, a control with a radius, unequal numbers of trials, or another
-                process at work in the folder; nothing is trained then.
+            ValueError: for an unknown task or method, a control with a radius, unequal numbers of trials, a setting out
+                of range or twice, or another process at work in the folder; nothing is trained then.
         """
         self._check()
         make_writable(self.folder)
@@ -77,8 +78,7 @@ class Tune:
 
     def _check(self) -> None:
         get_task(self.task)
-        if self.num_gradients is not None and self.num_gradients < 1:
-            raise ValueError(f"--num-gradients must be at least 1, got {self.num_gradients}.")
+        check_counts(num_seeds=self.num_seeds, jobs=self.jobs, num_gradients=self.num_gradients)
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"--methods names at least one method, and none twice, got {' '.join(self.methods)!r}.")
         rules = {name: split_name(name)[0] for name in self.methods}
@@ -95,6 +95,10 @@ class Tune:
         if min(counts.values()) < 1 or len(set(counts.values())) > 1:
             listed = ", ".join(f"{name} {n} (--lr x --{grids[name].replace('_', '-')})" for name, n in counts.items())
             raise ValueError(f"every method is to have the same number of trials, and at least one; here: {listed}.")
+        for name in self.methods:
+            labels = [_label(settings) for settings in self._settings(name, decay=0.0)]
+            if len(set(labels)) < len(labels):
+                raise ValueError(f"the grid of {name} has a setting twice: {', '.join(labels)}.")
 
     def _run(self) -> None:
         trials: dict[str, list[dict[str, Any]]] = {}
@@ -127,7 +131,8 @@ class Tune:
                 remarks.append(f"    {best[key]:g} is the {end} --{option} that was tried: try one beyond it.")
         return remarks
 
-    def _settings(self, method: str) -> list[Settings]:
+    def _settings(self, method: str, decay: float) -> list[Settings]:
+        """The grid of a method; `decay` is the weight decay of those that have no grid of their own for it."""
         rule, parts = split_name(method)
         radius = rule.radius_name
         if radius is None:
@@ -135,14 +140,14 @@ class Tune:
                 Settings(lr=lr, weight_decay=wd, parts=parts)
                 for lr, wd in itertools.product(self.lr, self.weight_decay)
             ]
-        decay = 0.0 if rule.replaces_momentum else self.best[self.methods[0]]["weight_decay"]
+        decay = 0.0 if rule.replaces_momentum else decay
         radii = self.rho if radius == "rho" else self.sigma
         grid = itertools.product(self.lr, radii)
         return [Settings(lr=lr, weight_decay=decay, radius=r, parts=parts) for lr, r in grid]
 
     def _tune(self, method: str) -> list[dict[str, Any]]:
         steps = split_name(method)[0].num_steps(self._budget)
-        candidates = self._settings(method)
+        candidates = self._settings(method, self.best.get(self.methods[0], {}).get("weight_decay", 0.0))
         trials = [
             [
                 (
