@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 import flatmin
 import flatmin.curvature.report as report_module
 from flatmin.curvature.results import format_estimate
+from flatmin.curvature.store import revived
 from tests.curvature.nets import criterion, make
 
 
@@ -37,6 +39,38 @@ def test_plain_data(report):
     assert data == report.to_dict()
     assert data["trace"]["per_layer"]["0"]["stderr"] > 0
     assert data["top_eigenvalue"]["residuals"]
+
+
+def test_a_report_is_read_back(report):
+    assert report.loss.seed is None  # the one entry that may be null and is no number
+    assert flatmin.FlatnessReport.from_json(report.to_json()) == report
+    model, x, y = make("tanh")
+    whole = full(model, x, y)
+    again = flatmin.FlatnessReport.from_json(whole.to_json())
+    assert math.isnan(whole.ascent_sharpness.stderr)  # null in JSON
+    assert str(again) == str(whole)
+    assert again.to_dict() == whole.to_dict()
+    for field in dataclasses.fields(whole):
+        assert type(getattr(again, field.name)) is type(getattr(whole, field.name))
+    assert again.trace == whole.trace
+    assert again.trace.interval() == whole.trace.interval()
+    assert again.density == whole.density
+
+
+def test_an_infinite_error_is_read_back_as_none_that_is_known():
+    model, x, y = make("tanh")
+    result = flatmin.noise_stability(flatmin.Objective(model, criterion, [(x, y)]), 0.01, num_draws=1, per_layer=True)
+    again = revived(type(result), json.loads(json.dumps(result.to_dict())))
+    assert math.isnan(again.stderr)
+    assert again.samples == result.samples
+    part = again.per_layer["0"]
+    assert (part.value, math.isnan(part.stderr)) == (result.per_layer["0"].value, True)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"loss": 1}', '{"other": {}}', '{"loss": {"value": 1.0}}'])
+def test_what_is_no_report_is_refused(text):
+    with pytest.raises(ValueError, match=r"this is not a report that FlatnessReport\.to_json wrote"):
+        flatmin.FlatnessReport.from_json(text)
 
 
 def test_plain_data_is_plain(report):

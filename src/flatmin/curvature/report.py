@@ -17,9 +17,18 @@ from flatmin.curvature.eigen import top_eigenvalues
 from flatmin.curvature.objective import Forward, Objective
 from flatmin.curvature.results import EigenResult, Measurement, TraceResult
 from flatmin.curvature.sharpness import SharpnessResult, noise_stability
-from flatmin.curvature.store import Store
+from flatmin.curvature.store import Store, revived
 from flatmin.curvature.trace import trace
 from flatmin.extras import need
+
+KINDS: dict[str, Any] = {
+    "loss": Measurement,
+    "trace": TraceResult,
+    "top_eigenvalue": EigenResult,
+    "noise_stability": SharpnessResult,
+    "ascent_sharpness": AscentResult,
+    "density": DensityResult,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +57,20 @@ class FlatnessReport:
         return {name: part.to_dict() for name, part in parts.items() if part is not None}
 
     def to_json(self) -> str:
-        """`to_dict` as indented JSON."""
+        """`to_dict` as indented JSON; `from_json` reads it."""
         return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> FlatnessReport:
+        """The report that `to_json` wrote, without eigenvectors; a number that was not finite is nan.
+
+        Raises:
+            ValueError: for any other text.
+        """
+        try:
+            return cls(**{name: revived(KINDS[name], entries) for name, entries in json.loads(text).items()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError("this is not a report that FlatnessReport.to_json wrote.") from error
 
     def plot(self, ax: Any = None) -> Any:
         """The trace per layer, as bars. Returns the matplotlib Axes. `density.plot()` draws the eigenvalues."""

@@ -129,15 +129,17 @@ def _entries(result: Any) -> dict[str, Any]:
 
 
 def revived(kind: type[Result], entries: Mapping[str, Any]) -> Result:
-    """The result again: JSON has lists for tuples, and dicts for estimates."""
-    return kind(**{name: _revived_value(value) for name, value in entries.items()})
+    """The result again: JSON has lists for tuples, dicts for estimates, and null for a number that is not finite."""
+    return kind(**{name: value if name == "seed" else _revived_value(value) for name, value in entries.items()})
 
 
 def _revived_value(value: Any) -> Any:
+    if value is None:
+        return math.nan
     if isinstance(value, list):
         return tuple(_revived_value(part) for part in value)
     if isinstance(value, dict):
         if set(value) == {"value", "stderr"}:
-            return Estimate(**value)
+            return Estimate(**{name: _revived_value(part) for name, part in value.items()})
         return {name: _revived_value(part) for name, part in value.items()}
     return value
