@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.optim import SGD, AdamW
 
 import flatmin.lab.pool as pool
 import flatmin.lab.tasks as tasks_module
@@ -13,6 +15,7 @@ from flatmin.lab.compare import Compare
 from flatmin.lab.fingerprint import fingerprint
 from flatmin.lab.records import read_run
 from flatmin.lab.tasks import Settings, Splits, Task
+from flatmin.lab.train import RunSpec, build_optimizer
 from flatmin.lab.tune import Tune
 
 
@@ -24,6 +27,10 @@ def splits(seed: int) -> Splits:
 
 def network(width: int = 8) -> nn.Module:
     return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))
+
+
+def adamw(model: nn.Module, settings: Settings, **options) -> AdamW:
+    return AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, **options)
 
 
 OWN = Task(
@@ -103,6 +110,7 @@ def test_what_needs_labels_says_so(own, tmp_path, part):
         ({"load": lambda seed: splits(seed + 1)}, "data"),
         ({"batch_size": 5}, "batch size"),
         ({"batch_size": 5, "criterion": nn.L1Loss()}, "loss and batch size"),
+        ({"build_base": adamw}, "base"),
     ],
 )
 def test_runs_of_a_task_that_was_edited_are_not_mixed_with_new_ones(own, tmp_path, monkeypatch, changes, what):
@@ -112,6 +120,66 @@ def test_runs_of_a_task_that_was_edited_are_not_mixed_with_new_ones(own, tmp_pat
     for num_seeds in (1, 2):
         with pytest.raises(ValueError, match=rf"of the task own with another {what}\. It is left as it is"):
             compare(tmp_path, num_seeds=num_seeds).run()
+
+
+def test_a_task_names_its_base(own, tmp_path):
+    settings = {
+        "base": Settings(lr=0.01, weight_decay=0.1),
+        "sam": Settings(lr=0.02),
+        "bsam": Settings(lr=0.1),
+    }
+    own(build_base=partial(adamw, betas=(0.9, 0.95)), settings=settings)
+    for name, chosen in settings.items():
+        spec = RunSpec(task="own", method=name, seed=0, num_steps=1, settings=chosen)
+        optimizer = build_optimizer(spec, network(), 20)
+        base = getattr(optimizer, "base", optimizer)
+        assert type(base) is (SGD if name == "bsam" else AdamW)
+        assert (base.defaults["lr"], base.defaults["weight_decay"]) == (chosen.lr, chosen.weight_decay)
+    html = compare(tmp_path, methods=("base", "sam", "bsam"), num_seeds=1).run().read_text()
+    for name, base in (("base", "AdamW, betas (0.9, 0.95)"), ("sam", "AdamW, betas (0.9, 0.95)"), ("bsam", "SGD")):
+        assert f"<tr><td>{name}</td><td>{base}</td>" in html
+    losses = {method: record_of(tmp_path, method).result["test_loss"] for method in ("base", "sam")}
+    own(settings=settings)
+    compare(tmp_path / "sgd", methods=("base", "sam"), num_seeds=1).run()
+    assert all(record_of(tmp_path / "sgd", method).result["test_loss"] != losses[method] for method in losses)
+
+
+def record_of(path, method):
+    return read_run(path / "own" / "records" / f"{method}-seed0.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("build_base", "message"),
+    [
+        (
+            lambda model, _: AdamW(model.parameters(), weight_decay=0.0),
+            "made AdamW with lr=0.001, where the settings of",
+        ),
+        (lambda model, s: AdamW(model.parameters(), lr=s.lr), "made AdamW with weight_decay=0.01, where .* sam say 0:"),
+    ],
+)
+def test_a_base_that_does_not_take_the_settings_is_refused(own, build_base, message):
+    own(build_base=build_base)
+    spec = RunSpec(task="own", method="sam", seed=0, num_steps=1, settings=OWN.settings["sam"])
+    with pytest.raises(ValueError, match=message):
+        build_optimizer(spec, network(), 20)
+
+
+@pytest.mark.parametrize("base", [SGD, AdamW])
+def test_records_from_before_a_task_named_its_base_are_of_sgd(own, tmp_path, base):
+    compare(tmp_path, num_seeds=1, methods=("base",)).run()
+    path = tmp_path / "own" / "records" / "base-seed0.jsonl"
+    first, *rest = path.read_text().splitlines()
+    header = json.loads(first)
+    assert header["task"].pop("base") == "SGD, momentum 0.9"
+    path.write_text("\n".join([json.dumps(header), *rest]) + "\n")
+    if base is AdamW:
+        own(build_base=adamw)
+        with pytest.raises(ValueError, match="of the task own with another base"):
+            compare(tmp_path, num_seeds=1, methods=("base",)).run()
+    else:
+        html = compare(tmp_path, num_seeds=1, methods=("base",)).run().read_text()
+        assert "<tr><td>base</td><td>SGD, momentum 0.9</td>" in html
 
 
 def test_what_changes_no_number_may_be_edited(own, tmp_path, monkeypatch):

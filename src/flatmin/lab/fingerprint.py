@@ -2,33 +2,46 @@
 
 The name of a task, its method, seed and settings do not say that the model has another width now. So the header of a
 run also holds a digest of the model (modules, their options, shapes of parameters), of the data of its seed, and of the
-loss. What only the code of a `forward` says is not seen.
+loss, and the name of the base optimizer. What only the code of a `forward` says is not seen.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from flatmin.lab.tasks import Splits, Task
+from flatmin.lab.tasks import Settings, Splits, Task
 
+FIRST_BASE = "SGD, momentum 0.9"  # of all tasks, when records did not say it yet
 SIMPLE = (bool, int, float, str, type(None))
 
 
 def fingerprint(task: Task, splits: Splits) -> dict[str, Any]:
-    """Digests of the task's model, loss and data, and its batch size. The random state stays as it is."""
+    """Digests of the task's model, loss and data, its batch size and base. The random state stays as it is."""
     with torch.random.fork_rng(devices=[]):
         model = task.build_model()
+        base = task.build_base(model, Settings(lr=1.0))
     return {
         "model": _digest(_about(model, values=False)),
         "loss": _digest(_about(task.criterion, values=True)),
         "data": _digest(part for pair in splits for tensor in pair for part in _bytes(tensor)),
         "batch size": task.batch_size,
+        "base": describe(base),
     }
+
+
+def describe(base: Optimizer) -> str:
+    """`SGD, momentum 0.9`: its class, and options that are not the usual ones; without what the settings say."""
+    usual = inspect.signature(type(base)).parameters
+    named = [name for name in base.defaults if name in usual and name not in ("lr", "weight_decay")]
+    options = {name: base.defaults[name] for name in named if base.defaults[name] != usual[name].default}
+    return ", ".join([type(base).__name__, *(f"{name} {value}" for name, value in options.items())])
 
 
 def _about(module: nn.Module, *, values: bool) -> Iterator[bytes]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flatmin.checks import check_whole
-from flatmin.lab.fingerprint import fingerprint
+from flatmin.lab.fingerprint import FIRST_BASE, fingerprint
 from flatmin.lab.records import cannot_write, make_writable, read_run
 from flatmin.lab.tasks import get_task
 from flatmin.lab.train import RunSpec
@@ -86,7 +86,7 @@ def unfinished(runs: Iterable[tuple[RunSpec, Path]]) -> list[tuple[RunSpec, Path
             if this not in tasks:
                 task = get_task(spec.task)
                 tasks[this] = fingerprint(task, task.load(spec.seed))
-            now = tasks[this]
+            now, before = tasks[this], {"base": FIRST_BASE, **before}
             if changed := [part for part in now if before.get(part) != now[part]]:
                 raise ValueError(_other(path, f"of the task {spec.task} with another {' and '.join(changed)}"))
     return todo

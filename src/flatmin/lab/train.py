@@ -143,15 +143,19 @@ def _training(spec: RunSpec, model: nn.Module, splits: Splits) -> Training:
 
 
 def build_optimizer(spec: RunSpec, model: nn.Module, num_data: int) -> Optimizer:
-    """SGD with momentum 0.9 and the spec's settings, inside the spec's method; `num_data` training samples.
+    """The task's base with the spec's settings, inside the spec's method; `num_data` training samples.
 
     Plain SGD where the method has a momentum and a prior of its own.
+
+    Raises:
+        ValueError: for a base with another learning rate or weight decay than the settings'.
     """
     settings, method = spec.settings, split_name(spec.method)[0]
     if method.replaces_momentum:
         base = SGD(model.parameters(), lr=settings.lr)
     else:
-        base = SGD(model.parameters(), lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay)
+        base = get_task(spec.task).build_base(model, settings)
+        _check_base(spec, base)
     options: dict[str, Any] = {}
     if settings.radius is not None and method.radius_name is not None:
         options[method.radius_name] = settings.radius
@@ -160,6 +164,16 @@ def build_optimizer(spec: RunSpec, model: nn.Module, num_data: int) -> Optimizer
     if "num_data" in method.needs:
         options["num_data"] = num_data
     return method.build(base, **options)
+
+
+def _check_base(spec: RunSpec, base: Optimizer) -> None:
+    for name in ("lr", "weight_decay"):
+        found, wanted = base.defaults.get(name, 0.0), getattr(spec.settings, name)
+        if found != wanted:
+            raise ValueError(
+                f"build_base of task {spec.task!r} made {type(base).__name__} with {name}={found:g}, where the "
+                f"settings of {spec.method} say {wanted:g}: it is to take both lr and weight_decay from them."
+            )
 
 
 def _step(

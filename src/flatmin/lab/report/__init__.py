@@ -8,6 +8,7 @@ from typing import Any
 
 from flatmin.extras import need
 from flatmin.lab.display import MARKS, budget_line, confounded_note, format_cell, format_difference, trace_error
+from flatmin.lab.fingerprint import FIRST_BASE
 from flatmin.lab.parts import split_name
 from flatmin.lab.records import RunRecord, write_text
 from flatmin.lab.report import charts
@@ -41,7 +42,7 @@ def write_report(path: Path, summary: dict[str, Any], runs: Mapping[str, Sequenc
         verdict=_verdict(summary),
         figures=[(title, note, safe(svg)) for title, note, svg in charts.figures(runs)],
         untested=[column.title for column in shown(summary) if not column.better],
-        settings=[_settings(name, records[0].header["spec"]["settings"]) for name, records in runs.items() if records],
+        settings=[_settings(name, records[0].header) for name, records in runs.items() if records],
         header=first.header if first else {},
         messages=[m for entry in summary["methods"].values() for m in entry["messages"]],
     )
@@ -82,12 +83,12 @@ def _p_value(p: float | None) -> str:
     return "not tested" if p is None else f"p = {p:.2g}"
 
 
-def _settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(name: str, header: Mapping[str, Any]) -> dict[str, Any]:
     """What the method used: a record may have a weight decay that it did not."""
-    method = split_name(name)[0]
+    method, given = split_name(name)[0], header["spec"]["settings"]
     return {
         "name": name,
-        "base": "SGD" if method.replaces_momentum else "SGD, momentum 0.9",
+        "base": "SGD" if method.replaces_momentum else header.get("task", {}).get("base", FIRST_BASE),
         "lr": given["lr"],
         "weight_decay": "-" if method.replaces_momentum else given["weight_decay"],
         "radius": _radius(method.radius_name, given["radius"]),

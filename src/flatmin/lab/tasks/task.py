@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
 
 from flatmin.checks import check_number, check_positive
 
@@ -27,7 +28,7 @@ class Splits(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a method is run: SGD with momentum 0.9 and a cosine schedule to zero, and the method's radius.
+    """How a method is run: around the task's base optimizer, on a cosine schedule to zero.
 
     Attributes:
         lr: initial learning rate.
@@ -51,6 +52,11 @@ class Settings:
             check_number("radius", self.radius, 0.0)
 
 
+def sgd(model: nn.Module, settings: Settings) -> Optimizer:
+    """SGD with momentum 0.9: the base of a task that names no other."""
+    return SGD(model.parameters(), lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """Data + model + loss, by name.
@@ -68,6 +74,8 @@ class Task:
         num_gradients: mini-batch gradients that a run may spend.
         settings: method name -> its tuned settings; may be empty until `flatmin tune` has found some.
         tuning: how the settings were chosen: one sentence, which the report repeats.
+        build_base: (model, settings) -> the base optimizer, with the learning rate and weight decay of the settings.
+            The schedule is a cosine to zero, whatever the base.
     """
 
     name: str
@@ -81,3 +89,4 @@ class Task:
     num_gradients: int
     settings: Mapping[str, Settings]
     tuning: str
+    build_base: Callable[[nn.Module, Settings], Optimizer] = sgd
