@@ -34,8 +34,8 @@ LEVEL = 0.05
 class Column:
     """One measured quantity: its title, where it is in a result, and which direction is better.
 
-    With `over` it is divided by another one. Only what `needs` names must be in the results. What `falls_with_fit` has
-    the training loss in it: a higher one alone lowers it.
+    With `over` it is divided by another one. Only what `needs` names must be in the results. What `contains_loss` is
+    lower at a higher training loss by itself.
     """
 
     key: str
@@ -45,7 +45,7 @@ class Column:
     percent: bool = False
     over: tuple[str, ...] = ()
     needs: str = ""
-    falls_with_fit: bool = False
+    contains_loss: bool = False
 
     def of(self, record: RunRecord) -> float:
         """Its value in one run."""
@@ -71,20 +71,18 @@ TRAINING_LOSS = Column("train_loss", "training loss", 0, ("train_loss",))
 COLUMNS = (
     Column("test_accuracy", "test accuracy, %", +1, ("test_accuracy",), percent=True),
     Column("test_loss", "test loss", -1, ("test_loss",)),
-    Column("gap", "generalisation gap", -1, ("gap",), falls_with_fit=True),
+    Column("gap", "generalisation gap", -1, ("gap",), contains_loss=True),
     TRAINING_LOSS,
     Column("trace", "Hessian trace", -1, TRACE),
     # Cross-entropy takes its curvature with it as it goes to zero: what is left of a low trace beside a low loss.
     Column(
-        "trace_per_loss", "trace / loss", -1, TRACE, over=("train_loss",), needs="test_accuracy", falls_with_fit=True
+        "trace_per_loss", "trace / loss", -1, TRACE, over=("train_loss",), needs="test_accuracy", contains_loss=True
     ),
     Column("lambda_max", "lambda_max", -1, ("flatness", "top_eigenvalue", "value")),
     Column("seconds", "seconds", 0, ("seconds",)),
     Column("gradients", "gradients", 0, ("gradients",)),
     Column("steps", "steps", 0, ("steps",)),
 )
-
-BY_KEY = {column.key: column for column in COLUMNS}
 
 Records = Sequence[RunRecord]
 Runs = Mapping[str, Records]  # method -> its runs
@@ -109,10 +107,11 @@ def summarize(runs: Runs) -> dict[str, Any]:
         }
         for name, records in runs.items()
     }
-    versus = {c.key: _versus(runs, c) for c in columns if c.better}
+    judged = [c for c in columns if c.better]
+    versus = {c.key: _versus(runs, c) for c in judged}
     return {
         "methods": methods,
-        "best": {key: _best(runs, BY_KEY[key], marks) for key, marks in versus.items()},
+        "best": {c.key: _best(runs, c, versus[c.key]) for c in judged},
         "versus": versus,
     }
 
@@ -206,7 +205,7 @@ def _mark(tested: Mapping[str, Any], column: Column, one: Records, other: Record
     if tested["p"] is None or tested["p"] >= LEVEL:
         return None
     is_better = tested["difference"] * column.better > 0
-    if column.falls_with_fit and (_fits_worse(one, other) if is_better else _fits_worse(other, one)):
+    if column.contains_loss and (_fits_worse(one, other) if is_better else _fits_worse(other, one)):
         return "confounded"
     return "better" if is_better else "worse"
 
