@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 import flatmin
 from flatmin import problems
@@ -68,8 +69,66 @@ class Hoarder(nn.Module):
 def test_a_model_that_keeps_its_weights_elsewhere_is_refused():
     data = [(torch.randn(4, 2, dtype=torch.float64), torch.randint(3, (4,)))]
     objective = flatmin.Objective(Hoarder(), criterion, data)
-    with pytest.raises(ValueError, match="does not look its parameters up"):
+    with pytest.raises(
+        ValueError, match=r"does not look its parameters up.*flat_minimum_estimate\(objective\) needs none"
+    ):
         flatmin.model_function(objective)
+
+
+class Distances(nn.Module):
+    """Torch knows the first derivative of these, and no second one."""
+
+    def __init__(self):
+        super().__init__()
+        self.centres = nn.Parameter(torch.randn(3, 2, dtype=torch.float64))
+
+    def forward(self, x):
+        return torch.cdist(x, self.centres, p=1.5)
+
+
+class Slope(torch.autograd.Function):
+    """4 x^3 u."""
+
+    @staticmethod
+    def forward(ctx, x, u):
+        ctx.save_for_backward(x, u)
+        return 4 * x**3 * u
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, v):
+        x, u = ctx.saved_tensors
+        return 12 * x**2 * u * v, 4 * x**3 * v
+
+
+class Quartic(torch.autograd.Function):
+    """x^4, whose second derivative is right and whose third one is lost."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**4
+
+    @staticmethod
+    def backward(ctx, u):
+        return Slope.apply(*ctx.saved_tensors, u)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((3,), 1.3, dtype=torch.float64))
+
+    def forward(self, x):
+        return x * Quartic.apply(self.weight)
+
+
+@pytest.mark.parametrize(("model", "reason"), [(Distances, "_cdist_backward"), (Twice, "once_differentiable")])
+def test_a_model_without_a_third_derivative_is_refused(model, reason):
+    data = [(torch.randn(4, 2 if model is Distances else 3, dtype=torch.float64), torch.randint(3, (4,)))]
+    objective = flatmin.Objective(model(), criterion, data)
+    with pytest.raises(ValueError, match=rf"three times\. What trace\(objective\).*{reason}"):
+        flatmin.flat_minimum_estimate(objective, num_eigenvectors=0)
 
 
 def test_estimates_on_the_hyperbola():

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from flatmin.checks import check_whole
 from flatmin.curvature.arguments import of_objective
 from flatmin.curvature.eigen import top_eigenvalues
-from flatmin.curvature.graph import first_line
+from flatmin.curvature.graph import check_differentiable, first_line
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import HessianOperator
 from flatmin.curvature.probes import stderr
@@ -42,6 +42,14 @@ LEFT_OUT = (
     "the excess over that minimum is only bounded by the loss itself, if the loss cannot be negative",
     "of the directions across the minima only the eigenvectors counted were taken out of the gradient, so the "
     "tangential part may be smaller than said",
+)
+THIRD = (
+    "the model cannot be differentiated three times. What trace(objective) and top_eigenvalues(objective) say needs no "
+    "third derivative. torch says:"
+)
+NO_LOOKUP = (
+    "the model does not look its parameters up when it is called (as recurrent layers do not), so there is no function "
+    "of them. flat_minimum_estimate(objective) needs none."
 )
 
 
@@ -110,7 +118,7 @@ def flat_minimum_estimate(
     except torch.OutOfMemoryError:
         raise
     except NOT_DIFFERENTIABLE as error:
-        raise ValueError(f"the model cannot be differentiated three times: {first_line(error)}") from error
+        raise ValueError(f"{THIRD} {first_line(error)}") from error
     rows = torch.stack(slopes) / d
     whole = _norm(rows)
     if num_eigenvectors:
@@ -173,7 +181,7 @@ def model_function(objective: Objective) -> tuple[Callable[[Tensor], Tensor], Te
     slope = torch.autograd.grad(f(x), x, allow_unused=True, materialize_grads=True)[0]
     is_right = torch.allclose(slope, flatten(objective.gradient()), rtol=1e-6, atol=1e-9)
     if not (is_right and _agrees_elsewhere(f, objective, weights)):
-        raise ValueError("the model does not look its parameters up when it is called (as recurrent layers do not).")
+        raise ValueError(NO_LOOKUP)
     return f, weights
 
 
@@ -211,6 +219,7 @@ def _probe(objective: Objective, seed: int) -> tuple[float, Tensor]:
             v = [draw_like(p, "rademacher", generator) for p in params]
             first = torch.autograd.grad(loss, params, **options)
             along = _inner(first, v)
+            check_differentiable([loss, along])  # what would be lost at the third derivative
             second = torch.autograd.grad(along, params, **options) if along.requires_grad else ()
             value = _inner(second, v) if second else torch.zeros((), device="cpu")
             count += n

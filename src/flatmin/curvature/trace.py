@@ -17,11 +17,12 @@ import numpy as np
 
 from flatmin.curvature.arguments import of_objective
 from flatmin.curvature.estimators import Found, Work
-from flatmin.curvature.gauss_newton import inspect
+from flatmin.curvature.gauss_newton import Split, inspect
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import GRAPH_MEMORY
 from flatmin.curvature.probes import Budget, stderr
 from flatmin.curvature.results import Estimate, TraceResult
+from flatmin.curvature.uses import Uncovered
 
 MAX_PRODUCTS = 1000
 METHODS = ("auto", "hutchinson", "gauss-newton", "hutch++", "xtrace")
@@ -86,12 +87,20 @@ def trace(
     if method == "hutchinson":
         found = work.hutchinson()
     elif method == "gauss-newton":
-        found = work.split(inspect(objective, seed=seed))
+        found = _split(work, inspect(objective, seed=seed))
     elif method == "auto":
         found = work.auto()
     else:
         found = work.low_rank(method)
     return _result(objective, found, budget, seed)
+
+
+def _split(work: Work, split: Split) -> Found:
+    try:
+        return work.split(split)
+    except Uncovered as error:
+        error.add_note("Use method='hutchinson', which needs no such thing, or 'auto', which goes over to it.")
+        raise
 
 
 def _result(objective: Objective, found: Found, budget: Budget, seed: int) -> TraceResult:
