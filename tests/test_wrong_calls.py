@@ -1,5 +1,7 @@
 """Calls that a new user makes, and what they are told."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,13 +9,15 @@ from torch import nn
 
 import flatmin
 from flatmin.optim.registry import get_method
+from flatmin.vectors import Vector
 from tests.curvature.nets import criterion, make
 
 
 @pytest.mark.parametrize(
     "name",
     ["trace", "top_eigenvalues", "spectral_density", "noise_stability", "average_sharpness", "ascent_sharpness",
-     "loss_slice", "random_direction", "block_eigenvalues", "layerwise_rayleigh_sum", "flat_minimum_estimate"],
+     "loss_slice", "random_direction", "block_eigenvalues", "layerwise_rayleigh_sum", "flat_minimum_estimate",
+     "HessianOperator", "GaussNewtonOperator", "FisherOperator", "Tracker"],
 )  # fmt: skip
 def test_a_model_where_an_objective_should_be(name):
     model, x, y = make("tanh")
@@ -21,6 +25,8 @@ def test_a_model_where_an_objective_should_be(name):
     for arguments in ((model,), (model, criterion, [(x, y)])):
         with pytest.raises(ValueError, match=message):
             getattr(flatmin, name)(*arguments)
+    with pytest.raises(ValueError, match=message):
+        getattr(flatmin, name)(objective=model)
     with pytest.raises(ValueError, match=r"pass model\.state_dict\(\)"):
         flatmin.direction_to(flatmin.Objective(model, criterion, [(x, y)]), model)  # type: ignore[arg-type]
 
@@ -31,10 +37,80 @@ def test_directions_that_are_none():
     found = flatmin.top_eigenvalues(objective, 2, vectors=True)
     with pytest.raises(ValueError, match=r"loss_slice\(objective, \*result\.vectors\)"):
         flatmin.loss_slice(objective, found.vectors)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"a direction is a Vector.*got Tensor"):
+    with pytest.raises(ValueError, match=r"a direction must be a Vector.*got Tensor"):
         flatmin.loss_slice(objective, torch.ones(5))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"got 0.*vectors=True"):
         flatmin.loss_slice(objective, *flatmin.top_eigenvalues(objective, 2).vectors)
+
+
+def test_vectors_that_are_none():
+    model, x, y = make("tanh")
+    objective = flatmin.Objective(model, criterion, [(x, y)])
+    operator = flatmin.HessianOperator(objective)
+    part = objective.only(objective.names[:1])
+    for act, name in [
+        (lambda v: flatmin.top_eigenvalues(operator, start=v), "start"),
+        (operator.product, "v"),
+    ]:
+        for wrong in (torch.ones(objective.num_params), list(objective.params), None):
+            with pytest.raises(ValueError, match=rf"^{name} must be a Vector.*got {type(wrong).__name__}\."):
+                act(wrong)
+        for wrong in (part.gradient(), Vector([*objective.params[:-1], torch.ones(7)])):
+            with pytest.raises(ValueError, match=rf"^{name} has another shape than the parameters"):
+                act(wrong)
+
+
+def test_a_start_may_lack_entries_which_are_zero():
+    model, x, y = make("tanh")
+    objective = flatmin.Objective(model, criterion, [(x, y)])
+    first, *others = objective.gradient().tensors
+    zeros = [torch.zeros_like(t) for t in others]
+    with_zeros, without = (
+        flatmin.top_eigenvalues(objective, start=Vector([first, *rest])) for rest in (zeros, [None] * len(others))
+    )
+    assert with_zeros == without
+
+
+def test_a_part_of_no_parameters():
+    model, x, y = make("tanh")
+    objective = flatmin.Objective(model, criterion, [(x, y)])
+    with pytest.raises(ValueError, match=r"was given no names\. The objective has: 0\.weight, 0\.bias"):
+        objective.only([])
+    assert objective.only("0.weight").names == ("0.weight",)
+
+
+@pytest.mark.parametrize("measure", [lambda o: o.loss(), lambda o: o.gradient(), flatmin.trace], ids=str)
+@pytest.mark.parametrize(
+    ("wrong", "note"),
+    [
+        (
+            {"targets": lambda y: y + 100},
+            r"a tensor \(24, 3\) of float64 and a tensor \(24,\) of int64 from 100 to 102",
+        ),
+        ({"targets": lambda y: y.int()}, r"of int32 from 0 to 2.*targets\.long\(\)"),
+        ({"targets": lambda y: y.float()}, r"of float32, in this order.*targets\.long\(\)"),
+        ({"targets": lambda y: y.numpy()}, r"a value of type ndarray.*torch\.from_numpy"),
+        ({"criterion": lambda y, z: criterion(z, y)}, r"criterion\(outputs, targets\).*in this order"),
+        ({"inputs": lambda x: x.numpy()}, r"The inputs are a numpy array.*torch\.from_numpy"),
+    ],
+)
+def test_errors_of_torch_say_what_the_criterion_or_the_model_was_given(wrong, note, measure):
+    model, x, y = make("tanh")
+    data = [(wrong.get("inputs", lambda x: x)(x), wrong.get("targets", lambda y: y)(y))]
+    objective = flatmin.Objective(model, wrong.get("criterion", criterion), data)
+    with pytest.raises((IndexError, RuntimeError, TypeError)) as caught:
+        measure(objective)
+    assert re.search(note, "".join(getattr(caught.value, "__notes__", [])))
+
+
+def test_a_criterion_that_cannot_be_differentiated():
+    model, x, y = make("tanh")
+    with pytest.raises(ValueError, match=r"got float\. Leave out \.item\(\)"):
+        flatmin.trace(flatmin.Objective(model, lambda z, y: criterion(z, y).item(), [(x, y)]))
+    detached = flatmin.Objective(model, lambda z, y: criterion(z, y).detach(), [(x, y)])
+    for act in (lambda: detached.gradient(), lambda: flatmin.ascent_sharpness(detached, 0.1)):
+        with pytest.raises(RuntimeError, match=r"the loss has no graph.*detach\(\)"):
+            act()
 
 
 def test_tensors_where_names_should_be():

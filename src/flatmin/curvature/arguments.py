@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from numbers import Number
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from flatmin.vectors import Vector
+
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
+CALLED = (
+    "It was called as criterion(outputs, targets), with {outputs} and {targets}, in this order. Class labels are int64 "
+    "(targets.long()) and less than the number of classes, which is the size of dimension 1 of the outputs; numpy "
+    "arrays become tensors by torch.from_numpy, in the data or in forward=."
+)
+
 
 def of_objective(function: Callable[Given, Result]) -> Callable[Given, Result]:
-    """Makes a function whose first argument is an Objective say so to whoever passes a model."""
+    """Makes a function, or an `__init__`, whose first argument is an Objective say so to whoever passes a model."""
 
     @wraps(function)
     def checked(*args: Given.args, **kwargs: Given.kwargs) -> Result:
-        if args:
-            check_objective(function.__name__, args[0])
+        name, given = function.__name__, args
+        if name == "__init__":
+            name, given = type(args[0]).__name__, args[1:]
+        check_objective(name, given[0] if given else kwargs.get("objective"))
         return function(*args, **kwargs)
 
     return checked
@@ -33,6 +44,21 @@ def check_objective(name: str, given: object) -> None:
             f"{name} measures an Objective, got the model {type(given).__name__}. Write objective = "
             f"flatmin.Objective(model, criterion, data), then flatmin.{name}(objective, ...); or for the most "
             "important numbers at once flatmin.measure(model, criterion, data)."
+        )
+
+
+def check_vector(name: str, given: object, params: Sequence[Tensor]) -> None:
+    """Raises a `ValueError` unless `given` is a Vector of the shapes of `params`; a missing entry fits any."""
+    if not isinstance(given, Vector):
+        raise ValueError(
+            f"{name} must be a Vector, such as result.vectors[0], random_direction(objective) or "
+            f"flatmin.Vector(tensors) with a tensor for each parameter, got {type(given).__name__}."
+        )
+    pairs = zip(given.tensors, params, strict=False)
+    if len(given) != len(params) or any(t is not None and t.shape != p.shape for t, p in pairs):
+        raise ValueError(
+            f"{name} has another shape than the parameters of this objective: make it from the same one "
+            "(objective.only(...) has fewer parameters)."
         )
 
 
@@ -72,6 +98,39 @@ def choose_parameters(model: nn.Module, params: Any) -> Mapping[str, Tensor]:
     if not chosen:
         raise ValueError("no parameters to differentiate by: all are frozen, or params selects none.")
     return chosen
+
+
+def loss_of(criterion: Callable[[Any, Any], Any] | None, outputs: Any, targets: Any) -> Tensor:
+    """`criterion(outputs, targets)`, or the loss that the model gave, if that is a tensor with one entry."""
+    if criterion is None:
+        loss = getattr(outputs, "loss", outputs)
+    else:
+        try:
+            loss = criterion(outputs, targets)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            error.add_note(CALLED.format(outputs=_described(outputs), targets=_described(targets)))
+            raise
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss
+    given = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+    if criterion is None:
+        raise ValueError(f"without a criterion the model must return its loss, a scalar tensor; it gave {given}.")
+    mend = "Let it return the loss alone."
+    if isinstance(loss, Tensor):
+        mend = "Use reduction='mean'."
+    elif isinstance(loss, Number):
+        mend = "Leave out .item() or float(): a number cannot be differentiated."
+    raise ValueError(f"the criterion must return a scalar tensor, got {given}. {mend}")
+
+
+def _described(value: Any) -> str:
+    """What a criterion was given, without a look into the memory of a device, whose errors come later."""
+    if not isinstance(value, Tensor):
+        return f"a value of type {type(value).__name__}"
+    text = f"a tensor {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    if value.is_cpu and value.numel() and not value.is_floating_point() and not value.is_complex():
+        text += f" from {int(value.min())} to {int(value.max())}"
+    return text
 
 
 def reduction_of(criterion: object) -> str:

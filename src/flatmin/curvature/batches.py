@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +24,10 @@ SINGLE = (
     "DataLoader(dataset, batch_size=...)."
 )
 NO_BATCHES = "the data has no batches: an empty loader has no loss to measure."
+ARRAYS = (
+    "The inputs are a numpy array. Pass tensors: data=[(torch.from_numpy(x), torch.from_numpy(y))], or a DataLoader, "
+    "which makes them."
+)
 DEPTH = 6  # how deep samples are looked for; objects may refer to each other in circles
 
 
@@ -95,7 +100,12 @@ def forward_pair(model: nn.Module, batch: Any) -> tuple[Any, Any]:
         )
     device = next(model.parameters()).device
     inputs, targets = (x.to(device) if isinstance(x, Tensor) else x for x in batch)
-    return model(inputs), targets
+    try:
+        return model(inputs), targets
+    except TypeError as error:
+        if isinstance(inputs, np.ndarray):
+            error.add_note(ARRAYS)
+        raise
 
 
 def count_samples(batch: Any, targets: Any) -> int | None:

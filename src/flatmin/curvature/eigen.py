@@ -32,12 +32,12 @@ import torch
 from torch import Tensor
 
 from flatmin.checks import check_choice, check_positive, check_whole
-from flatmin.curvature.arguments import of_objective
+from flatmin.curvature.arguments import check_vector, of_objective
 from flatmin.curvature.lanczos import Lanczos, Rows
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import HessianOperator, Operator
 from flatmin.curvature.results import EigenResult
-from flatmin.curvature.space import Space, flatten, shaped
+from flatmin.curvature.space import Space, filled, flatten, shaped
 from flatmin.noise import mix_seeds
 from flatmin.vectors import Vector
 
@@ -90,7 +90,8 @@ def top_eigenvalues(
 
     Raises:
         ValueError: k < 1 or larger than the number of parameters, `tol` not positive and finite, max_products < 1,
-            max_basis < k + 3, data that gives another loss on a second pass, or a Hessian that is not finite.
+            max_basis < k + 3, a `start` that is no Vector of these parameters, data that gives another loss on a second
+            pass, or a Hessian that is not finite.
 
     Source: Lanczos 1950; Paige 1980 for why full reorthogonalisation removes ghost copies; Wu, Simon 2000 for the
     restart.
@@ -151,7 +152,11 @@ def _start(operator: Operator, start: Vector | str, seed: int) -> Tensor | None:
     if isinstance(start, str) and start != "gradient":
         raise ValueError(f"start must be 'gradient', 'random' or a Vector, got {start!r}.")
     space = Space(operator.objective.params)
-    given = flatten(operator.gradient() if isinstance(start, str) else start).to(space.like)
+    if isinstance(start, str):
+        given = flatten(operator.gradient()).to(space.like)
+    else:
+        check_vector("start", start, space.params)
+        given = flatten(Vector(filled(start, space.params))).to(space.like)
     size = math.sqrt(space.dot(given, given))
     if not (math.isfinite(size) and size > 0):
         return None

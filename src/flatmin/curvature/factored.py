@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flatmin.checks import check_choice
+from flatmin.curvature.arguments import of_objective
 from flatmin.curvature.batches import Batch
 from flatmin.curvature.differences import dots
 from flatmin.curvature.objective import Objective
@@ -33,6 +34,7 @@ NO_ROWS = (
 class _Factored(Operator):
     """sum_i J_i' B_i J_i, with B_i over the outputs of a sample."""
 
+    @of_objective
     def __init__(self, objective: Objective, *, graph_memory: int = GRAPH_MEMORY, seed: int = 0):
         super().__init__(objective, "autograd", graph_memory=graph_memory, seed=seed)
 
@@ -88,6 +90,7 @@ class FisherOperator(_Factored):
             outputs: squared error, logistic).
     """
 
+    @of_objective
     def __init__(
         self,
         objective: Objective,

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from flatmin.curvature.arguments import check_model, choose_parameters, reduction_of
+from flatmin.curvature.arguments import check_model, choose_parameters, loss_of, reduction_of
 from flatmin.curvature.arithmetic import listening, one_path, rounding_of
 from flatmin.curvature.batches import NO_BATCHES, Batch, SampleCount, check_data, forward_pair, generators, pair
 from flatmin.curvature.members import Members
@@ -130,10 +130,11 @@ class Objective:
         Raises:
             ValueError: for a name that is not among `names`, or none at all.
         """
-        keep = set(names)
-        if not keep or not keep <= set(self.names):
-            wrong = next(iter(sorted(keep - set(self.names))), None)
-            raise ValueError(f"{wrong!r} is not a parameter of this objective. It has: {', '.join(self.names)}.")
+        keep = {names} if isinstance(names, str) else set(names)
+        if not keep:
+            raise ValueError(f"only() was given no names. The objective has: {', '.join(self.names)}.")
+        if wrong := sorted(keep - set(self.names)):
+            raise ValueError(f"{wrong[0]!r} is not a parameter of this objective. It has: {', '.join(self.names)}.")
         chosen = [(n, p) for n, p in zip(self.names, self.params, strict=True) if n in keep]
         other = copy.copy(self)
         other.names, other.params = tuple(n for n, _ in chosen), tuple(p for _, p in chosen)
@@ -295,16 +296,7 @@ class Objective:
 
     def batch_loss(self, outputs: Any, targets: Any, count: int) -> Tensor:
         """The mean loss of a batch of `count` samples, from its outputs: a scalar; a finite one, unless sharded."""
-        own = self.criterion is None
-        loss = getattr(outputs, "loss", outputs) if own else self.criterion(outputs, targets)  # type: ignore[misc]
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            if own:
-                raise ValueError(
-                    f"without a criterion the model must return its loss, a scalar tensor; it gave {shape}."
-                )
-            mend = "Use reduction='mean'." if isinstance(loss, Tensor) else "Let it return the loss alone."
-            raise ValueError(f"the criterion must return a scalar tensor, got {shape}. {mend}")
+        loss = loss_of(self.criterion, outputs, targets)
         if reduction_of(self.criterion) == "sum":
             loss = loss / count
         # Sharded, the mean over all processes is checked, so that all of them raise.

@@ -19,14 +19,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Generic, Protocol, TypeVar, cast
 
-import torch
 from torch import Tensor
 
+from flatmin.curvature.arguments import check_vector, of_objective
 from flatmin.curvature.batches import Batch
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.outputs import OutputLoss, output_tensor
 from flatmin.curvature.products import BatchHessian, Way, check_finite, choose_way
 from flatmin.curvature.seen import seen
+from flatmin.curvature.space import filled
 from flatmin.place import num_displaced
 from flatmin.vectors import Vector
 
@@ -74,6 +75,7 @@ class PerBatch(ABC, Generic[Curvature]):
     name = ""
     as_recorded = True  # whether graphs have to consist of torch's own operations
 
+    @of_objective
     def __init__(
         self, objective: Objective, products: str | Way = "auto", *, graph_memory: int = GRAPH_MEMORY, seed: int = 0
     ):
@@ -148,10 +150,10 @@ class Operator(PerBatch[BatchOperator]):
         """A v, a Vector with an entry for each of `objective.params`, in its shape; so is `v`, in which `None` is zero.
 
         Raises:
-            ValueError: if the product is not finite.
+            ValueError: if `v` is no such Vector, or the product is not finite.
         """
-        params = self.objective.params
-        full = [torch.zeros_like(p) if t is None else t for t, p in zip(v.tensors, params, strict=True)]
+        check_vector("v", v, self.objective.params)
+        full = filled(v, self.objective.params)
         total, count = self._through_kept(full) if self._current() else self._one_by_one(full)
         product = self.objective.mean(total, count)
         check_finite(product.present, self.objective)

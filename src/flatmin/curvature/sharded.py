@@ -40,6 +40,10 @@ NOT_EXCHANGED = (
     "the model does not exchange gradients (set_requires_gradient_sync(False)), or some of an accumulation wait to be "
     "exchanged: finish the accumulation, and measure with set_requires_gradient_sync(True)."
 )
+NO_GRAPH = (
+    "the loss has no graph: the model or the criterion leaves autograd (detach(), item(), numpy, argmax, no_grad). "
+    "Give one that can be differentiated; trace, noise_stability and average_sharpness also take losses alone."
+)
 END = object()
 
 
@@ -47,7 +51,12 @@ def gradients(loss: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The gradient of `loss`, zero for a parameter that it does not use.
 
     Of sharded parameters by `backward()`; inside `Objective.quiet()`, which keeps what `.grad` was.
+
+    Raises:
+        RuntimeError: as autograd does, where there is nothing to differentiate.
     """
+    if not loss.requires_grad:
+        raise RuntimeError(NO_GRAPH)
     if not any_sharded(params):
         grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
         return tuple(g.detach() for g in grads)  # torch 2.6 makes zeros that require gradients

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flatmin.checks import check_number, check_whole
-from flatmin.curvature.arguments import of_objective
+from flatmin.curvature.arguments import check_vector, of_objective
 from flatmin.curvature.batches import Batch
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.results import plain
@@ -107,16 +107,9 @@ def loss_slice(
             "vectors=True) only."
         )
     for direction in directions:
-        if not isinstance(direction, Vector):
-            raise ValueError(
-                f"a direction is a Vector, such as random_direction(objective), got {type(direction).__name__}. Give "
-                "eigenvectors one by one: loss_slice(objective, *result.vectors)."
-            )
-        if not _fits(direction, objective):
-            raise ValueError(
-                "a direction has another shape than the parameters of this objective: make it from the same one "
-                "(objective.only(...) has fewer parameters)."
-            )
+        if isinstance(direction, tuple | list):
+            raise ValueError("give eigenvectors one by one: loss_slice(objective, *result.vectors).")
+        check_vector("a direction", direction, objective.params)
     if len(names) != len(directions):
         raise ValueError(f"{len(directions)} directions have {len(names)} labels.")
     check_whole("num_points", num_points, 2)
@@ -131,11 +124,6 @@ def loss_slice(
         labels=tuple(names),
         num_samples=objective.num_samples,
     )
-
-
-def _fits(direction: Vector, objective: Objective) -> bool:
-    pairs = zip(direction.tensors, objective.params, strict=False)
-    return len(direction) == len(objective.params) and all(t is None or t.shape == p.shape for t, p in pairs)
 
 
 @of_objective

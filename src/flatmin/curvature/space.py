@@ -52,6 +52,13 @@ class Space:
         return draw_like(self.like, "normal", generator)
 
 
+def filled(v: Vector, params: Sequence[Tensor]) -> list[Tensor]:
+    """The entries of a vector, with zeros for those that are missing."""
+    return [
+        torch.zeros_like(p, requires_grad=False) if t is None else t for t, p in zip(v.tensors, params, strict=True)
+    ]
+
+
 def flatten(v: Vector) -> Tensor:
     """The entries of a vector that this process holds, in one tensor."""
     return torch.cat([local(t).flatten() for t in v.present])

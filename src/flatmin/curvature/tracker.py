@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flatmin.checks import check_positive, check_whole
+from flatmin.curvature.arguments import of_objective
 from flatmin.curvature.lanczos import Lanczos
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import HessianOperator
@@ -87,6 +88,7 @@ class Tracker:
         tracker.plot()
     """
 
+    @of_objective
     def __init__(
         self,
         objective: Objective,
