@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "bounds": {"checks"},
     "integrations": {"quiet", "extras", "optim"},
     "lab": {"checks", "vectors", "noise", "quiet", "extras", "optim", "curvature", "problems", "integrations"},
-    "__init__": {"optim", "curvature", "problems", "bounds"},
+    "__init__": {"vectors", "optim", "curvature", "problems", "bounds"},
     "__main__": {"lab"},
 }
 CORE = {"torch", "numpy", "scipy"}
@@ -52,10 +52,10 @@ PUBLIC = [
     "FlatMinimumEstimate", "FlatOptimizer", "FlatnessReport", "FreeTrace", "FriendlySAM", "GaussNewtonOperator",
     "HessianOperator", "LookSAM", "LossSlice", "MatchedComparison", "Measurement", "MomentumSAM", "MongeSAM",
     "Objective", "Probe", "RandomSAM", "RayleighSum", "SharpnessResult", "TraceResult", "TrackPoint", "Tracker",
-    "ascent_sharpness", "average_sharpness", "block_eigenvalues", "bounds", "compare_at_matched_loss", "direction_to",
-    "flat_minimum", "flat_minimum_estimate", "layerwise_rayleigh_sum", "limit_map", "loss_slice", "measure",
-    "methods", "mixup", "model_function", "noise_stability", "norm_parameters", "problems", "random_direction",
-    "spectral_density", "top_eigenvalues", "trace",
+    "Vector", "ascent_sharpness", "average_sharpness", "block_eigenvalues", "bounds", "compare_at_matched_loss",
+    "direction_to", "flat_minimum", "flat_minimum_estimate", "layerwise_rayleigh_sum", "limit_map", "loss_slice",
+    "measure", "methods", "mixup", "model_function", "noise_stability", "norm_parameters", "problems",
+    "random_direction", "spectral_density", "top_eigenvalues", "trace",
 ]  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def test_public_names_are_documented(name):
     thing = getattr(flatmin, name)
     doc = inspect.getdoc(thing) or ""
     assert len(doc) > 60
-    holders = ("Averager", "DistancePenalty", "DistanceProjection", "Objective")
+    holders = ("Averager", "DistancePenalty", "DistanceProjection", "Objective", "Vector")
     is_method = inspect.isclass(thing) and issubclass(thing, flatmin.FlatOptimizer) and name != "FlatOptimizer"
     if inspect.isfunction(thing) or name in holders or is_method:
         for parameter in inspect.signature(thing).parameters:

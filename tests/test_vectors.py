@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import flatmin
 from flatmin.radii import Radii, check_radius
 from flatmin.vectors import Vector
 
@@ -35,6 +36,13 @@ def flat(vector: Vector, shapes) -> torch.Tensor:
         for t, shape in zip(vector.tensors, shapes, strict=True)
     ]
     return torch.cat([t.flatten() for t in parts])
+
+
+def test_vectors_of_different_spaces_are_refused():
+    short, long = (flatmin.Vector(torch.ones(n) for n in sizes) for sizes in ([2], [2, 3]))
+    for act in (lambda: short + long, lambda: short.dot(long), lambda: long.times(short), lambda: long.add_(short)):
+        with pytest.raises(ValueError, match=r"vectors of different spaces: (1|2) entries against (1|2)"):
+            act()
 
 
 @given(vectors(2), st.floats(-3, 3))

@@ -9,7 +9,6 @@ from torch import nn
 
 import flatmin
 from flatmin.optim.registry import get_method
-from flatmin.vectors import Vector
 from tests.curvature.nets import criterion, make
 
 
@@ -55,7 +54,7 @@ def test_vectors_that_are_none():
         for wrong in (torch.ones(objective.num_params), list(objective.params), None):
             with pytest.raises(ValueError, match=rf"^{name} must be a Vector.*got {type(wrong).__name__}\."):
                 act(wrong)
-        for wrong in (part.gradient(), Vector([*objective.params[:-1], torch.ones(7)])):
+        for wrong in (part.gradient(), flatmin.Vector([*objective.params[:-1], torch.ones(7)])):
             with pytest.raises(ValueError, match=rf"^{name} has another shape than the parameters"):
                 act(wrong)
 
@@ -66,7 +65,8 @@ def test_a_start_may_lack_entries_which_are_zero():
     first, *others = objective.gradient().tensors
     zeros = [torch.zeros_like(t) for t in others]
     with_zeros, without = (
-        flatmin.top_eigenvalues(objective, start=Vector([first, *rest])) for rest in (zeros, [None] * len(others))
+        flatmin.top_eigenvalues(objective, start=flatmin.Vector([first, *rest]))
+        for rest in (zeros, [None] * len(others))
     )
     assert with_zeros == without
 

@@ -4,7 +4,7 @@ Training    NSO, RSP, SAP, SAM, MongeSAM and SAM's relatives around any `torch.o
 Averaging   `Averager(model)`, the mean of the path of any of them, or of the base optimizer alone
 Beside      `DistancePenalty`, `DistanceProjection`, `mixup`: what goes together with any of them
 Measuring   `measure(model, criterion, data)`, or `Objective` with `trace`, `top_eigenvalues`, `noise_stability`, ...;
-            matrices as products: `HessianOperator`, `GaussNewtonOperator`, `FisherOperator`
+            matrices as products: `HessianOperator`, `GaussNewtonOperator`, `FisherOperator`, of a `Vector`
 Bounds      `bounds`: PAC-Bayes bounds as functions of the numbers measured
 Problems    functions with known gradients, Hessians and spectra
 """
@@ -76,6 +76,7 @@ from flatmin.optim import (
     norm_parameters,
 )
 from flatmin.optim.migration import not_here
+from flatmin.vectors import Vector
 
 __version__ = "0.1.0"
 
@@ -119,6 +120,7 @@ __all__ = [
     "TraceResult",
     "TrackPoint",
     "Tracker",
+    "Vector",
     "ascent_sharpness",
     "average_sharpness",
     "block_eigenvalues",

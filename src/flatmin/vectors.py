@@ -59,11 +59,32 @@ class Displacement(Protocol):
 
 
 class Vector:
-    """A point or direction: `tensors[i]` belongs to parameter `i`, and `None` is zero.
+    """A point or direction in parameter space: `tensors[i]` belongs to parameter `i`, and `None` is zero.
 
-    Supports `+`, `-`, multiplication by a number or a 0-dim tensor (which stays on its device: no host
-    synchronisation), `times` (entry by entry), `dot`, `norm`, `reject`. They leave their operands alone (an entry that
-    one operand lacks may be shared with the other); methods that end in an underscore do not.
+        v + w, v - w, -v, 2 * v, v / 2      entry by entry; a factor may be a 0-dim tensor, which stays on its device
+        v.dot(w)                            sum_i <v_i, w_i> over the entries that both have, a 0-dim tensor
+        v.norm()                            sqrt(sum_i |v_i|^2), one norm over all entries, a 0-dim tensor
+        v.times(w)                          v_i w_i, entry by entry
+        v.reject(w)                         v - (v.w / w.w) w, the part orthogonal to w
+
+    These leave their operands alone (an entry that one operand lacks may be shared with the other); methods that end
+    in an underscore do not. Gradients (`objective.gradient()`), products (`operator.product(v)`), eigenvectors
+    (`result.vectors`) and directions (`random_direction(objective)`) are Vectors, in the order of `objective.params`.
+    Of parameters that are sharded (FSDP2) `dot` and `norm` are over all shards, and every process must ask for them.
+
+    Args:
+        tensors: one for each parameter, of its shape; they are kept, not copied.
+        plain: whether all are there, dense and whole, if that is known.
+
+    Cost: one pass over the memory, and one copy of the entries for each result that is a Vector.
+
+    Raises:
+        ValueError: for two vectors with different numbers of entries.
+
+    Example:
+        v = flatmin.random_direction(objective)
+        v = v / v.norm()
+        curvature_along_v = v.dot(flatmin.HessianOperator(objective).product(v))
     """
 
     __slots__ = ("__weakref__", "_countable", "_plain", "tensors")
@@ -287,4 +308,5 @@ class Vector:
 
 
 def _same_length(a: object, b: object) -> None:
-    assert len(a) == len(b), f"{len(a)} entries against {len(b)}"  # type: ignore[arg-type]
+    if len(a) != len(b):  # type: ignore[arg-type]
+        raise ValueError(f"vectors of different spaces: {len(a)} entries against {len(b)}.")  # type: ignore[arg-type]
