@@ -33,6 +33,12 @@ def test_the_inverse_of_kl_at_its_ends():
     assert bounds.inverse_kl(0.2, 0.0) == 0.2
 
 
+@pytest.mark.parametrize("q", [-0.1, 1.1, float("nan")])
+def test_the_inverse_of_kl_is_of_a_chance(q):
+    with pytest.raises(ValueError, match=r"q must be"):
+        bounds.inverse_kl(q, 0.3)
+
+
 def test_the_divergence_of_gaussians_against_numerical_integration():
     from scipy import stats
     from scipy.integrate import quad

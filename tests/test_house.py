@@ -146,6 +146,20 @@ def test_methods_state_cost_errors_and_source(name):
         assert section in doc
 
 
+MEASURES = [
+    "ascent_sharpness", "average_sharpness", "block_eigenvalues", "flat_minimum_estimate", "layerwise_rayleigh_sum",
+    "loss_slice", "measure", "model_function", "noise_stability", "spectral_density", "top_eigenvalues", "trace",
+    "compare_at_matched_loss", "FreeTrace", "Tracker", "HessianOperator", "GaussNewtonOperator", "FisherOperator",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_measures_state_cost_and_errors_and_operators_their_source(name):
+    doc = inspect.getdoc(getattr(flatmin, name)) or ""
+    for section in ("Args:", "Cost:", "Raises:", *(["Source:"] if name.endswith("Operator") else [])):
+        assert section in doc, f"{name} does not say {section}"
+
+
 def test_docstring_examples():
     import doctest
 

@@ -117,3 +117,7 @@ def test_the_closed_form_is_what_nso_does():
 def test_outside_its_range_it_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         problems.hard_quadratic(**options)
+
+
+def test_the_best_step_without_noise():
+    assert problems.best_step(10, smoothness=4.0, gap=1.0, noise_var=0.0) == 0.25

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from flatmin.bounds.result import Bound, check_at_least_zero, check_common
-from flatmin.checks import check_whole
+from flatmin.checks import check_number, check_whole
 
 NOISY = "these weights with noise of standard deviation {sigma:.4g}"
 GAUSSIAN = (
@@ -208,7 +208,22 @@ def gaussian_divergence(distance: float, sigma: float, num_params: int, prior_si
 
 
 def inverse_kl(q: float, budget: float) -> float:
-    """The largest p with kl(q, p) = q log(q / p) + (1 - q) log((1 - q) / (1 - p)) <= budget."""
+    """The largest p with kl(q, p) = q log(q / p) + (1 - q) log((1 - q) / (1 - p)) <= budget.
+
+    Args:
+        q: the chance of one coin, in [0, 1].
+        budget: of the divergence between it and the other, in nats.
+
+    Returns:
+        p, in [q, 1]; q itself where the budget is not positive. Found to 1e-12 in log(1 - p).
+
+    Raises:
+        ValueError: for q outside [0, 1].
+
+    Source: Langford, Caruana 2001.
+    """
+    if not 0 <= check_number("q", q) <= 1:
+        raise ValueError(f"q must be in [0, 1], got {q}.")
     if q >= 1 or budget <= 0:
         return q
     if q == 0:

@@ -148,6 +148,9 @@ def model_function(objective: Objective) -> tuple[Callable[[Tensor], Tensor], Te
     Returns:
         f and w, (num_params,), with f(w) the loss. Several times differentiable.
 
+    Cost: about three gradients of the data to make sure that f is the loss; a call of f is one forward pass. Memory:
+    the graphs of all batches at once, for f sums them up.
+
     Raises:
         ValueError: if a parameter is not float64, the objective is over several processes, or the model does not look
             its parameters up when it is called.

@@ -18,10 +18,11 @@ from scipy.special import stdtr
 
 from flatmin.curvature.report import FlatnessReport
 from flatmin.curvature.results import Estimate
-from flatmin.curvature.tracker import TrackPoint
+from flatmin.curvature.tracker import Tracker, TrackPoint
 
 CLOSE = 0.02  # relative difference of losses that counts as none
 Measured = FlatnessReport | TrackPoint
+Curve = Tracker | Measured | Sequence[Measured]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +59,11 @@ class MatchedComparison:
         )
 
 
-def compare_at_matched_loss(
-    first: Measured | Sequence[Measured], second: Measured | Sequence[Measured], *, loss: float | None = None
-) -> MatchedComparison:
+def compare_at_matched_loss(first: Curve, second: Curve, *, loss: float | None = None) -> MatchedComparison:
     """Compares the Hessian traces of two models at the same loss on the same data.
 
     Args:
-        first: reports of `measure`, or points of a `Tracker`, along the training of one model, in its order; or a
+        first: a `Tracker`, its points, or reports of `measure`, along the training of one model, in its order; or a
             single one.
         second: the same for the other model.
         loss: where to compare; the lowest loss that both have reached if not given.
@@ -72,12 +71,14 @@ def compare_at_matched_loss(
     Returns:
         MatchedComparison; `print` it.
 
+    Cost: none: the measurements are there.
+
     Raises:
         ValueError: if the losses of the two never meet (or that loss is outside), or a trace there is not positive, or
             has no error.
 
     Example:
-        flatmin.compare_at_matched_loss(sgd_tracker.points, nso_tracker.points)
+        flatmin.compare_at_matched_loss(sgd_tracker, nso_tracker)
     """
     curves = [_curve(first), _curve(second)]
     wanted = max(min(point.loss for point in curve) for curve in curves) if loss is None else loss
@@ -132,9 +133,9 @@ def _freedom(parts: list[tuple[float, float]]) -> float:
     return sum(share for share, _ in shares) ** 2 / sum(share**2 / freedom for share, freedom in shares)
 
 
-def _curve(measured: Measured | Sequence[Measured]) -> list[_Point]:
+def _curve(measured: Curve) -> list[_Point]:
     """Loss and trace of each, in the order of training."""
-    measured = getattr(measured, "points", measured)  # of a Tracker
+    measured = measured.points if isinstance(measured, Tracker) else measured
     items: Sequence[Any] = measured if isinstance(measured, Sequence) else [measured]
     if not items:
         raise ValueError("there are no measurements to compare.")

@@ -196,7 +196,9 @@ class HessianOperator(Operator):
     gradients. Memory: the graph of one batch, and the graphs kept.
 
     Raises:
-        ValueError: an unknown or impossible way, or a product that is not finite.
+        ValueError: a model in place of the Objective, an unknown or impossible way, or a product that is not finite.
+
+    Source: Pearlmutter 1994 for products by a second differentiation.
 
     Example:
         operator = HessianOperator(objective)

@@ -107,11 +107,14 @@ class TraceResult(Measurement):
 
 @dataclass(frozen=True, kw_only=True)
 class EigenResult(Measurement):
-    """Extreme eigenvalues of the Hessian; `value` is the first of them and `stderr` its residual bound.
+    """Extreme eigenvalues of the Hessian, or of the operator that was given (`method` says of which matrix).
+
+    `value` is the first of them and `stderr` its residual bound.
 
     Attributes:
         values: eigenvalues, the wanted end first.
-        residuals: |H v - value v| for each, |v| = 1, with a bound of rounding: an eigenvalue lies within this distance.
+        residuals: |A v - value v| for each, A the matrix and |v| = 1, with a bound of rounding: an eigenvalue lies
+            within this distance.
         errors: an estimate of each value's error, about residual^2 / gap, with a bound of rounding: by how much one
             more product would move it (see `Lanczos.ahead`). Not a bound: an eigenvalue that was not seen is not in it.
         converged: whether every residual is small beside its value and beside the spread of the spectrum, and falling,
@@ -142,7 +145,7 @@ class EigenResult(Measurement):
         ax = need("matplotlib.pyplot", "lab").subplots()[1] if ax is None else ax
         ax.errorbar(range(1, len(self.values) + 1), self.values, yerr=self.residuals, fmt="o", capsize=3)
         ax.set_xlabel("rank")
-        ax.set_ylabel("eigenvalue of the Hessian")
+        ax.set_ylabel("eigenvalue")
         return ax
 
 

@@ -218,6 +218,9 @@ class FreeTrace:
         sigma: of the noise.
         window: samples that are averaged, the latest ones.
 
+    Cost: no gradient; one forward pass for a sample whose `clean` loss the step does not have, and the synchronisation
+    that reading a loss off a device takes. Memory: `window` numbers.
+
     Raises:
         ValueError: sigma that is not positive, or window < 2.
 

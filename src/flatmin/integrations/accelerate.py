@@ -40,8 +40,10 @@ def probes(accelerator: Any, optimizer: Any, *, share: float | None = None) -> I
         share: to perturb each micro-batch by itself, see `FlatOptimizer.probes`. `accelerator.backward` divides the
             loss by `gradient_accumulation_steps`: leave that at 1 then.
 
+    Yields: a `Probe` for each evaluation, with the weights displaced until the next one is asked for.
+
     Raises:
-        ValueError: if the optimizer is not one of flatmin's.
+        ValueError: if the optimizer is not one of flatmin's, and whatever `FlatOptimizer.probes` raises.
     """
     flat = flat_optimizer(optimizer, "probes(accelerator, optimizer)")
     return flat.probes(accelerator.scaler, share=share, rescale=True)

@@ -97,7 +97,11 @@ class Host(Migration, Optimizer):
         self._fill_groups()
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's `state_dict`, with radius, step count and seed in its groups. No weight copies."""
+        """The base optimizer's `state_dict`, with radius, step count and seed in its groups.
+
+        What a method remembers from step to step (a mean gradient, an eigenvector: see its class) is in `state` beside
+        the base's own, one tensor for each parameter. No weight copies.
+        """
         return self.base.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

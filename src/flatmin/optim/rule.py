@@ -78,6 +78,10 @@ class Probe:
 
         Returns:
             The same, with the samples of this probe only. One argument comes back as it is, several as a tuple.
+
+        Raises:
+            ValueError: where a part is asked for, if there is no tensor to count samples by, or the batch is too small
+                to be split.
         """
         if self.part is not None:
             self._used = True
@@ -85,7 +89,11 @@ class Probe:
         return batch[0] if len(batch) == 1 else batch
 
     def mean(self, losses: Tensor) -> Tensor:
-        """The mean of per-sample losses (n,) over the samples that this probe is about: all of them for most rules."""
+        """The mean of per-sample losses (n,) over the samples that this probe is about: all of them for most rules.
+
+        Raises:
+            ValueError: for losses that are not one for each sample, of a rule that chooses samples by them.
+        """
         if self.choose is not None:
             self._used = True
             if losses.ndim != 1:

@@ -20,6 +20,8 @@ class Problem:
         hessian: x (dim,) -> (dim, dim).
         smoothed: (x, sigma) -> E f(x + u), u ~ N(0, sigma^2 I).
         start: where an optimizer begins, (dim,), float64.
+
+    Cost: a call of each evaluates its closed form: no gradient of `value` is taken.
     """
 
     name: str
@@ -61,7 +63,13 @@ class Point(nn.Module):
 
 
 def quadratic(a: Tensor, b: Tensor | None = None, name: str = "quadratic") -> Problem:
-    """f(x) = x^T A x / 2 + b^T x with A symmetric (dim, dim); the Hessian is A everywhere."""
+    """f(x) = x^T A x / 2 + b^T x; the Hessian is A everywhere. Smoothed: f + sigma^2 tr(A) / 2.
+
+    Args:
+        a: A, (dim, dim), symmetric (which is not checked).
+        b: (dim,); zero if not given.
+        name: of the problem.
+    """
     b = torch.zeros_like(a[0]) if b is None else b
     dim = a.shape[0]
 
@@ -79,13 +87,25 @@ def quadratic(a: Tensor, b: Tensor | None = None, name: str = "quadratic") -> Pr
 
 
 def ill_conditioned(dim: int = 8, condition: float = 1e4, seed: int = 0) -> Problem:
-    """A quadratic x^T A x / 2 in a random basis; its eigenvalues fall geometrically from 1 to 1 / condition."""
+    """A quadratic x^T A x / 2 in a random basis; its eigenvalues fall geometrically from 1 to 1 / condition.
+
+    Args:
+        dim: the number of variables.
+        condition: largest eigenvalue over the smallest.
+        seed: of the basis.
+    """
     eigenvalues = torch.logspace(0, -1, dim, base=condition, dtype=torch.float64)
     return quadratic(_rotated(eigenvalues, seed), name="ill-conditioned quadratic")
 
 
 def rank_deficient(dim: int = 8, rank: int = 3, seed: int = 0) -> Problem:
-    """A quadratic x^T A x / 2 with eigenvalues rank, ..., 2, 1 and dim - rank zeros: a flat manifold of minima."""
+    """A quadratic x^T A x / 2 with eigenvalues rank, ..., 2, 1 and dim - rank zeros: a flat manifold of minima.
+
+    Args:
+        dim: the number of variables.
+        rank: the number of directions across the minima.
+        seed: of the basis.
+    """
     eigenvalues = torch.zeros(dim, dtype=torch.float64)
     eigenvalues[:rank] = torch.arange(rank, 0, -1)
     return quadratic(_rotated(eigenvalues, seed), name="rank-deficient quadratic")
@@ -108,6 +128,9 @@ def cubic(m: float = 0.3) -> Problem:
 
     Smoothed: f + sigma^2 (1 + m x) / 2, minimal at (sqrt(1 - m^2 sigma^2) - 1) / m, on the flatter side. Below -2 / m
     the function falls without end, so keep to the basin of 0.
+
+    Args:
+        m: the change of the Hessian, not 0.
     """
 
     def value(x: Tensor) -> Tensor:
@@ -128,6 +151,8 @@ def hyperbola() -> Problem:
 
     Smoothed: f + sigma^2 (x^2 + y^2) + sigma^4, minimal on x = y with x^2 = 1 - sigma^2. The start (4, 1/4) is a
     sharp minimum: trace 32.125.
+
+    Source: a flat manifold of minima as in Ahn, Jadbabaie, Sra 2024.
     """
 
     def gradient(x: Tensor) -> Tensor:

@@ -33,6 +33,9 @@ def rate_bound(
         noise_var: s^2 = E|stochastic gradient - gradient|^2.
         perturbation: H = E|U|^2; d sigma^2 for Gaussian noise.
 
+    Returns:
+        the bound, in the units of a squared gradient.
+
     Source: Zhang, Li, Ju 2024, arXiv:2306.08553, theorem on the rate (its constants as recalled; the proof is the
     standard one for SGD on a C-smooth function with gradient variance (s^2 + C^2 H) / k).
     """
@@ -43,8 +46,13 @@ def rate_bound(
 def best_step(
     num_steps: int, k: int = 1, *, smoothness: float, gap: float, noise_var: float, perturbation: float = 0.0
 ) -> float:
-    """min(1 / C, sqrt(2 D^2 k / (C T (s^2 + C^2 H)))): the constant step that gives `rate_bound`."""
+    """min(1 / C, sqrt(2 D^2 k / (C T (s^2 + C^2 H)))): the constant step that gives `rate_bound`.
+
+    Without any noise it is 1 / C. The arguments, and the source, are those of `rate_bound`.
+    """
     variance = noise_var + smoothness**2 * perturbation
+    if variance == 0:
+        return 1 / smoothness
     return min(1 / smoothness, math.sqrt(2 * gap * k / (smoothness * num_steps * variance)))
 
 

@@ -51,6 +51,14 @@ def matrix_sensing(dim: int = 30, rank: int = 2, num_measurements: int | None = 
 
         f + 1/(4m) sum_i [4 s^2 |A_i U|^2 + 2 r_i d s^2 a_i + d^2 s^4 a_i^2 + 2 d s^4 |A_i|^2],    s = sigma
 
+    Args:
+        dim: d.
+        rank: r, of X.
+        num_measurements: m; d (d + 1) / 4, rounded down, if not given.
+        seed: of X, the measurements and the start.
+
+    Memory: 2 m d^2 numbers in float64, for the measurements and as many fresh ones.
+
     Source: the setting of the NSO paper's experiment (d = 100, r = 5, m = 2500, learning rate 0.0025, sigma 0.08).
     """
     generator = torch.Generator().manual_seed(seed)
