@@ -62,7 +62,7 @@ def test_vectors_that_are_none():
 def test_a_start_may_lack_entries_which_are_zero():
     model, x, y = make("tanh")
     objective = flatmin.Objective(model, criterion, [(x, y)])
-    first, *others = objective.gradient().tensors
+    first, *others = objective.gradient().present
     zeros = [torch.zeros_like(t) for t in others]
     with_zeros, without = (
         flatmin.top_eigenvalues(objective, start=flatmin.Vector([first, *rest]))

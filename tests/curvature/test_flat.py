@@ -96,7 +96,7 @@ class Slope(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, v):
+    def backward(ctx, v):  # type: ignore[override]
         x, u = ctx.saved_tensors
         return 12 * x**2 * u * v, 4 * x**3 * v
 
@@ -110,7 +110,7 @@ class Quartic(torch.autograd.Function):
         return x**4
 
     @staticmethod
-    def backward(ctx, u):
+    def backward(ctx, u):  # type: ignore[override]
         return Slope.apply(*ctx.saved_tensors, u)
 
 

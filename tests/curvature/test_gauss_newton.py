@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import flatmin
 from flatmin.curvature import gauss_newton as module
-from flatmin.curvature.gauss_newton import ClassVectors, exact_trace, inspect
+from flatmin.curvature.gauss_newton import ClassVectors, exact_trace, split_of
 from flatmin.vectors import Vector
 from tests.curvature.nets import NETS, criterion, dense_gauss_newton, dense_hessian, make
 
@@ -156,7 +156,7 @@ def test_exact_for_every_parameter(layers):
     model, x, y = build(layers)
     objective = flatmin.Objective(model, criterion, [(x[:4], y[:4]), (x[4:], y[4:])])
     truth = dense_gauss_newton(model, lambda: model(x), lambda z: criterion(z, y))
-    split = inspect(objective)
+    split = split_of(objective)
     assert split.exact, split.reason
     torch.testing.assert_close(exact_trace(objective, split), traces_by_param(model, truth), rtol=1e-10, atol=1e-12)
 
@@ -165,14 +165,14 @@ def test_a_first_batch_of_one_sample_does_not_say_where_the_samples_are():
     model, x, y = build("tokens")  # inside the encoder layer they come second
     objective = flatmin.Objective(model, criterion, [(x[:1], y[:1]), (x[1:], y[1:])])
     truth = dense_gauss_newton(model, lambda: model(x), lambda z: criterion(z, y))
-    traces = exact_trace(objective, inspect(objective))
+    traces = exact_trace(objective, split_of(objective))
     torch.testing.assert_close(traces, traces_by_param(model, truth), rtol=1e-10, atol=1e-12)
 
 
 def test_a_trace_that_is_not_finite_is_refused():
     model, x, y = net(nn.Linear(4, 3), nn.Softplus()), torch.randn(6, 4), torch.zeros(6, dtype=torch.long)
     objective = flatmin.Objective(model, lambda z, y: F.mse_loss(z, F.one_hot(y, 3).float()), [(x, y)])
-    split = inspect(objective)
+    split = split_of(objective)
     with torch.no_grad():
         x[0] = 1e30  # its gradient overflows when it is squared
         model.get_parameter("0.weight").zero_()
@@ -219,7 +219,7 @@ def test_exact_for_losses_of_many_kinds(loss):
     objective = flatmin.Objective(model, LOSSES[loss], [(x, y)])
     scale = len(x) if loss == "sum" else 1
     truth = dense_gauss_newton(model, lambda: model(x), lambda z: LOSSES[loss](z, y) / scale)
-    traces = exact_trace(objective, inspect(objective))
+    traces = exact_trace(objective, split_of(objective))
     torch.testing.assert_close(traces, traces_by_param(model, truth), rtol=1e-10, atol=1e-12)
 
 
@@ -228,7 +228,7 @@ def test_a_criterion_that_takes_probabilities_only():
     model, loss = net(model, nn.Sigmoid()), lambda z, y: F.binary_cross_entropy(z, F.one_hot(y, 3).double())
     objective = flatmin.Objective(model, loss, [(x, y)])
     truth = dense_gauss_newton(model, lambda: model(x), lambda z: loss(z, y)).trace()
-    assert float(exact_trace(objective, inspect(objective)).sum()) == pytest.approx(float(truth), rel=1e-10)
+    assert float(exact_trace(objective, split_of(objective)).sum()) == pytest.approx(float(truth), rel=1e-10)
 
 
 def test_a_confident_prediction_does_not_spoil_the_factors():
@@ -237,7 +237,7 @@ def test_a_confident_prediction_does_not_spoil_the_factors():
         model.get_parameter("4.weight").mul_(30.0)  # probabilities of nearly 0 and 1
     objective = flatmin.Objective(model, criterion, [(x, y)])
     truth = dense_gauss_newton(model, lambda: model(x), lambda z: criterion(z, y)).trace()
-    assert float(exact_trace(objective, inspect(objective)).sum()) == pytest.approx(float(truth), rel=1e-8, abs=0)
+    assert float(exact_trace(objective, split_of(objective)).sum()) == pytest.approx(float(truth), rel=1e-8, abs=0)
 
 
 PIECEWISE = {
@@ -291,13 +291,13 @@ def test_nets_whose_trace_is_that_of_gauss_newton_are_recognised(kind):
     hessian = dense_hessian(model, lambda: criterion(model(x), y))
     gauss_newton = dense_gauss_newton(model, lambda: model(x), lambda z: criterion(z, y))
     equal = math.isclose(float(hessian.trace()), float(gauss_newton.trace()), rel_tol=1e-9)
-    assert inspect(flatmin.Objective(model, criterion, [(x, y)])).piecewise_linear == equal
+    assert split_of(flatmin.Objective(model, criterion, [(x, y)])).piecewise_linear == equal
 
 
 def test_what_the_recorded_operations_claim_is_verified(monkeypatch):
     monkeypatch.setattr(module, "curved", lambda *_: set())
     model, x, y = make("tanh")
-    split = inspect(flatmin.Objective(model, criterion, [(x, y)]))
+    split = split_of(flatmin.Objective(model, criterion, [(x, y)]))
     assert not split.piecewise_linear
     assert set(split.curved) <= {"0.weight", "0.bias", "2.weight", "2.bias"}
 
@@ -312,7 +312,7 @@ def test_random_class_vectors_are_unbiased_for_every_parameter(loss, norms):
     model, x, y = build("batch norm")
     objective = flatmin.Objective(model, loss, [(x[:4], y[:4]), (x[4:], y[4:])])
     truth = traces_by_param(model, dense_gauss_newton(model, lambda: model(x), lambda z: loss(z, y)))
-    split = inspect(objective)
+    split = split_of(objective)
     if not norms:
         split = module.Split(num_vectors=0, kind=split.kind, layouts=None, reason="none", curved=(), checked=())
     found = draws(objective, split)
@@ -352,7 +352,7 @@ class Mixing(nn.Module):
 )
 def test_what_cannot_be_exact_says_why(model, reason):
     objective = flatmin.Objective(model, criterion, [(torch.randn(6, 5), torch.randint(3, (6,)))])
-    split = inspect(objective)
+    split = split_of(objective)
     assert not split.exact
     assert reason in split.reason
 
@@ -361,7 +361,7 @@ def test_what_cannot_be_exact_says_why(model, reason):
 def test_single_precision(name):
     model, x, y = make(name)
     objective = flatmin.Objective(model, criterion, [(x, y)])
-    truth = float(exact_trace(objective, inspect(objective)).sum())
+    truth = float(exact_trace(objective, split_of(objective)).sum())
     x = x.float() if x.is_floating_point() else x
     single = flatmin.Objective(model.float(), criterion, [(x, y)])
-    assert float(exact_trace(single, inspect(single)).sum()) == pytest.approx(truth, rel=1e-5)
+    assert float(exact_trace(single, split_of(single)).sum()) == pytest.approx(truth, rel=1e-5)

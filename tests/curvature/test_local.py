@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import flatmin
 from flatmin.curvature import uses
-from flatmin.curvature.gauss_newton import inspect
+from flatmin.curvature.gauss_newton import split_of
 from flatmin.curvature.local import LocalProbes, LocalResidual, why_not
 from flatmin.curvature.operators import ResidualOperator
 from flatmin.curvature.persample import PerSample
@@ -22,7 +22,7 @@ DRAWS = 200
 
 
 def local(objective, seed=0, graph_memory=2**31):
-    way, split = choose_way(objective), inspect(objective)
+    way, split = choose_way(objective), split_of(objective)
     assert why_not(objective, way, split.layouts, seed) == ""
     return LocalProbes(LocalResidual(objective, way, split.layouts, graph_memory=graph_memory), seed)
 
@@ -103,7 +103,7 @@ def test_every_sample_has_a_probe_of_its_own():
         data = [(x[:1].repeat(times, 1), y[:1].repeat(times))]
         first = flatmin.Objective(model, criterion, [(x[:2], y[:2])])  # layouts cannot be found from one sample
         objective = flatmin.Objective(model, criterion, data)
-        rest = LocalResidual(objective, choose_way(objective), inspect(first).layouts)
+        rest = LocalResidual(objective, choose_way(objective), split_of(first).layouts)
         spread.append(float(LocalProbes(rest, 0).draw(0, 200).sum(1).std()))
     assert spread[1] == pytest.approx(spread[0] / math.sqrt(8), rel=0.25)
 
@@ -139,7 +139,7 @@ class Iterated(nn.Module):
 def test_a_parameter_that_enters_twice_is_left_to_products():
     model, x, y = build("tied")
     objective = flatmin.Objective(model, criterion, [(x, y)])
-    assert why_not(objective, choose_way(objective), inspect(objective).layouts, 0) == (
+    assert why_not(objective, choose_way(objective), split_of(objective).layouts, 0) == (
         "a parameter enters several operations"
     )
     method = flatmin.trace(objective, method="gauss-newton", max_products=8).method
@@ -167,7 +167,7 @@ def test_the_trial_sees_a_change_that_is_wrong(use, monkeypatch):
     model, x, y = nn.Sequential(nn.Linear(5, 1), nn.Tanh(), nn.Linear(1, 3)), torch.randn(8, 5), torch.arange(8) % 3
     names = ["0.weight"] if use is LinearUse else ["0.bias"]
     objective = flatmin.Objective(model, criterion, [(x, y)], params=names)
-    way, layouts = choose_way(objective), inspect(objective).layouts
+    way, layouts = choose_way(objective), split_of(objective).layouts
     assert why_not(objective, way, layouts, 0) == ""
     right = use.changes
     monkeypatch.setattr(use, "changes", lambda self, v, like: 1.001 * right(self, v, like))

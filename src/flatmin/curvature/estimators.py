@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from flatmin.curvature.gauss_newton import ClassVectors, Split, exact_trace, inspect
+from flatmin.curvature.gauss_newton import ClassVectors, Split, exact_trace, split_of
 from flatmin.curvature.graph import first_line
 from flatmin.curvature.local import LocalProbes, LocalResidual, why_not
 from flatmin.curvature.lowrank import fits, hutch_plus_plus, xtrace
@@ -121,7 +121,7 @@ class Work:
         The split goes first if tr G costs no more than a pilot; the other is tried only if much is left to do, and not
         if there are local probes of H - G.
         """
-        split, why = self._inspect()
+        split, why = self._try_split()
         try:
             if split is not None and split.piecewise_linear:
                 return self.split(split)
@@ -225,12 +225,12 @@ class Work:
             num_gradients=len(samples) * pilot.cost + pilot.entry,
         )
 
-    def _inspect(self) -> tuple[Split | None, str]:
+    def _try_split(self) -> tuple[Split | None, str]:
         """What the split can do here, or `None` and why not."""
         if self._objective.group is not None:
             return None, "over several processes"
         try:
-            return inspect(self._objective, seed=self._seed), ""
+            return split_of(self._objective, seed=self._seed), ""
         except torch.OutOfMemoryError:
             raise
         except (ValueError, *NOT_DIFFERENTIABLE) as error:

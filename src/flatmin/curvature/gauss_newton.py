@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from flatmin.curvature.differences import dots
-from flatmin.curvature.graph import check_whole, curved
+from flatmin.curvature.graph import check_not_reentrant, curved
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.outputs import MAX_OUTPUTS, Kind, OutputLoss
 from flatmin.curvature.persample import PerSample
@@ -70,7 +70,7 @@ class Split:
         return (1 + 2 * (self.num_vectors + 1)) / 3 if self.exact else math.inf
 
 
-def inspect(objective: Objective, *, seed: int = 0) -> Split:
+def split_of(objective: Objective, *, seed: int = 0) -> Split:
     """What can be done for this objective, from its first batch.
 
     Cost: about one and a half gradients of the first batch, and up to four more if all looks piecewise linear.
@@ -81,7 +81,7 @@ def inspect(objective: Objective, *, seed: int = 0) -> Split:
     with objective.quiet(), torch.enable_grad():
         batch = next(iter(objective.batches()))
         loss = OutputLoss.of(objective, batch)
-        check_whole([loss.outputs])
+        check_not_reentrant([loss.outputs])
         bent = curved(loss.outputs, objective.params)
         layouts, reason, number = None, "", 0
         if not loss.rows:

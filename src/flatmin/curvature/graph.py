@@ -50,7 +50,7 @@ def nodes(results: Iterable[Tensor]) -> Iterator[Node]:
                 waiting.append(child)
 
 
-def check_whole(results: Iterable[Tensor]) -> None:
+def check_not_reentrant(results: Iterable[Tensor]) -> None:
     """Raises a ValueError where parameters are hidden: reentrant checkpointing does not show what is inside."""
     if any(getattr(node, "_forward_cls", None) is CheckpointFunction for node in nodes(results)):
         raise ValueError(

@@ -15,7 +15,7 @@ from flatmin.curvature.arguments import check_model, choose_parameters, loss_of,
 from flatmin.curvature.arithmetic import listening, one_path, rounding_of
 from flatmin.curvature.batches import NO_BATCHES, Batch, SampleCount, check_data, forward_pair, generators, pair
 from flatmin.curvature.members import Members
-from flatmin.curvature.sharded import NOT_POSSIBLE, Together, gradients
+from flatmin.curvature.sharded import NOT_POSSIBLE, Holders, gradients
 from flatmin.distributed import reshard
 from flatmin.place import Place, displaced, warn_if_away
 from flatmin.quiet import undisturbed
@@ -82,10 +82,10 @@ class Objective:
         self._forward = forward or forward_pair
         reshard(self.model)
         chosen = choose_parameters(self.model, params)
-        self._together = Together(self.model, chosen, group) if any_sharded(chosen.values()) else None
+        self._holders = Holders(self.model, chosen, group) if any_sharded(chosen.values()) else None
         self.names: tuple[str, ...] = tuple(chosen)
         self.params: tuple[Tensor, ...] = tuple(chosen.values())
-        group = group if self._together is None else self._together.group
+        group = group if self._holders is None else self._holders.group
         self.members = Members(group, self.params[0].device, joint=self.sharded)
         self.members.check_share(self.data)
         self._num_samples: int | None = None
@@ -117,7 +117,7 @@ class Objective:
     @property
     def sharded(self) -> bool:
         """Whether every process holds a part of each parameter only (FSDP2)."""
-        return self._together is not None
+        return self._holders is not None
 
     def refuse_sharded(self, what: str) -> None:
         """Raises a `ValueError` that says what to do instead of `what`, if the parameters are sharded."""
@@ -159,7 +159,7 @@ class Objective:
             yield place
 
     def _undisturbed_shards(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._together is None else self._together.quiet()
+        return nullcontext() if self._holders is None else self._holders.quiet()
 
     def forward(self, content: Any) -> tuple[Any, Any]:
         """Outputs and targets of what the data yields."""
@@ -172,7 +172,7 @@ class Objective:
     def batches(self) -> Iterator[Batch]:
         """The batches, not yet evaluated; whoever iterates evaluates each of them."""
         count = 0
-        for batch in self._own_batches() if self._together is None else self._together.batches(self):
+        for batch in self._own_batches() if self._holders is None else self._holders.batches(self):
             yield batch
             count += batch.size
         if count == 0:

@@ -33,7 +33,7 @@ from flatmin.curvature.differences import (
     lengths,
     relative_difference,
 )
-from flatmin.curvature.graph import check_differentiable, check_whole, first_line
+from flatmin.curvature.graph import check_differentiable, check_not_reentrant, first_line
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.pairing import Pairing
 from flatmin.curvature.swapped import Swapped, worthwhile
@@ -190,7 +190,7 @@ def choose_way(objective: Objective, products: str = "auto", *, seed: int = 0) -
     reason = ""
     with objective.quiet(), torch.enable_grad():
         loss = [next(iter(objective.batches())).evaluate().loss]
-        check_whole(loss)
+        check_not_reentrant(loss)
         swaps = worthwhile(loss)
         del loss
     if objective.sharded:

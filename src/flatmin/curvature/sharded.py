@@ -67,7 +67,7 @@ def gradients(loss: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return found
 
 
-class Together:
+class Holders:
     """The processes that hold the shards of a model, as they measure it.
 
     Args:
@@ -155,10 +155,10 @@ class JointBatch(Batch):
     """One batch of each process. `loss` is the mean over all of them; outputs and targets are this process's own."""
 
     def __init__(
-        self, objective: Objective, content: Any, samples: SampleCount, together: Together, *, idle: bool = False
+        self, objective: Objective, content: Any, samples: SampleCount, holders: Holders, *, idle: bool = False
     ):
         super().__init__(objective, content, samples)
-        self._together, self._idle = together, idle
+        self._holders, self._idle = holders, idle
         self._count: int | None = None
 
     @property
@@ -170,7 +170,7 @@ class JointBatch(Batch):
     def evaluate(self) -> Evaluated:
         """A forward pass by all processes, with its graph if gradients are enabled."""
         here = super().evaluate()
-        loss, self._count = self._together.mean(here.loss, 0 if self._idle else super().size)
+        loss, self._count = self._holders.mean(here.loss, 0 if self._idle else super().size)
         return Evaluated(self._objective.check_loss(loss, self._count), here.outputs, here.targets)
 
 

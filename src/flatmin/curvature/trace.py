@@ -17,7 +17,7 @@ import numpy as np
 
 from flatmin.curvature.arguments import of_objective
 from flatmin.curvature.estimators import Found, Work
-from flatmin.curvature.gauss_newton import Split, inspect
+from flatmin.curvature.gauss_newton import Split, split_of
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import GRAPH_MEMORY
 from flatmin.curvature.probes import Budget, stderr
@@ -87,7 +87,7 @@ def trace(
     if method == "hutchinson":
         found = work.hutchinson()
     elif method == "gauss-newton":
-        found = _split(work, inspect(objective, seed=seed))
+        found = _split(work, split_of(objective, seed=seed))
     elif method == "auto":
         found = work.auto()
     else:

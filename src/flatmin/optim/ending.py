@@ -32,7 +32,7 @@ from flatmin.radii import Radii
 from flatmin.shards import local
 from flatmin.vectors import Vector
 
-ELSEWHERE = "loss of another process"
+OF_ANOTHER_PROCESS = "loss of another process"
 
 
 class Ending(Tools):
@@ -150,7 +150,7 @@ class Ending(Tools):
     def _not_finite(self, losses: Losses) -> str:
         """What is not finite, "" if nothing, on this process or another."""
         culprit = self._not_finite_here(losses)
-        return culprit or ELSEWHERE if self.ranks.agree(bool(culprit)) else ""
+        return culprit or OF_ANOTHER_PROCESS if self.ranks.agree(bool(culprit)) else ""
 
     def _not_finite_here(self, losses: Losses) -> str:
         """What is not finite, "" if nothing: one synchronisation for the norm of the direction and the losses.

@@ -22,7 +22,7 @@ SET_RADIUS = (
 THE_BASE = "{name} has no {call}: the wrapped optimizer is opt.base, and opt.param_groups are its groups."
 
 # davda54/sam and pytorch_optimizer; SamsungLabs/ASAM; the published code of NSO; juntang-zhuang/GSAM
-ELSEWHERE = {
+NAMES_OF_OTHERS = {
     **dict.fromkeys(("first_step", "second_step"), ONE_LOOP),
     **dict.fromkeys(("ascent_step", "descent_step"), ONE_LOOP),
     **dict.fromkeys(("store_gradients", "perturb_weights", "set_closure"), ONE_LOOP),
@@ -82,7 +82,7 @@ class Migration:
         return super().__new__(cls)
 
     def __dir__(self) -> list[str]:
-        return [name for name in super().__dir__() if name not in ELSEWHERE]
+        return [name for name in super().__dir__() if name not in NAMES_OF_OTHERS]
 
 
 class NotHere:
@@ -101,7 +101,7 @@ class NotHere:
         raise AttributeError(answer, name=self._name, obj=instance)
 
 
-for _name, _answer in ELSEWHERE.items():
+for _name, _answer in NAMES_OF_OTHERS.items():
     setattr(Migration, _name, NotHere(_name, _answer))
 
 
