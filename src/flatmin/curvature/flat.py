@@ -33,7 +33,7 @@ from flatmin.curvature.operators import HessianOperator
 from flatmin.curvature.probes import stderr
 from flatmin.curvature.products import NOT_DIFFERENTIABLE, differentiable_twice
 from flatmin.curvature.results import Estimate
-from flatmin.curvature.space import flatten
+from flatmin.curvature.space import flatten, shaped
 from flatmin.noise import draw_like, mix_seeds
 from flatmin.vectors import Vector
 
@@ -164,12 +164,11 @@ def model_function(objective: Objective) -> tuple[Callable[[Tensor], Tensor], Te
     for name, p in zip(objective.names, objective.params, strict=True):
         if p.dtype != torch.float64:
             raise ValueError(f"{name!r} is {p.dtype}: call model.double() and give data in float64.")
-    weights = torch.cat([p.detach().flatten() for p in objective.params])
-    sizes = [p.numel() for p in objective.params]
+    weights = flatten(Vector(p.detach() for p in objective.params))
     places = [_owners(objective.model, p) for p in objective.params]  # several, where weights are tied
 
     def f(x: Tensor) -> Tensor:
-        parts = [part.view_as(p) for part, p in zip(x.split(sizes), objective.params, strict=True)]
+        parts = shaped(x, objective.params).present
         with differentiable_twice(objective):
             try:
                 _put(places, parts)
@@ -202,9 +201,8 @@ def _put(places: list[list[tuple[nn.Module, str]]], tensors: Sequence[Tensor]) -
 def _agrees_elsewhere(f: Callable[[Tensor], Tensor], objective: Objective, weights: Tensor) -> bool:
     """Whether f is the loss at other weights too: at these its gradient may be zero, right or wrong."""
     move = 0.1 * draw_like(weights, "normal", torch.Generator(weights.device).manual_seed(0))
-    parts = zip(move.split([p.numel() for p in objective.params]), objective.params, strict=True)
     with objective.displaced() as place, torch.no_grad():
-        place.move(Vector([part.view_as(p) for part, p in parts]))
+        place.move(shaped(move, objective.params))
         losses = [(float(loss), n) for loss, n in objective.batch_losses()]
     expected = math.fsum(loss * n for loss, n in losses) / sum(n for _, n in losses)
     return math.isclose(float(f(weights + move)), expected, rel_tol=1e-9)
@@ -229,7 +227,7 @@ def _probe(objective: Objective, seed: int) -> tuple[float, Tensor]:
             form += n * float(value.detach())
             if value.requires_grad:
                 third = torch.autograd.grad(value, params, allow_unused=True, materialize_grads=True)
-                slope += n * torch.cat([t.flatten() for t in third]).double()
+                slope += n * flatten(Vector(third)).double()
     mean_form, mean_slope = objective.mean(
         Vector([torch.tensor(form, dtype=torch.float64, device="cpu"), slope]), count
     ).present

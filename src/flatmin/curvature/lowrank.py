@@ -22,7 +22,7 @@ from torch import Tensor
 
 from flatmin.curvature.operators import Operator
 from flatmin.curvature.probes import Budget, VectorProbes, run
-from flatmin.curvature.space import Space
+from flatmin.curvature.space import Space, flatten, shaped
 from flatmin.noise import draw_like, mix_seeds
 from flatmin.vectors import Vector
 
@@ -56,7 +56,7 @@ class _Basis:
     def __init__(self, operator: Operator, seed: int):
         self._operator, self._params = operator, operator.objective.params
         self._generator = torch.Generator(self._params[0].device).manual_seed(mix_seeds(seed, 3))
-        self.sizes = [p.numel() for p in self._params]
+        self._sizes = [p.numel() for p in self._params]
         like = Space(self._params).like  # fp32 or wider: there is no decomposition in half precision
         self.w = self.y = self.q = self.z = like.new_empty(operator.num_params, 0)
 
@@ -81,23 +81,19 @@ class _Basis:
 
     def project(self, v: list[Tensor]) -> list[Tensor]:
         """P v."""
-        flat = torch.cat([t.flatten().to(self.q.dtype) for t in v])
-        return self.unflatten(flat - self.q @ (self.q.T @ flat))
-
-    def unflatten(self, flat: Tensor) -> list[Tensor]:
-        """A flat vector as one tensor per parameter."""
-        return [t.view_as(p).to(p.dtype) for t, p in zip(flat.split(self.sizes), self._params, strict=True)]
+        flat = flatten(Vector(v)).to(self.q.dtype)
+        return shaped(flat - self.q @ (self.q.T @ flat), self._params).present
 
     def by_param(self, a: Tensor, b: Tensor) -> np.ndarray:
         """The inner product of the columns of `a` and `b` for each parameter: (columns, parameters)."""
-        products = (a * b).double().split(self.sizes)
+        products = (a * b).double().split(self._sizes)
         return torch.stack([part.sum(0) for part in products], 1).cpu().numpy()
 
     def _products(self, columns: Tensor) -> Tensor:
         found = []
         for column in columns.T:
-            product = self._operator.product(Vector(self.unflatten(column.contiguous())))
-            found.append(torch.cat([t.flatten().to(columns.dtype) for t in product.present]))
+            product = self._operator.product(shaped(column.contiguous(), self._params))
+            found.append(flatten(product).to(columns.dtype))
         return torch.stack(found, 1) if found else columns
 
 
