@@ -38,6 +38,14 @@ def flat(vector: Vector, shapes) -> torch.Tensor:
     return torch.cat([t.flatten() for t in parts])
 
 
+def test_the_unit_vector():
+    v = Vector([torch.tensor([3.0, 0.0]), None, torch.tensor(-4.0)]).unit()
+    assert v.support == [0, 2]
+    assert torch.cat([t.flatten() for t in v.present]).tolist() == pytest.approx([0.6, 0.0, -0.8])
+    assert Vector([torch.zeros(3)]).unit().present[0].tolist() == [0.0] * 3
+    assert Radii([0.3, 0.0, 2.0]).ones.values == (1.0, 0.0, 1.0)
+
+
 def test_vectors_of_different_spaces_are_refused():
     short, long = (flatmin.Vector(torch.ones(n) for n in sizes) for sizes in ([2], [2, 3]))
     for act in (lambda: short + long, lambda: short.dot(long), lambda: long.times(short), lambda: long.add_(short)):

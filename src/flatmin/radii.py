@@ -40,6 +40,11 @@ class Radii:
         """Whether anything is moved at all."""
         return any(self.values)
 
+    @property
+    def ones(self) -> Radii:
+        """1 for each parameter that is moved, 0 for the others."""
+        return Radii(float(value > 0) for value in self.values)
+
     def select(self, vector: Vector) -> Vector:
         """The entries of `vector` that these radii move; nothing is copied."""
         assert len(self.values) == len(vector.tensors), f"{len(self.values)} radii for {len(vector)} entries"
@@ -53,7 +58,7 @@ class Radii:
     def along(self, vector: Vector) -> Vector:
         """`r v / |v|`, entry by entry, with one global norm over the moved entries; a zero vector stays zero."""
         moved = self.select(vector)
-        return self._scale(moved, torch.nan_to_num(moved.norm().reciprocal(), nan=0.0, posinf=0.0))
+        return self._scale(moved, moved.inverse_norm())
 
     def ascent(self, vector: Vector, factor: Callable[[Any], Any] = _inverse) -> Step:
         """The displacement `r factor(|v|) v`, which holds `v` and no multiple of it.

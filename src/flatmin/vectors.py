@@ -64,6 +64,7 @@ class Vector:
         v + w, v - w, -v, 2 * v, v / 2      entry by entry; a factor may be a 0-dim tensor, which stays on its device
         v.dot(w)                            sum_i <v_i, w_i> over the entries that both have, a 0-dim tensor
         v.norm()                            sqrt(sum_i |v_i|^2), one norm over all entries, a 0-dim tensor
+        v.unit()                            v / |v|; a zero vector stays zero
         v.times(w)                          v_i w_i, entry by entry
         v.reject(w)                         v - (v.w / w.w) w, the part orthogonal to w
 
@@ -82,8 +83,7 @@ class Vector:
         ValueError: for two vectors with different numbers of entries.
 
     Example:
-        v = flatmin.random_direction(objective)
-        v = v / v.norm()
+        v = flatmin.random_direction(objective).unit()
         curvature_along_v = v.dot(flatmin.HessianOperator(objective).product(v))
     """
 
@@ -218,6 +218,14 @@ class Vector:
         if any_sharded(self.present):
             return total([n.double().square() for n in norms], self.present).sqrt().to(dtype)
         return torch.linalg.vector_norm(stacked(norms))
+
+    def inverse_norm(self) -> Tensor:
+        """1 / |v|, a 0-dim tensor; 0 for a zero vector, which times that stays zero."""
+        return self.norm().reciprocal().nan_to_num(nan=0.0, posinf=0.0)
+
+    def unit(self) -> Vector:
+        """The vector of norm 1 in this direction; a zero vector stays zero."""
+        return self * self.inverse_norm()
 
     def size(self) -> float | Tensor:
         """`norm()`, as a number where that costs nothing (on the CPU), and else as a tensor on its device."""

@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from flatmin.checks import check_choice, check_positive, check_whole
@@ -37,7 +36,7 @@ from flatmin.curvature.lanczos import Lanczos, Rows
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import HessianOperator, Operator
 from flatmin.curvature.results import EigenResult
-from flatmin.curvature.space import Space, filled, flatten, shaped
+from flatmin.curvature.space import NUDGE, Space, filled, flatten, shaped
 from flatmin.noise import mix_seeds
 from flatmin.vectors import Vector
 
@@ -157,13 +156,10 @@ def _start(operator: Operator, start: Vector | str, seed: int) -> Tensor | None:
     else:
         check_vector("start", start, space.params)
         given = flatten(Vector(filled(start, space.params))).to(space.like)
-    size = math.sqrt(space.dot(given, given))
+    size = space.norm(given)
     if not (math.isfinite(size) and size > 0):
         return None
-    generator = torch.Generator(given.device).manual_seed(seed)
-    chance = space.random(generator)
-    share = 1.0 if isinstance(start, str) else 0.01
-    return given / size + share * chance / math.sqrt(space.dot(chance, chance))
+    return space.nudged(given / size, 1.0 if isinstance(start, str) else NUDGE, seed)
 
 
 @dataclass(frozen=True)

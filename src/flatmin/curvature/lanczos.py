@@ -85,7 +85,7 @@ class Lanczos:
         self._diagonal.append(diagonal)
         self._basis.append(q)
         w = self._orthogonal(w)
-        beta = self._size(w)
+        beta = self._space.norm(w)
         self._scale = max(self._scale, abs(diagonal), float(np.abs(self._coupling).max(initial=0.0)))
         if self.size + len(self._deflated) == self._space.dim:
             beta, self.complete = 0.0, True
@@ -135,15 +135,12 @@ class Lanczos:
 
     def _begin(self, start: Tensor) -> Tensor:
         left = self._orthogonal(start)
-        size = self._size(left)
-        return left / size if size > 1e-6 * self._size(start) else self._random()
+        size = self._space.norm(left)
+        return left / size if size > 1e-6 * self._space.norm(start) else self._random()
 
     def _random(self) -> Tensor:
         w = self._orthogonal(self._space.random(self._generator))
-        return w / self._size(w)
-
-    def _size(self, w: Tensor) -> float:
-        return math.sqrt(self._space.dot(w, w))
+        return w / self._space.norm(w)
 
 
 class Rows:

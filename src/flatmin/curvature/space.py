@@ -6,6 +6,7 @@ is local, and an inner product is one all-reduce of one number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from flatmin.noise import draw_like
 from flatmin.shards import any_sharded, local, made_of, summed
 from flatmin.vectors import Vector
+
+NUDGE = 0.01  # share of a random vector in a start that is known from before, so that the search can turn elsewhere
 
 
 class Space:
@@ -44,6 +47,15 @@ class Space:
     def dot(self, a: Tensor, b: Tensor) -> float:
         """Added up in double: in single precision a sum over a million entries loses three more digits."""
         return float(self.summed((a * b).sum(dtype=torch.float64)))
+
+    def norm(self, v: Tensor) -> float:
+        """|v|, from a sum in double."""
+        return math.sqrt(self.dot(v, v))
+
+    def nudged(self, v: Tensor, share: float, seed: int) -> Tensor:
+        """`v + share z / |z|` for a random z, so that a search that begins there can turn elsewhere."""
+        z = self.random(torch.Generator(v.device).manual_seed(seed))
+        return v + share * z / self.norm(z)
 
     def random(self, generator: torch.Generator) -> Tensor:
         """A vector with independent normal entries, which do not depend on the number of processes."""

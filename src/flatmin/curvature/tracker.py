@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from flatmin.checks import check_positive, check_whole
@@ -26,11 +25,9 @@ from flatmin.curvature.operators import HessianOperator
 from flatmin.curvature.probes import VectorProbes, stderr
 from flatmin.curvature.results import Estimate, Measurement, plain
 from flatmin.curvature.sharpness import noise_stability
-from flatmin.curvature.space import Space
+from flatmin.curvature.space import NUDGE, Space
 from flatmin.extras import need
 from flatmin.noise import mix_seeds
-
-NOISE = 0.01  # share of a random vector in the start of the search for lambda_max, so that it can turn elsewhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,10 +185,7 @@ class Tracker:
     def _top(self, seed: int) -> Estimate:
         start = self._vector
         if start is not None:
-            generator = torch.Generator(start.device).manual_seed(seed)
-            space = Space(self._objective.params)
-            chance = space.random(generator)
-            start = start + NOISE * chance / math.sqrt(space.dot(chance, chance))
+            start = Space(self._objective.params).nudged(start, NUDGE, seed)
         lanczos = Lanczos(self._operator.product, self._objective.params, seed=seed, start=start)
         while lanczos.size < self._num_steps and not lanczos.complete:
             lanczos.extend()

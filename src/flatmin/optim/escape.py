@@ -114,7 +114,7 @@ class RSP(_Escape):
 
     def rule(self) -> Rule:
         """See `rsp`."""
-        return rsp(self.radii(), lambda: self.noise("normal", _ones(self.radii())).vector(), self.threshold)
+        return rsp(self.radii(), lambda: self.noise("normal", self.radii().ones).vector(), self.threshold)
 
     @property
     def gradients_per_step(self) -> int:
@@ -189,7 +189,3 @@ class SAP(_Escape):
     def gradients_per_step(self) -> int:
         """Three passes, two of them over one sample."""
         return 3
-
-
-def _ones(radii: Radii) -> Radii:
-    return Radii(float(r > 0) for r in radii.values)

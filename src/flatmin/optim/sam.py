@@ -33,7 +33,7 @@ def asam(rho: Radii, weights: Vector, eta: float, normalize: bool = True) -> Rul
 
 def _adaptive_step(rho: Radii, g: Vector, weights: Vector, eta: float, normalize: bool) -> Step:
     stretched = _stretch(rho.select(g), weights, eta)
-    factor = float(stretched.norm().reciprocal().nan_to_num(nan=0.0, posinf=0.0)) if normalize else 1.0
+    factor = float(stretched.inverse_norm()) if normalize else 1.0
     return rho.ascent(_stretch(stretched, weights, eta), lambda _: factor)
 
 

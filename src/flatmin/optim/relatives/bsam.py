@@ -139,7 +139,7 @@ class BSAM(FlatOptimizer):
     def rule(self) -> Rule:
         """See `bsam`."""
         rho = self.radii()
-        unit = self.noise("normal", Radii(float(r > 0) for r in rho.values)).vector()
+        unit = self.noise("normal", rho.ones).vector()
         return bsam(
             rho,
             self.weights(),

@@ -28,14 +28,14 @@ def eigen_sam(rho: Radii, alpha: float, start: Vector | None, memory) -> Rule:
     g = yield HERE
     v = memory.get("eigenvector")
     if start is not None:
-        v = _unit(rho.select(start if v is None else _filled(v, _unit(start))))
+        v = rho.select(start if v is None else _filled(v, start.unit())).unit()
         for _ in range(NUM_ITERATIONS):
             ahead = yield v * STEP
             behind = yield v * -STEP
-            v = _unit(rho.select(ahead - behind))
+            v = rho.select(ahead - behind).unit()
             del ahead, behind
         memory["eigenvector"] = v
-    u = _unit(rho.select(g))
+    u = rho.select(g).unit()
     if v is not None:
         u = u + v.reject(u) * (u.dot(v).sign() * alpha)
     e = rho * u
@@ -46,10 +46,6 @@ def eigen_sam(rho: Radii, alpha: float, start: Vector | None, memory) -> Rule:
 def _filled(v: Vector, start: Vector) -> Vector:
     pairs = zip(v.tensors, start.tensors, strict=True)
     return Vector(s if t is None or s is None else torch.where(t == 0, s, t) for t, s in pairs)
-
-
-def _unit(v: Vector) -> Vector:
-    return v * v.norm().reciprocal().nan_to_num(nan=0.0, posinf=0.0)
 
 
 @register("eigen-sam", gradients=2.1, paper="Luo et al. 2024, explicit eigenvalue regularization, NeurIPS")
@@ -106,7 +102,7 @@ class EigenSAM(FlatOptimizer):
         rho, start = self.radii(), None
         is_due = self.num_perturbed % self.frequency == 0 and not self.memory.is_found("eigenvector")
         if is_due or self.memory.get("eigenvector") is None:  # a search may have been in a step that was skipped
-            start = self.noise("normal", Radii(float(r > 0) for r in rho.values)).vector()
+            start = self.noise("normal", rho.ones).vector()
         return eigen_sam(rho, self.alpha, start, self.memory)
 
     @property

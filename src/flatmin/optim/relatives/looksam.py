@@ -21,8 +21,7 @@ def looksam(rho: Radii, alpha: float, fresh: bool, memory) -> Rule:
     if not fresh and v is not None:
         return g + v.within(g) * (g.norm() * alpha)  # what has no gradient is not trained: frozen, or unused
     perturbed = yield rho.ascent(g)
-    sideways = perturbed.reject(g)
-    memory["ascent"] = sideways * sideways.norm().reciprocal().nan_to_num(nan=0.0, posinf=0.0)
+    memory["ascent"] = perturbed.reject(g).unit()
     return perturbed
 
 
