@@ -132,11 +132,6 @@ def plain() -> Rule:
     return (yield HERE)
 
 
-def as_probe(request: Probe | Displacement) -> Probe:
-    """A bare displacement is a probe that hands its gradient to the rule."""
-    return request if isinstance(request, Probe) else Probe(request)
-
-
 class Requests:
     """The probes that a rule asks for, and in the end its direction.
 
@@ -164,6 +159,7 @@ class Requests:
     def _ask(self, found: Vector | None) -> Probe | None:
         try:
             request = self._rule.send(found)  # type: ignore[arg-type]
+            # A bare displacement is a probe that hands its gradient to the rule.
             return request if isinstance(request, Probe) else Probe(request)
         except StopIteration as stop:
             self.direction = stop.value
@@ -187,19 +183,16 @@ def drive(rule: Rule, point: Sequence[Tensor], gradient: Callable[[list[Tensor]]
         >>> direction.tensors[0]  # W + W / |W|
         tensor([3.6000, 4.8000])
     """
+    requests, found = Requests(rule), None
     total: Vector | None = None
-    try:
-        probe = as_probe(next(rule))
-        while True:
-            there = [t.clone() for t in point]
-            if (displacement := probe.release()) is not None:
-                displacement.add_to(there)
-            found = gradient(there)
-            if probe.weight is not None:
-                part = found * probe.weight
-                total = part if total is None else total + part
-            probe = as_probe(rule.send(found if probe.weight is None else NOTHING))
-    except StopIteration as stop:
-        direction = stop.value if stop.value is not None else total
+    while (probe := requests.next(found)) is not None:
+        there = [t.clone() for t in point]
+        if (displacement := probe.release()) is not None:
+            displacement.add_to(there)
+        found = gradient(there)
+        if probe.weight is not None:
+            part = found * probe.weight
+            total = part if total is None else total + part
+    direction = total if requests.direction is None else requests.direction
     assert direction is not None, "the rule returned no direction and collected none"
     return direction.direction + direction.drift if isinstance(direction, Update) else direction
