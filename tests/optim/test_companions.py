@@ -19,6 +19,16 @@ def test_the_penalty_and_its_gradient():
     assert penalty.distance() == pytest.approx(13**0.5)
 
 
+def test_the_distance_is_as_exact_as_the_weights():
+    w = nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
+    penalty = flatmin.DistancePenalty([w], strength=0.5)
+    with torch.no_grad():
+        w += 1e-12 * torch.tensor([3.0, 4.0])
+    assert penalty.distance().item() == torch.linalg.vector_norm(w.detach() - torch.tensor([3.0, 4.0])).item()
+    tiny = nn.Parameter(torch.full((4,), 1e-30, dtype=torch.float64))  # its square is nothing in fp32
+    assert flatmin.DistanceProjection([tiny], 1.0, start=[torch.zeros(4)]).distance() == pytest.approx(2e-30)
+
+
 def test_under_two_point_noise_the_penalty_has_its_own_gradient():
     w = nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
     penalty = flatmin.DistancePenalty([w], strength=0.5, start=[torch.zeros(2)])

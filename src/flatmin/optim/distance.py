@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flatmin.checks import check_choice, check_number, check_positive
+from flatmin.vectors import Vector
 
 Norm = Literal["frobenius", "mars"]
 
@@ -33,9 +34,9 @@ class _Anchor:
         return [s.detach().clone().to(p) for s, p in zip(start, self._params, strict=True)]
 
     def distance(self) -> Tensor:
-        """|W - W_0| over all tensors together (Frobenius), a 0-dim tensor."""
+        """|W - W_0| over all tensors together (Frobenius), a 0-dim tensor (fp32 or wider)."""
         with torch.no_grad():
-            return sum(((p - s).float().square().sum() for p, s in self._pairs()), torch.zeros(())).sqrt()
+            return Vector(p - s for p, s in self._pairs()).norm()
 
     def state_dict(self) -> dict[str, Any]:
         """The start."""
