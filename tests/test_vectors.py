@@ -46,6 +46,13 @@ def test_the_unit_vector():
     assert Radii([0.3, 0.0, 2.0]).ones.values == (1.0, 0.0, 1.0)
 
 
+def test_a_constant_factor_is_where_the_norm_is():
+    gradient = Vector([torch.tensor([1.0, -2.0], dtype=torch.bfloat16), torch.ones(1, dtype=torch.bfloat16)])
+    with torch.device("meta"):  # a device that nothing may be made on
+        step = Radii([0.5, 0.25]).ascent(gradient, lambda _: 3.0)
+    assert [t.tolist() for t in step.vector.present] == [[1.5, -3.0], [0.75]]
+
+
 def test_vectors_of_different_spaces_are_refused():
     short, long = (flatmin.Vector(torch.ones(n) for n in sizes) for sizes in ([2], [2, 3]))
     for act in (lambda: short + long, lambda: short.dot(long), lambda: long.times(short), lambda: long.add_(short)):

@@ -71,7 +71,10 @@ class Radii:
         moved = self.select(vector)
         size = moved.size()
         if isinstance(size, Tensor):
-            scale = torch.nan_to_num(torch.as_tensor(factor(size)), nan=0.0, posinf=0.0, neginf=0.0)
+            scale = factor(size)
+            if not isinstance(scale, Tensor):  # where the norm is: elsewhere it would be copied for each parameter
+                scale = torch.full_like(size, scale)
+            scale = torch.nan_to_num(scale, nan=0.0, posinf=0.0, neginf=0.0)
             return Step(self._scale(moved, scale), [1.0] * len(self.values))
         scale = factor(size) if math.isfinite(size) and size > 0 else 0.0
         return Step(moved, [scale * r for r in self.values])
