@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import warnings
 from typing import Any
 
 import pytest
@@ -16,6 +17,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 import flatmin
 from flatmin import problems
 from tests.contracts.test_2_restored import InterruptAt
+
+# Most of these are about weights, and evaluate nothing.
+pytestmark = pytest.mark.filterwarnings("ignore:the statistics of batch norm are those of the weights in training")
 
 
 def net(seed=0):
@@ -566,6 +570,60 @@ def test_a_refresh_that_fails_changes_nothing(data, message):
     assert all(part.training for part in model.modules())
     with averager.applied():
         assert_same(state(model), shown)
+
+
+def test_stale_statistics_are_announced_once():
+    model = net()
+    averager = flatmin.Averager(model, "mean")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with averager.applied():  # no average yet: the statistics are those of the weights
+            pass
+        train(model, 3, averager)
+        averager.refresh(batches())
+        with averager.applied():
+            pass
+    train(model, 1, averager)
+    with (
+        pytest.warns(RuntimeWarning, match=r"statistics of batch norm.*Call averager\.refresh\(loader\)") as caught,
+        averager.applied(),
+    ):
+        pass
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with averager.applied():
+            pass
+
+
+def test_frozen_statistics_are_not_stale():
+    model = net().eval()  # as in fine-tuning with batch norm as it was
+    averager = flatmin.Averager(model, "mean")
+    train(model, 3, averager)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with averager.applied():
+            pass
+
+
+@pytest.mark.parametrize(
+    ("options", "length"),
+    [({"num_steps": 8}, 8), ({"start": 3, "num_steps": 8}, None), ({"kind": "mean", "num_steps": 8}, None)],
+)
+def test_a_run_longer_than_its_tail_was_told_is_announced_once(options, length):
+    model = nn.Linear(2, 1)
+    averager = flatmin.Averager(model, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(8):
+            averager.update()
+    if length is not None:
+        with pytest.warns(RuntimeWarning, match=r"more often than num_steps=8 says: the tail began at step 7"):
+            averager.update()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        averager.update()
+    assert averager.num_averaged == len(range(7, 11)) if length else averager.num_averaged > 6
 
 
 def test_refresh_without_batch_norm_reads_no_data():

@@ -8,8 +8,9 @@ entry, so those of shards (FSDP2) are shards, and nothing is exchanged for them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,14 @@ SHARDED = (
     "the statistics of batch norm are not recomputed for sharded parameters (FSDP2), of which each process would have "
     "its own. Load the average into a whole model (get_model_state_dict(model, options=StateDictOptions("
     "full_state_dict=True)) inside applied()), and let torch.optim.swa_utils.update_bn do it there."
+)
+STALE = (
+    "the statistics of batch norm are those of the weights in training, not of the average that the model now has: "
+    "what is evaluated with them is off. Call averager.refresh(loader) after the last update() and before applied()."
+)
+LONGER = (
+    "update() was called more often than num_steps={num_steps} says: the tail began at step {first}, by its share of "
+    "that length, so it is longer than was asked for. num_steps is the number of updates in the whole run."
 )
 INSIDE = "{what} inside `with averager.applied():`, where the model wears the average. Leave the body first."
 
@@ -61,7 +70,8 @@ class Averager:
         kind: "tail", "mean" or "ema".
         start: where a tail begins: a step (a whole number >= 1, the first one is 1), or a fraction of `num_steps`
             (0.75 averages the last quarter). The other kinds begin with the first step.
-        num_steps: the length of the run, in calls of `update()`.
+        num_steps: the length of the run, in calls of `update()`; a tail that began at a fraction of it warns when the
+            run goes on.
         decay: of the exponential average, in [0, 1).
         every: average only after steps `every`, 2 `every`, ...; the number of steps in an epoch averages once an
             epoch, as SWA does.
@@ -76,6 +86,8 @@ class Averager:
         ValueError: for an unknown `kind`, a `start`, `num_steps` or `every` by which no step would be averaged, a
             `decay` outside [0, 1), a model without weights. Later: if parameters were added,
             removed or replaced.
+
+    Warns (RuntimeWarning): once, if the model gets the average while batch norm has the statistics of training.
 
     Source: Nitanda, Kikuchi, Maeda, Wu, "Why is Parameter Averaging Beneficial in SGD? An Objective Smoothing
     Perspective", AISTATS 2024, arXiv:2302.09376. Izmailov, Podoprikhin, Garipov, Vetrov, Wilson, "Averaging Weights
@@ -92,6 +104,7 @@ class Averager:
         every: int = 1,
     ):
         self._first, self._every = first_step(kind, start, num_steps, every), every
+        self._length = num_steps if kind == "tail" and start < 1 else None  # that the tail is a share of
         self._share = next_share(kind, decay)
         self._shown = model
         self._model = model = getattr(model, "_orig_mod", model)  # so that names are those without torch.compile
@@ -105,6 +118,7 @@ class Averager:
         self._norms = Norms(model)
         self._num_updates = 0
         self._num_averaged = 0
+        self._warned = False  # of stale statistics
         self._place: Place | None = None  # while the model wears the average
 
     @property
@@ -120,6 +134,8 @@ class Averager:
         """
         self._check_outside("update()")
         warn_if_away(self._model.parameters(), "an average is updated")
+        if self._num_updates == self._length:
+            warnings.warn(LONGER.format(num_steps=self._length, first=self._first), RuntimeWarning, stacklevel=2)
         step = self._num_updates + 1
         due = step >= self._first and step % self._every == 0
         if due:
@@ -128,17 +144,24 @@ class Averager:
             self._norms.known = False  # what `applied()` shows has moved; its statistics were of another place
         self._num_updates = step
 
-    @contextmanager
-    def applied(self) -> Iterator[nn.Module]:
+    def applied(self) -> AbstractContextManager[nn.Module]:
         """Inside, the model has the averaged weights; afterwards weights and buffers are as before, bit for bit.
 
         Everything is in place, so that optimizers, compiled models and captured graphs stay valid; and comes back also
         when the body raises. Batch norm has the statistics of the last `refresh`, if no iterate was averaged since,
-        else those of training. Mode is left to you (`model.eval()`). A training step inside is refused.
+        else those of training, which are not right for the average (that warns, once, unless they are frozen or the
+        model is sharded). Mode is left to you (`model.eval()`). A training step inside is refused.
 
         Raises:
             ValueError: inside another `applied()`, or if the model has other parameters than before.
         """
+        if not (self._warned or self._sharded) and self._num_averaged and self._norms.stale:
+            self._warned = True
+            warnings.warn(STALE, RuntimeWarning, stacklevel=2)
+        return self._worn()
+
+    @contextmanager
+    def _worn(self) -> Iterator[nn.Module]:
         self._check_outside("applied()")
         self._check_parameters()
         place, buffers = Place(self._params), Buffers(self._model.modules())
@@ -174,7 +197,7 @@ class Averager:
         if self._norms and self._sharded:
             raise ValueError(SHARDED)
         if self._norms:
-            with self.applied(), undisturbed(self._model, eval_mode=False):
+            with self._worn(), undisturbed(self._model, eval_mode=False):
                 self._norms.recompute(data, forward)
 
     def state_dict(self) -> dict[str, Any]:

@@ -35,6 +35,13 @@ class Norms:
     def __bool__(self) -> bool:
         return bool(self._norms)
 
+    @property
+    def stale(self) -> bool:
+        """Whether those of the model have moved in training, and no others are known."""
+        if self.known:
+            return False
+        return any(not torch.equal(tensor, self._own[name].to(tensor)) for name, tensor in self._of_model().items())
+
     @torch.no_grad()
     def wear(self) -> None:
         """Gives the model the other statistics, if they are known. The caller takes them off again."""
