@@ -142,6 +142,45 @@ def test_clipping_in_the_loop_acts_on_the_final_direction(method):
 
 
 @each_method
+def test_a_hook_clips_the_direction_of_a_closure(method):
+    hooked, loop = Case(method), Case(method)
+    hooked.optimizer.register_step_pre_hook(lambda *_: clip(hooked))
+    for _ in range(2):
+        hooked.step()
+        for _ in loop.optimizer.probes():
+            loop.loss().backward()
+        clip(loop)
+        loop.optimizer.step()
+    for name, p in loop.model.state_dict().items():
+        torch.testing.assert_close(hooked.model.state_dict()[name], p, atol=1e-6, rtol=1e-5)
+
+
+def test_clipping_inside_a_closure_clips_each_probe():
+    w = torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer = flatmin.NSO(SGD([w], lr=1.0), sigma=0.5)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = w.square().square().sum()
+        loss.backward()
+        assert w.grad is not None
+        seen.append(w.grad.item())
+        torch.nn.utils.clip_grad_norm_([w], 1.0)
+        return loss
+
+    seen: list[float] = []
+    optimizer.step(closure)
+    clipped = [min(g, 1.0) for g in seen]
+    assert clipped != seen
+    assert w.item() == pytest.approx(1.0 - sum(clipped) / 2, rel=1e-5)
+    assert sum(clipped) / 2 < min(sum(seen) / 2, 1.0)  # the clipped mean is another one
+
+
+def clip(case: Case) -> None:
+    torch.nn.utils.clip_grad_norm_(case.model.parameters(), 0.01)
+
+
+@each_method
 def test_a_warm_up_scheduler_with_a_radius_of_its_own(method):
     case = Case(method)
     scheduler = LambdaLR(case.optimizer, lambda t: min(1.0, (t + 1) / 10))
