@@ -31,6 +31,22 @@ def test_a_line_and_a_plane_of_the_hyperbola():
     assert np.allclose(plane.losses, (1 - (2 + a) * (0.5 + b)) ** 2)
 
 
+def test_printed_it_is_a_sentence():
+    objective = objective_of(problems.hyperbola(), torch.tensor([2.0, 0.5], dtype=torch.float64))
+    x, y = (Vector([torch.tensor(d, dtype=torch.float64)]) for d in ([1.0, 0.0], [0.0, 1.0]))
+    line = flatmin.loss_slice(objective, x, span=(-1.0, 2.0), num_points=7, labels=["x"])
+    assert str(line) == (
+        "Loss along x (-1 .. 2), 7 points, 1 samples: 0 at the weights, lowest 0 at 0, highest 1 at 2."
+    )
+    plane = flatmin.loss_slice(objective, x, y, span=(0.5, 1.0), num_points=3)
+    assert str(plane) == (
+        "Loss along direction 1 (0.5 .. 1) and direction 2 (0.5 .. 1), 3 x 3 points, 1 samples: "
+        "lowest 2.25 at 0.5, 0.5, highest 12.25 at 1, 1."
+    )
+    assert len(repr(plane)) < 100
+    assert line != plane
+
+
 def test_the_middle_is_the_loss_and_the_weights_are_as_before():
     objective = setting("conv")
     before = [p.detach().clone() for p in objective.params]

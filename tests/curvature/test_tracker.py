@@ -128,6 +128,24 @@ def test_the_picture_and_plain_data():
     assert data["points"][1]["step"] == 20
 
 
+def test_points_are_a_table_and_a_point_a_line():
+    tracker = flatmin.Tracker(setting()[0], max_overhead=1.0, sigma=0.01, clock=Clock())
+    assert repr(tracker) == str(tracker) == "Tracker(0 points, 0 of the time)"
+    for step in (0, 10):
+        tracker.update(step)
+    title, names, *rows = str(tracker).splitlines()
+    assert title == "Tracker(2 points, 0 of the time)"
+    assert names.split() == ["step", "loss", "trace", "lambda_max", "noise_stability"]
+    assert [row.split()[0] for row in rows] == ["0", "10"]
+    point = tracker.points[1]
+    assert str(point.trace) in rows[1]
+    assert names.index("lambda_max") == rows[1].index(str(point.lambda_max))
+    assert str(point).startswith(f"step 10, loss {point.loss:.4g}, trace {point.trace}, lambda_max {point.lambda_max}")
+    assert repr(tracker.points) == f"[TrackPoint({tracker.points[0]}), TrackPoint({point})]"
+    without = flatmin.Tracker(setting()[0], max_overhead=1.0)
+    assert "noise" not in str(without.update(3))
+
+
 def test_bad_arguments():
     objective, _ = setting()
     for options in ({"max_overhead": 0.0}, {"max_overhead": 2.0}, {"num_probes": 1}, {"num_steps": 0}, {"sigma": 0.0}):

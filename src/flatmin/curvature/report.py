@@ -15,7 +15,7 @@ from flatmin.curvature.ascent import AscentResult, ascent_sharpness
 from flatmin.curvature.density import DensityResult, spectral_density
 from flatmin.curvature.eigen import top_eigenvalues
 from flatmin.curvature.objective import Forward, Objective
-from flatmin.curvature.results import EigenResult, Measurement, TraceResult
+from flatmin.curvature.results import EigenResult, Measurement, TraceResult, aligned
 from flatmin.curvature.sharpness import SharpnessResult, noise_stability
 from flatmin.curvature.store import Store, revived
 from flatmin.curvature.trace import trace
@@ -108,10 +108,7 @@ class FlatnessReport:
         return f"Flatness on {self.loss.num_samples} samples (value +- error)"
 
     def __str__(self) -> str:
-        rows = self.rows()
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([self.title, "-" * len(self.title), *lines])
+        return "\n".join([self.title, "-" * len(self.title), *aligned(self.rows())])
 
     def __rich__(self) -> Any:
         """The table that `rich.print(report)` shows."""

@@ -8,7 +8,7 @@ random directions in a million dimensions show little of the worst ones: look al
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,14 +38,29 @@ class LossSlice:
         num_samples: samples in the data.
     """
 
-    coordinates: tuple[tuple[float, ...], ...]
-    losses: tuple[Any, ...]
+    coordinates: tuple[tuple[float, ...], ...] = field(repr=False)
+    losses: tuple[Any, ...] = field(repr=False)
     labels: tuple[str, ...]
     num_samples: int
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""
         return plain({name: getattr(self, name) for name in ("coordinates", "losses", "labels", "num_samples")})
+
+    def __str__(self) -> str:
+        values = np.array(self.losses)
+        along = [f"{label} ({x[0]:g} .. {x[-1]:g})" for label, x in zip(self.labels, self.coordinates, strict=True)]
+        found = [self._at("lowest", values, values.argmin()), self._at("highest", values, values.argmax())]
+        if all(0.0 in axis for axis in self.coordinates):
+            here = tuple(axis.index(0.0) for axis in self.coordinates)
+            found.insert(0, f"{values[here]:.4g} at the weights")
+        points = " x ".join(map(str, values.shape))
+        return f"Loss along {' and '.join(along)}, {points} points, {self.num_samples} samples: {', '.join(found)}."
+
+    def _at(self, which: str, values: np.ndarray, index: Any) -> str:
+        where = np.unravel_index(index, values.shape)
+        coordinates = ", ".join(f"{axis[i]:.3g}" for axis, i in zip(self.coordinates, where, strict=True))
+        return f"{which} {values[where]:.4g} at {coordinates}"
 
     def plot(self, ax: Any = None) -> Any:
         """A curve, or contours of the loss. Returns the matplotlib Axes."""

@@ -23,7 +23,7 @@ from flatmin.curvature.lanczos import Lanczos
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import HessianOperator
 from flatmin.curvature.probes import VectorProbes, stderr
-from flatmin.curvature.results import Estimate, Measurement, plain
+from flatmin.curvature.results import Estimate, Measurement, aligned, plain
 from flatmin.curvature.sharpness import noise_stability
 from flatmin.curvature.space import NUDGE, Space
 from flatmin.extras import need
@@ -53,6 +53,18 @@ class TrackPoint:
     seconds: float
     overhead: float
     num_probes: int
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {text}" for name, text in self.texts().items())
+
+    def __repr__(self) -> str:
+        return f"TrackPoint({self})"
+
+    def texts(self) -> dict[str, str]:
+        """What was measured, with its errors, by name."""
+        found = {"step": str(self.step), "loss": f"{self.loss:.4g}"}
+        measured = {name: getattr(self, name) for name in ("trace", "lambda_max", "noise_stability")}
+        return found | {name: str(part) for name, part in measured.items() if not math.isnan(part.value)}
 
 
 class Tracker:
@@ -111,6 +123,16 @@ class Tracker:
         self._updates = 0
         self._vector: Tensor | None = None
         self.points: list[TrackPoint] = []
+
+    def __repr__(self) -> str:
+        return f"Tracker({len(self.points)} points, {self.overhead:.2g} of the time)"
+
+    def __str__(self) -> str:
+        """A table of the points."""
+        texts = [point.texts() for point in self.points]
+        names = list(dict.fromkeys(name for of_point in texts for name in of_point))
+        rows = [[of_point.get(name, "") for name in names] for of_point in texts]
+        return "\n".join([repr(self), *(aligned([names, *rows]) if rows else [])])
 
     @property
     def overhead(self) -> float:
