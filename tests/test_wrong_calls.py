@@ -91,6 +91,7 @@ def test_a_part_of_no_parameters():
         ({"targets": lambda y: y.float()}, r"of float32, in this order.*targets\.long\(\)"),
         ({"targets": lambda y: y.numpy()}, r"a value of type ndarray.*torch\.from_numpy"),
         ({"criterion": lambda y, z: criterion(z, y)}, r"criterion\(outputs, targets\).*in this order"),
+        ({"criterion": lambda z, y: z.logits}, r"a tensor \(24, 3\) of float64"),
         ({"inputs": lambda x: x.numpy()}, r"The inputs are a numpy array.*torch\.from_numpy"),
     ],
 )
@@ -98,7 +99,7 @@ def test_errors_of_torch_say_what_the_criterion_or_the_model_was_given(wrong, no
     model, x, y = make("tanh")
     data = [(wrong.get("inputs", lambda x: x)(x), wrong.get("targets", lambda y: y)(y))]
     objective = flatmin.Objective(model, wrong.get("criterion", criterion), data)
-    with pytest.raises((IndexError, RuntimeError, TypeError)) as caught:
+    with pytest.raises((AttributeError, IndexError, RuntimeError, TypeError)) as caught:
         measure(objective)
     assert re.search(note, "".join(getattr(caught.value, "__notes__", [])))
 

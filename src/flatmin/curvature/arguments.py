@@ -107,7 +107,7 @@ def loss_of(criterion: Callable[[Any, Any], Any] | None, outputs: Any, targets: 
     else:
         try:
             loss = criterion(outputs, targets)
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:
             error.add_note(CALLED.format(outputs=_described(outputs), targets=_described(targets)))
             raise
     if isinstance(loss, Tensor) and loss.numel() == 1:

@@ -102,7 +102,7 @@ def forward_pair(model: nn.Module, batch: Any) -> tuple[Any, Any]:
     inputs, targets = (x.to(device) if isinstance(x, Tensor) else x for x in batch)
     try:
         return model(inputs), targets
-    except TypeError as error:
+    except Exception as error:
         if isinstance(inputs, np.ndarray):
             error.add_note(ARRAYS)
         raise

@@ -229,7 +229,11 @@ class Objective:
         return self.loss_and_gradient()[1]
 
     def loss_and_gradient(self) -> tuple[float, Vector]:
-        """L(w), summed in float64, and its gradient. One forward and one backward pass."""
+        """L(w), summed in float64, and its gradient. One forward and one backward pass.
+
+        Raises:
+            RuntimeError: if the loss cannot be differentiated.
+        """
         with self.quiet(), torch.enable_grad():
             value, total, count = 0.0, self.zeros(), 0
             for loss, n in self.batch_losses():
