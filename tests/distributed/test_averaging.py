@@ -141,3 +141,18 @@ def refreshed(rank):
 
 def test_batch_norm_is_refreshed_in_a_whole_model(ranks):
     ranks(refreshed)
+
+
+def distance(rank):
+    model = nn.Linear(3, 5)
+    with torch.no_grad():
+        model.weight.fill_(1.0), model.bias.zero_()
+    fully_shard(model)
+    penalty = flatmin.DistancePenalty(model.parameters(), 1.0)
+    with torch.no_grad():
+        model.weight += 2.0
+    return penalty.distance().item()
+
+
+def test_the_distance_to_the_start_is_that_of_all_shards(ranks):
+    assert ranks(distance) == [pytest.approx(2 * 15**0.5)] * 2
