@@ -145,8 +145,6 @@ def test_batch_norm_is_refreshed_in_a_whole_model(ranks):
 
 def distance(rank):
     model = nn.Linear(3, 5)
-    with torch.no_grad():
-        model.weight.fill_(1.0), model.bias.zero_()
     fully_shard(model)
     penalty = flatmin.DistancePenalty(model.parameters(), 1.0)
     with torch.no_grad():
