@@ -79,7 +79,7 @@ def test_a_part_of_no_parameters():
     assert objective.only("0.weight").names == ("0.weight",)
 
 
-@pytest.mark.parametrize("measure", [lambda o: o.loss(), lambda o: o.gradient(), flatmin.trace], ids=str)
+@pytest.mark.parametrize("measure", [flatmin.Objective.loss, flatmin.Objective.gradient, flatmin.trace])
 @pytest.mark.parametrize(
     ("wrong", "note"),
     [

@@ -47,6 +47,7 @@ def test_a_report_is_read_back(report):
     model, x, y = make("tanh")
     whole = full(model, x, y)
     again = flatmin.FlatnessReport.from_json(whole.to_json())
+    assert whole.ascent_sharpness is not None
     assert math.isnan(whole.ascent_sharpness.stderr)  # null in JSON
     assert str(again) == str(whole)
     assert again.to_dict() == whole.to_dict()
