@@ -128,6 +128,13 @@ class FlatOptimizer(Session):
             share: of this micro-batch in the direction, e.g. `1 / len(micro_batches)`; its loss is then not divided.
             rescale: hands the direction back scaled, not finite after an overflow, for code that calls
                 `scaler.unscale_(opt)`, `scaler.step(opt)` and `scaler.update()` itself, as frameworks do.
+
+        Yields: a `Probe` for each evaluation, with the weights displaced until the next one is asked for.
+
+        Raises:
+            ValueError: a body without `backward()`, that clears gradients, steps, or leaves out the `take` or `mean`
+                that its probe asks for; a loop inside a loop; a direction of before that was neither stepped along nor
+                cleared; a `share` that is negative or inside `no_sync()`; sparse gradients where a formula has none.
         """
         if compiled.inside():
             return compiled.each(self._probes, scaler, share, rescale)
@@ -238,7 +245,11 @@ class FlatOptimizer(Session):
             self.base.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's `state_dict`, with radius, step count and seed in its groups. No weight copies."""
+        """The base optimizer's `state_dict`, with radius, step count and seed in its groups.
+
+        What a method remembers from step to step (a mean gradient, an eigenvector: see its class) is in `state` beside
+        the base's own, one tensor for each parameter. No weight copies.
+        """
         self._heal()
         return super().state_dict()
 

@@ -97,10 +97,9 @@ class Host(Migration, Optimizer):
         self._fill_groups()
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's `state_dict`, with radius, step count and seed in its groups.
+        """The base optimizer's `state_dict`: our options and counts are in its groups, what we remember in its state.
 
-        What a method remembers from step to step (a mean gradient, an eigenvector: see its class) is in `state` beside
-        the base's own, one tensor for each parameter. No weight copies.
+        See `FlatOptimizer.state_dict`.
         """
         return self.base.state_dict()
 
