@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import nn
 
 import flatmin
 from benchmarks.models import LARGE_BATCHES, WORKLOADS, Workload
+from benchmarks.special import Special
 from benchmarks.timing import Piece, Spread, interleaved, options, spread, table, write
 
 RESULTS = Path(__file__).parent / "results" / "step.json"
@@ -35,7 +35,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "NSO (one-point)": ("nso-one-point", {}),
     "LookSAM, k = 5": ("looksam", {"k": K}),
 }
-BY_HAND = {"SAM by hand, nothing around it": 2, "NSO by hand, nothing around it": 2}  # what any library has to do
+OWN = {"SAM, a function of its own": 2, "NSO, a function of its own": 2}  # see benchmarks.special
 SPLIT: dict[str, tuple[str, dict[str, Any]]] = {"NSO, split_batch": ("nso-split", {})}
 Variants = dict[str, tuple[str, dict[str, Any]]]
 
@@ -76,41 +76,21 @@ def pieces(workload: Workload, variants: Variants) -> dict[str, Piece]:
     found = {"gradient": bare(False), "base": bare(True)}
     found |= {name: stepping(method, given) for name, (method, given) in variants.items()}
     if "SAM" in variants:
-        found |= {name: _by_hand(workload, inputs, targets, name.startswith("NSO")) for name in BY_HAND}
+        found |= {name: _own(workload, inputs, targets, name.startswith("NSO")) for name in OWN}
     return {name: _times(K, piece) for name, piece in found.items()}
 
 
-def _by_hand(workload: Workload, inputs: torch.Tensor, targets: torch.Tensor, noisy: bool) -> Piece:
-    """The arithmetic alone: no guard, no random state, no buffers, no groups."""
+def _own(workload: Workload, inputs: torch.Tensor, targets: torch.Tensor, noisy: bool) -> Piece:
     model, criterion = workload.build(), nn.CrossEntropyLoss()
-    base = workload.base(model)
-    params: list[torch.Tensor] = list(model.parameters())
+    special = Special(model, workload.base(model))
 
-    def gradient() -> list[torch.Tensor]:
-        base.zero_grad()
-        criterion(model(inputs), targets).backward()
-        return [p.grad for p in params if p.grad is not None]
+    def closure() -> torch.Tensor:
+        special.clear()
+        loss = criterion(model(inputs), targets)
+        loss.backward()
+        return loss
 
-    def step() -> None:
-        first = [torch.randn_like(p).mul_(0.01) for p in params] if noisy else gradient()
-        factor = 1.0 if noisy else 0.05 / math.hypot(*(norm.item() for norm in torch._foreach_norm(first)))
-        weights = [p.detach().clone() for p in params]
-        with torch.no_grad():
-            torch._foreach_add_(params, first, alpha=factor)
-        second = gradient()
-        with torch.no_grad():
-            torch._foreach_copy_(params, weights)
-            if noisy:
-                torch._foreach_sub_(params, first)
-        if noisy:
-            third = gradient()
-            torch._foreach_add_(third, second)
-            torch._foreach_mul_(third, 0.5)
-            with torch.no_grad():
-                torch._foreach_copy_(params, weights)
-        base.step()
-
-    return step
+    return (lambda: special.nso(closure)) if noisy else (lambda: special.sam(closure))
 
 
 def _times(number: int, piece: Piece) -> Piece:
@@ -125,7 +105,7 @@ def measure(workload: Workload, variants: Variants, rounds: int) -> dict[str, Sp
     """Median and quartiles of time over bound, per variant."""
     times = interleaved(lambda: pieces(workload, variants), rounds, workload.repeats)
     gradient, step = times["gradient"], times["base"] - times["gradient"]
-    needed = {name: _gradients(method, given) for name, (method, given) in variants.items()} | BY_HAND
+    needed = {name: _gradients(method, given) for name, (method, given) in variants.items()} | OWN
     return {name: spread(times[name] / (n * gradient + step)) for name, n in needed.items() if name in times}
 
 
@@ -135,7 +115,7 @@ def _gradients(method: str, given: dict[str, Any]) -> float:
 
 def markdown(results: dict[str, Any]) -> str:
     """The results as a table: median [quartiles] of time over bound."""
-    return table("step time over its bound", [*VARIANTS, *BY_HAND, *SPLIT], results["workloads"])
+    return table("step time over its bound", [*VARIANTS, *OWN, *SPLIT], results["workloads"])
 
 
 def measured(name: str, rounds: int) -> dict[str, Spread]:
