@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 
+import flatmin
 from tests.contracts.cases import Case, assert_same, each_base, each_method, each_model
 
 
@@ -118,3 +119,11 @@ def test_torchs_checkpoint_helpers_set_up_the_state(method):
     state = get_optimizer_state_dict(case.model, case.optimizer)
     assert state["state"]
     assert_same(case.model.state_dict(), before)
+
+
+def test_a_checkpoint_of_another_method_is_announced():
+    saved = flatmin.NSO(torch.optim.SGD([torch.ones(2, requires_grad=True)], lr=0.1), sigma=0.3).state_dict()
+    optimizer = flatmin.SAM(torch.optim.SGD([torch.ones(2, requires_grad=True)], lr=0.1), rho=0.2)
+    with pytest.warns(UserWarning, match=r"has no rho, so SAM goes on with its own, rho=0\.2"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["rho"] == 0.2

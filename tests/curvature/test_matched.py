@@ -123,3 +123,16 @@ def test_errors_of_one_probe_and_of_the_size_of_rounding_give_a_p_value():
     assert flatmin.compare_at_matched_loss(tiny, tiny).p_value == pytest.approx(1.0)
     single = dataclasses.replace(point(0.1, 1.0, 0.1), num_probes=1)
     assert 0 < flatmin.compare_at_matched_loss(single, point(0.1, 2.0, 0.1)).p_value < 1
+
+
+def test_a_tracker_that_measured_the_beginning_alone_says_so():
+    model, x, y = make("tanh")
+    tracker = flatmin.Tracker(flatmin.Objective(model, criterion, [(x, y)]), max_overhead=1e-9)
+    assert tracker.update() is not None
+    assert tracker.update() is None
+    end = point(tracker.points[0].loss, 1.0, 0.1)
+    with pytest.warns(UserWarning, match=r"single point.*update\(force=True\)"):
+        flatmin.compare_at_matched_loss(tracker, end)
+    assert tracker.update(7, force=True) is not None
+    assert [p.step for p in tracker.points] == [0, 7]
+    flatmin.compare_at_matched_loss(tracker, end)

@@ -67,12 +67,12 @@ def test_the_report_shows_the_intervals_of_the_differences(finished):
     folder = finished / "runs" / "small"
     summary = json.loads((folder / "summary.json").read_text())
     section = (folder / "report.html").read_text().split("<h2>Differences to base</h2>")[1].split("<h2>")[0]
-    rows = re.findall(r"<tr><td>(.*?)</td>\s*<td>(.*?)\s*(?:<span.*?</span>)?<small>p = (.*?)</small></td>", section)
+    cell = r"<td>(.*?)\s*(?:<span.*?</span>)?<small>(±.*?)</small><small>p = (.*?)</small></td>"
+    rows = re.findall(r"<tr><td>(.*?)</td>\s*" + cell, section)
     assert [title for title, *_ in rows] == [column.title for column in COLUMNS if column.better]
-    for column, (_, text, p) in zip([c for c in COLUMNS if c.better], rows, strict=True):
+    for column, (_, text, interval, p) in zip([c for c in COLUMNS if c.better], rows, strict=True):
         versus = summary["versus"][column.key]["nso"]
-        assert text == format_difference(versus)
-        assert "±" in text
+        assert f"{text} {interval}" == format_difference(versus)
         assert float(p) == pytest.approx(versus["p"], rel=0.06)
 
 
@@ -156,7 +156,7 @@ def test_a_run_with_other_settings_is_refused(finished, monkeypatch):
     task = get_task("digits")
     changed = {**task.settings, "nso": dataclasses.replace(task.settings["nso"], lr=0.3)}
     monkeypatch.setitem(tasks_module._TASKS, "digits", dataclasses.replace(task, settings=changed))
-    with pytest.raises(ValueError, match=r"nso-seed0.jsonl is a run with another settings"):
+    with pytest.raises(ValueError, match=r"nso-seed0.jsonl is a run with other settings"):
         compare(finished).run()
 
 

@@ -89,10 +89,15 @@ def test_marks_stand_beside_the_numbers():
 def test_an_output_that_has_no_arrows_gets_signs():
     summary = wide_summary(["base", "sam"])
     summary["versus"]["gap"]["sam"]["mark"] = "worse"
-    out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     print_table(summary, Console(file=out, width=100))
     out.flush()
-    assert re.search(r"\d±\S+ - *\|", out.buffer.getvalue().decode("latin-1"))
+    assert re.search(r"\d\+-\S+ - *\|", out.buffer.getvalue().decode("ascii"))
+
+
+def test_two_seeds_leave_the_mean_its_digits():
+    assert format_cell({"mean": 93.1623, "half_width": 22.31, "values": [91.4, 94.9]}) == "93.16 ±22"
+    assert format_cell({"mean": 93.1623, "half_width": 22.31, "values": [91.4, 94.9, 93.2]}) == "93 ±22"
 
 
 def test_markup_in_a_message_is_only_text(capsys):

@@ -1,5 +1,7 @@
 """Methods joined with label smoothing, mixup, distances and averages, by name."""
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -44,6 +46,13 @@ def surroundings(model, parts, criterion=None, **changes):
 def test_names_that_mean_nothing(name, message):
     with pytest.raises(ValueError, match=message):
         Compare(methods=("base", name)).specs()
+
+
+def test_where_settings_come_from_is_a_command_that_works():
+    bare = dataclasses.replace(get_task("digits"), settings={})
+    for name, both in (("base", "base"), ("sam", "base sam")):
+        with pytest.raises(ValueError, match=f"--methods {both}, and copy"):
+            settings_of(bare, name)
 
 
 def test_a_part_has_its_usual_strength_beside_the_settings_of_the_rule():

@@ -221,3 +221,10 @@ def test_the_verdict_says_the_trace_over_the_loss_beside_the_trace():
     base[0].result["train_loss"] = 0.0
     (sentence,) = _verdict({**summarize({"base": base, "sam": sam}), "num_seeds": 4})
     assert "over loss" not in sentence
+
+
+def test_the_verdict_says_the_loss_beside_the_accuracy():
+    found = runs(base=[0.9, 0.91, 0.92], sam=[0.92 - 1e-9, 0.93, 0.88])
+    (sentence,) = _verdict({**summarize(found), "num_seeds": 3})
+    assert "test accuracy +0.00 points" in sentence  # the mean difference is a little below 0
+    assert "test loss +0.0% (" in sentence

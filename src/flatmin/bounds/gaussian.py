@@ -158,6 +158,13 @@ def best_gaussian(
         ValueError: for an empty grid or a number out of its range.
 
     Source: Langford, Caruana 2001; Dziugaite, Roy 2017 for the union over a grid.
+
+    Example:
+        loss = objective.loss()  # of the training data; noise_stability gives the rise above it
+        losses = {sigma: loss + flatmin.noise_stability(objective, sigma).value for sigma in (0.01, 0.03, 0.1)}
+        distance = float((flatmin.Vector(objective.params) - flatmin.Vector(initial)).norm())
+        flatmin.bounds.best_gaussian(losses, largest_loss=..., distance=distance, num_params=objective.num_params,
+            num_samples=objective.num_samples)
     """
     if not stochastic_losses:
         raise ValueError("stochastic_losses is empty: give at least one sigma with its loss.")

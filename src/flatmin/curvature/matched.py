@@ -9,6 +9,7 @@ and after a spike say, counts as it was passed last.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -20,6 +21,10 @@ from flatmin.curvature.report import FlatnessReport
 from flatmin.curvature.results import Estimate
 from flatmin.curvature.tracker import Tracker, TrackPoint
 
+ONE_POINT = (
+    "a Tracker with a single point, of its first update: it says nothing of what came of the training. Give it more "
+    "time (max_overhead=; 1.0 measures at every update), or end the training with tracker.update(force=True)."
+)
 CLOSE = 0.02  # relative difference of losses that counts as none
 Measured = FlatnessReport | TrackPoint
 Curve = Tracker | Measured | Sequence[Measured]
@@ -72,6 +77,8 @@ def compare_at_matched_loss(first: Curve, second: Curve, *, loss: float | None =
         MatchedComparison; `print` it.
 
     Cost: none: the measurements are there.
+
+    Warns (UserWarning): for a Tracker that has measured once only.
 
     Raises:
         ValueError: if the losses of the two never meet (or that loss is outside), or a trace there is not positive, or
@@ -135,7 +142,10 @@ def _freedom(parts: list[tuple[float, float]]) -> float:
 
 def _curve(measured: Curve) -> list[_Point]:
     """Loss and trace of each, in the order of training."""
-    measured = measured.points if isinstance(measured, Tracker) else measured
+    if isinstance(measured, Tracker):
+        measured = measured.points
+        if len(measured) == 1:
+            warnings.warn(ONE_POINT, UserWarning, stacklevel=4)
     items: Sequence[Any] = measured if isinstance(measured, Sequence) else [measured]
     if not items:
         raise ValueError("there are no measurements to compare.")

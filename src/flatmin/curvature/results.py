@@ -140,6 +140,9 @@ class EigenResult(Measurement):
         """Each eigenvalue with its residual."""
         return tuple(Estimate(value=v, stderr=r) for v, r in zip(self.values, self.residuals, strict=True))
 
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.estimates))
+
     def plot(self, ax: Any = None) -> Any:
         """The eigenvalues in order, with their residuals as bars. Returns the matplotlib Axes."""
         ax = need("matplotlib.pyplot", "lab").subplots()[1] if ax is None else ax
@@ -187,6 +190,7 @@ def format_estimate(value: float, stderr: float, sign: str = "") -> str:
         return f"{value:{sign}.12g} +- {stderr:.1g}"
     if -4 <= power < 6:
         digits = max(-place, 0)
-        return f"{round(value, -place):{sign}.{digits}f} +- {round(stderr, -place):.{digits}f}"
+        # + 0.0: never -0.00
+        return f"{round(value, -place) + 0.0:{sign}.{digits}f} +- {round(stderr, -place):.{digits}f}"
     digits, unit = power - place, 10.0**power
     return f"({value / unit:{sign}.{digits}f} +- {stderr / unit:.{digits}f})e{power:+03d}"

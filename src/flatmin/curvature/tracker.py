@@ -140,11 +140,12 @@ class Tracker:
         elapsed = self._clock() - self._start
         return self._spent / elapsed if elapsed > 0 else 0.0
 
-    def update(self, step: int | None = None) -> TrackPoint | None:
+    def update(self, step: int | None = None, *, force: bool = False) -> TrackPoint | None:
         """Measures if there is time for it.
 
         Args:
             step: of the training; the number of updates before this one if not given.
+            force: measures in any case: at the end of a training, say. The time counts.
 
         Returns:
             The new point, also kept in `points`; `None` if nothing was measured.
@@ -152,7 +153,7 @@ class Tracker:
         step = self._updates if step is None else step
         self._updates += 1
         begin = self._clock()
-        if self.points and not self._objective.members.together(self._affordable(begin - self._start)):
+        if self.points and not force and not self._objective.members.together(self._affordable(begin - self._start)):
             return None
         try:
             found = self._measure(mix_seeds(self._seed, len(self.points)))
@@ -169,7 +170,7 @@ class Tracker:
         return plain({"max_overhead": self._max_overhead, "points": [asdict(point) for point in self.points]})
 
     def plot(self, axes: Any = None) -> Any:
-        """Loss, trace, lambda_max and noise stability over the steps, with error bars. Returns the matplotlib Axes."""
+        """Loss, trace, lambda_max and noise stability over the steps, with error bars. Returns an array of Axes."""
         names = ["loss", "trace", "lambda_max", *(["noise_stability"] if self._sigma is not None else [])]
         if axes is None:
             size = {"figsize": (3.2 * len(names), 3), "layout": "constrained"}
@@ -178,10 +179,11 @@ class Tracker:
         for ax, name in zip(axes, names, strict=True):
             values = [getattr(point, name) for point in self.points]
             if name == "loss":
-                ax.plot(steps, values, color="#0072B2")
+                ax.plot(steps, values, ".-", color="#0072B2")
             else:
                 errors = [v.stderr for v in values]
-                ax.errorbar(steps, [v.value for v in values], yerr=errors, color="#0072B2", lw=1.2, elinewidth=0.6)
+                middle, style = [v.value for v in values], {"fmt": ".-", "lw": 1.2, "elinewidth": 0.6}
+                ax.errorbar(steps, middle, yerr=errors, color="#0072B2", **style)
             ax.set_xlabel("step")
             ax.set_title(name)
         return axes

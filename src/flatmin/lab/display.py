@@ -17,8 +17,8 @@ from rich.text import Text
 from flatmin.curvature.results import format_estimate
 from flatmin.lab.summary import shown
 
-MARKS = {"better": "▲", "worse": "▼", "confounded": "†"}  # against the control
-PLAIN = {"better": "+", "worse": "-", "confounded": "?"}  # where the output is not in Unicode
+MARKS = {"better": "▲", "worse": "▼", "confounded": "†", "interval": "±"}  # against the control
+PLAIN = {"better": "+", "worse": "-", "confounded": "?", "interval": "+-"}  # where the output is not in Unicode
 STYLES = {"better": "green", "worse": "red", "confounded": "dim"}
 
 
@@ -84,6 +84,8 @@ def format_cell(cell: dict[str, Any]) -> str:
         return "-"
     if cell["half_width"] is None or len(set(cell["values"])) == 1:
         return f"{cell['mean']:.0f}" if abs(cell["mean"]) >= 1000 else f"{cell['mean']:.4g}"
+    if len(cell["values"]) == 2:  # whose interval is so wide that it would leave the mean no digits
+        return f"{cell['mean']:.4g} ±{cell['half_width']:.2g}"
     return _interval(cell["mean"], cell["half_width"])
 
 
@@ -107,7 +109,8 @@ def print_table(summary: dict[str, Any], console: Console | None = None) -> None
     """The comparison, one method a row: mean and 95% interval over seeds; in as many tables as the width asks for."""
     console = console or Console()
     names, marks = list(summary["methods"]), PLAIN if console.options.ascii_only else MARKS
-    console.print(f"{escape(summary['task'])}: mean ± 95% interval over {summary['num_seeds']} seeds", highlight=False)
+    about = f"mean {marks['interval']} 95% interval over {summary['num_seeds']} seeds"
+    console.print(f"{escape(summary['task'])}: {about}", highlight=False)
     columns = _columns(summary, marks)
     while columns:
         count = next((n for n in range(len(columns), 1, -1) if _fits(console, _table(names, columns[:n]))), 1)
@@ -136,7 +139,8 @@ def _columns(summary: dict[str, Any], marks: Mapping[str, str]) -> list[tuple[st
         columns.append((column.title, _marked(summary, column.key, marks)))
         if column.key == "trace":
             errors = [entry["trace_stderr"] for entry in summary["methods"].values()]
-            columns.append(("each trace", [Text("-" if e is None else trace_error(e)) for e in errors]))
+            texts = ["-" if e is None else trace_error(e).replace("±", marks["interval"]) for e in errors]
+            columns.append(("error of each", [Text(text) for text in texts]))
     return columns
 
 
@@ -148,7 +152,7 @@ def _marked(summary: dict[str, Any], key: str, marks: Mapping[str, str]) -> list
     for name, entry in summary["methods"].items():
         mark, is_best = versus.get(name, {}).get("mark"), name == best
         sign = ("*" if is_best else marks.get(mark, "")).rjust(width)
-        number = format_cell(entry["columns"][key]).replace(" ±", "±")
+        number = format_cell(entry["columns"][key]).replace(" ±", marks["interval"])
         cells.append(Text.assemble((number, "bold green" if is_best else ""), (sign, STYLES.get(mark, "bold green"))))
     return cells
 

@@ -80,7 +80,8 @@ def unfinished(runs: Iterable[tuple[RunSpec, Path]]) -> list[tuple[RunSpec, Path
         found, wanted = header["spec"], spec.to_dict()
         for key in wanted:
             if found.get(key) != wanted[key]:
-                raise ValueError(_other(path, f"with another {key} ({found.get(key)}, not {wanted[key]})"))
+                other = "other" if key == "settings" else "another"
+                raise ValueError(_other(path, f"with {other} {key} ({found.get(key)}, not {wanted[key]})"))
         if (before := header.get("task")) is not None:
             this = spec.task, spec.seed
             if this not in tasks:

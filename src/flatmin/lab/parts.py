@@ -77,10 +77,11 @@ def settings_of(task: Task, name: str) -> Settings:
     if name in task.settings:
         return task.settings[name]
     if method.name not in task.settings:
+        both = " ".join(dict.fromkeys(("base", method.name)))
         there = f"It has them for: {', '.join(task.settings)}." if task.settings else "It has none yet."
         raise ValueError(
             f"task {task.name!r} has no settings for method {method.name!r}. {there} Find some with flatmin tune "
-            f"--task {task.name} --methods base {method.name}, and copy what it prints into the task's settings."
+            f"--task {task.name} --methods {both}, and copy what it prints into the task's settings."
         )
     return replace(task.settings[method.name], parts=parts)
 

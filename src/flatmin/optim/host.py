@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from flatmin.distributed import random_seed
 from flatmin.optim.migration import Migration
-from flatmin.optim.misuse import check_minimises, check_names, check_radius_name, warn_leftover
+from flatmin.optim.misuse import check_minimises, check_names, check_radius_name, warn_leftover, warn_other_method
 from flatmin.radii import check_radius
 
 
@@ -106,6 +106,8 @@ class Host(Migration, Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave, or a checkpoint of the bare base optimizer (our options then stay)."""
         names = (self.radius_name, *self._common())
+        if any("num_skipped" in group and self.radius_name not in group for group in state_dict["param_groups"]):
+            warn_other_method(type(self).__name__, self.radius_name, self.param_groups[0].get(self.radius_name))
         before = [{name: group[name] for name in names if name in group} for group in self.param_groups]
         self.base.load_state_dict(state_dict)
         for group, options in zip(self.param_groups, before, strict=True):

@@ -155,6 +155,16 @@ def warn_leftover(name: str, option: str, found: object, given: object) -> None:
     )
 
 
+def warn_other_method(name: str, radius_name: str, radius: object) -> None:
+    """Says that a checkpoint is of a method with another radius."""
+    warnings.warn(
+        f"the checkpoint is another method's: it has no {radius_name}, so {name} goes on with its own, "
+        f"{radius_name}={radius}.",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
 def check_names(base: Optimizer, name: str, ours: Iterable[str]) -> None:
     """Raises a `ValueError` if the base has a group option of its own by one of our names."""
     if taken := sorted(set(ours) & set(base.defaults)):

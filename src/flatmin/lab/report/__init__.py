@@ -107,13 +107,15 @@ def _trace_note(entry: dict[str, Any]) -> str:
 def _verdict(summary: dict[str, Any]) -> list[str]:
     """One sentence per method: whether it generalises better than the control here, and whether it is flatter.
 
-    Where a low loss takes curvature with it, the trace over the loss is said, too.
+    By accuracy, where there is one, and loss. Where a low loss takes curvature with it, the trace over the loss is
+    said, too.
     """
     control, *others = summary["methods"]
     score = "test_accuracy" if "test_accuracy" in summary["versus"] else "test_loss"
+    keys = dict.fromkeys((score, "test_loss", "trace", "trace_per_loss"))
     sentences = []
     for name in others:
-        versus = {key: summary["versus"].get(key, {}).get(name) for key in (score, "trace", "trace_per_loss")}
+        versus = {key: summary["versus"].get(key, {}).get(name) for key in keys}
         versus = {key: v for key, v in versus.items() if v is not None and v["difference"] is not None}
         if not {score, "trace"} <= versus.keys():
             sentences.append(f"{name}: no finished run to compare with {control}.")
@@ -128,10 +130,14 @@ def _verdict(summary: dict[str, Any]) -> list[str]:
 
 def _change(key: str, difference: float, control: dict[str, Any]) -> str:
     if key == "test_accuracy":
-        return f"{difference:+.2f} points"
+        return f"{_rounded(difference, 2):+.2f} points"
     before = control["columns"][key]["mean"]
     change = 100 * difference / before if before else float("nan")
-    return f"{change:+.1f}%" if key == "test_loss" else f"{change:+.0f}%"
+    return f"{_rounded(change, 1):+.1f}%" if key == "test_loss" else f"{_rounded(change, 0):+.0f}%"
+
+
+def _rounded(value: float, digits: int) -> float:
+    return round(value, digits) + 0.0  # never -0.00
 
 
 def _significance(versus: dict[str, Any]) -> str:
