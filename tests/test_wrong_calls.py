@@ -88,6 +88,7 @@ def test_a_part_of_no_parameters():
             r"a tensor \(24, 3\) of float64 and a tensor \(24,\) of int64 from 100 to 102",
         ),
         ({"targets": lambda y: y.int()}, r"of int32 from 0 to 2.*targets\.long\(\)"),
+        ({"targets": lambda y: y.to(torch.uint16)}, r"of uint16, in this order.*targets\.long\(\)"),
         ({"targets": lambda y: y.float()}, r"of float32, in this order.*targets\.long\(\)"),
         ({"targets": lambda y: y.numpy()}, r"a value of type ndarray.*torch\.from_numpy"),
         ({"criterion": lambda y, z: criterion(z, y)}, r"criterion\(outputs, targets\).*in this order"),

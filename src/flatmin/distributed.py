@@ -104,6 +104,11 @@ def summed_over(group: Any, tensors: Sequence[Tensor], count: int) -> tuple[list
     return sums, int(high) * _DIGIT + int(low)
 
 
+def _is_known(group: Any) -> bool:
+    """Whether torch lists the group, as it does with all that its functions make, until they are destroyed."""
+    return group in distributed.distributed_c10d._world.pg_map
+
+
 def fsdp_modules(model: nn.Module) -> list[Any]:
     """The modules that `fully_shard` was applied to."""
     return [module for module in model.modules() if _is_fsdp(module)]
@@ -152,7 +157,8 @@ class Ranks:
         self._device = params[0].device
         # In an order that is the same on all processes: one that waits in another group would wait for ever.
         meshes = dict.fromkeys(p.device_mesh for p in params if is_sharded(p))  # type: ignore[attr-defined]
-        self._groups: list[Any] = list(dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups()))
+        groups = (group for mesh in meshes for group in mesh.get_all_groups())
+        self._groups: dict[Any, bool] = {group: _is_known(group) for group in groups}  # whether torch knew it then
         self._replicas: list[weakref.ref[DistributedDataParallel]] = []
         self._shards: list[weakref.ref[Any]] = []  # the modules that FSDP2 gathers weights for
         self._exchange, self.kept_apart = True, False
@@ -173,11 +179,11 @@ class Ranks:
     def probe(self, exchange: bool) -> None:
         """Before an evaluation: whether its backward may average gradients over the processes."""
         self._exchange, self.kept_apart = exchange, False
+        self._forget_dead()
         if not (several() or self._shards or self._ungathered):
             return
         self._active = True
         self._put_back()
-        self._forget_dead()
         self.go_on()
         if self._search and self._unwrapped:
             _global_forward_pre_hooks[id(self)] = self._meet  # in torch's table itself: see flatmin.quiet
@@ -233,7 +239,7 @@ class Ranks:
                 return
             self._replicas.append(weakref.ref(module))
             self._unwrapped -= {id(p) for p in module.parameters()}
-            self._groups = list(dict.fromkeys([*self._groups, module.process_group]))
+            self._groups.setdefault(module.process_group, _is_known(module.process_group))
         if not self._unwrapped and (self._exchange or module.require_backward_grad_sync):
             # All are found; a compiled part must not see the hook. Inside a caller's `no_sync`, which will switch
             # averaging on again, the next forward of this probe has to be met too.
@@ -241,7 +247,11 @@ class Ranks:
         self._silence(module)
 
     def _forget_dead(self) -> None:
-        """Looks again for what wraps the parameters of a wrapper that is no more: there may be a new one."""
+        """Looks again for what wraps the parameters of a wrapper that is no more: there may be a new one.
+
+        A group that was destroyed (`destroy_process_group`) has nobody left to agree with.
+        """
+        self._groups = {group: known for group, known in self._groups.items() if not known or _is_known(group)}
         alive = [known for known in self._replicas if known() is not None]
         if len(alive) < len(self._replicas):
             self._replicas = alive

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.nn.parallel import DistributedDataParallel
 
@@ -57,6 +57,26 @@ def test_every_wrapper_is_met(ranks, method, how):
     for weights, counted in ranks(in_two_parts, method, how):
         assert_near(weights, expected)
         assert counted == [(2 if how == "apart" else 1, 0)] * STEPS
+
+
+def in_groups_that_end(rank):
+    """Each step in a process group of its own, which is destroyed afterwards."""
+    run, counted = Run("sam", "alone", share(rank)), []
+    for _ in range(STEPS):
+        group = distributed.new_group()
+        run.model = DistributedDataParallel(run.plain, process_group=group)
+        with Collectives() as seen:
+            run.step()
+        counted.append(seen.count("all_reduce", single=True))  # whether all may step
+        distributed.destroy_process_group(group)
+    return run.weights(), counted
+
+
+def test_nothing_is_sent_to_a_group_that_was_destroyed(ranks):
+    expected = ranks(train, "sam")[0]
+    for weights, counted in ranks(in_groups_that_end):
+        assert_near(weights, expected)
+        assert counted == [1] * STEPS
 
 
 def static_graph(rank, method, form):

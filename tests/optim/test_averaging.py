@@ -606,6 +606,35 @@ def test_frozen_statistics_are_not_stale():
             pass
 
 
+def fine_tuned():
+    """A model with batch norm as it was before, and statistics that are loaded after the averager is made."""
+    model = net()
+    averager = flatmin.Averager(model, "mean")
+    norms = [part for part in model.modules() if isinstance(part, nn.BatchNorm1d)]
+    for norm in norms:
+        norm.eval().running_mean.fill_(0.5)
+    train(model, 3, averager)
+    return averager, norms
+
+
+def test_frozen_statistics_that_were_loaded_are_not_stale():
+    averager, _ = fine_tuned()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with averager.applied():
+            pass
+
+
+def test_refresh_leaves_frozen_statistics():
+    averager, norms = fine_tuned()
+    averager.refresh(batches())
+    with averager.applied():
+        assert norms
+        for norm in norms:
+            assert norm.running_mean.eq(0.5).all()
+            assert norm.running_var.eq(1).all()
+
+
 @pytest.mark.parametrize(
     ("options", "length"),
     [({"num_steps": 8}, 8), ({"start": 3, "num_steps": 8}, None), ({"kind": "mean", "num_steps": 8}, None)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import wraps
 from numbers import Number
 from typing import Any, ParamSpec, TypeVar
@@ -129,7 +130,8 @@ def _described(value: Any) -> str:
         return f"a value of type {type(value).__name__}"
     text = f"a tensor {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
     if value.is_cpu and value.numel() and not value.is_floating_point() and not value.is_complex():
-        text += f" from {int(value.min())} to {int(value.max())}"
+        with suppress(RuntimeError):  # sparse tensors, and those of uint16 to uint64, have no smallest entry
+            text += f" from {int(value.min())} to {int(value.max())}"
     return text
 
 

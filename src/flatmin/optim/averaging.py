@@ -136,6 +136,7 @@ class Averager:
         warn_if_away(self._model.parameters(), "an average is updated")
         if self._num_updates == self._length:
             warnings.warn(LONGER.format(num_steps=self._length, first=self._first), RuntimeWarning, stacklevel=2)
+        self._norms.note()
         step = self._num_updates + 1
         due = step >= self._first and step % self._every == 0
         if due:
@@ -227,6 +228,7 @@ class Averager:
             mine.copy_(part_of(loaded, mine) if is_sharded(mine) and not is_sharded(loaded) else loaded)
         self._num_updates, self._num_averaged = state_dict["num_updates"], state_dict["num_averaged"]
         self._norms.known = bool(state_dict["statistics"])
+        self._norms.forget()
 
     def _leave(self, place: Place, buffers: Buffers) -> None:
         self._reshard()

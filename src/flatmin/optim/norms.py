@@ -31,6 +31,7 @@ class Norms:
         }
         self._own = {name: tensor.detach().clone() for name, tensor in self._of_model().items()}
         self.known = False
+        self._is_noted = False
 
     def __bool__(self) -> bool:
         return bool(self._norms)
@@ -42,6 +43,17 @@ class Norms:
             return False
         return any(not torch.equal(tensor, self._own[name].to(tensor)) for name, tensor in self._of_model().items())
 
+    def forget(self) -> None:
+        """Other weights, and statistics, may be loaded now: what moves is seen from the next `note` on."""
+        self._is_noted = False
+
+    @torch.no_grad()
+    def note(self) -> None:
+        """Of the calls in training the first one remembers the statistics: those that stay as they are, are frozen."""
+        if not (self._is_noted or self.known):
+            self._keep()
+        self._is_noted = True
+
     @torch.no_grad()
     def wear(self) -> None:
         """Gives the model the other statistics, if they are known. The caller takes them off again."""
@@ -51,27 +63,36 @@ class Norms:
 
     @torch.no_grad()
     def recompute(self, data: Iterable[Any], forward: Forward | None) -> None:
-        """Computes the other statistics with the model, whose mode, buffers and random state are the caller's."""
-        norms = list(self._norms.values())
+        """Computes the other statistics with the model, whose mode, buffers and random state are the caller's.
+
+        Those of frozen layers stay: layers that are in evaluation mode in a model that is in training mode.
+        """
+        frozen = [norm for norm in self._norms.values() if self._model.training and not norm.training]
+        self._model.train()
+        for norm in frozen:
+            norm.train(False)
+        norms = [norm for norm in self._norms.values() if norm.training]  # a model's own `train` may leave some out
         momenta = [norm.momentum for norm in norms]
         try:
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # torch's sign for a cumulative average
-            self._model.train()
             num_batches = sum(1 for batch in data if _evaluate(self._model, batch, forward))
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
         if not num_batches:
             raise ValueError(NO_BATCHES)
-        for name, tensor in self._of_model().items():
-            self._own[name].copy_(tensor)
+        self._keep()
         self.known = True
 
     def state(self) -> dict[str, Tensor]:
         """The other statistics, by name."""
         return dict(self._own)
+
+    def _keep(self) -> None:
+        for name, tensor in self._of_model().items():
+            self._own[name].copy_(tensor)
 
     def _of_model(self) -> dict[str, Tensor]:
         return {f"{name}.{s}": getattr(norm, s) for name, norm in self._norms.items() for s in STATISTICS}
