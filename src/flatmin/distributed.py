@@ -151,7 +151,8 @@ class Ranks:
     def __init__(self, params: Sequence[Tensor], model: nn.Module | None = None):
         self.num_params = len(params)
         self._params = {id(p) for p in params}
-        # Those that no wrapper is known for yet: while there are some, every forward is looked at.
+        # Those that no wrapper is known for yet: while there are some, every forward is looked at, else the first ones,
+        # up to that of a wrapper.
         self._unwrapped = set(self._params)
         self._ungathered = {id(p) for p in params if is_sharded(p)}
         self._device = params[0].device
@@ -185,7 +186,7 @@ class Ranks:
         self._active = True
         self._put_back()
         self.go_on()
-        if self._search and self._unwrapped:
+        if self._search:  # also where all are wrapped: this forward may be that of another wrapper around the same
             _global_forward_pre_hooks[id(self)] = self._meet  # in torch's table itself: see flatmin.quiet
         elif self._ungathered:
             _global_forward_pre_hooks[id(self)] = self._meet_shards

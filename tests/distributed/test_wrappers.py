@@ -33,15 +33,17 @@ def test_the_model_may_be_named(ranks):
 
 
 def in_two_parts(rank, method, how):
-    """A model of two modules that are wrapped apart, or whose wrapper is replaced before each step."""
+    """A model of two modules that are wrapped apart, or that is wrapped anew before each step, also if others stay."""
     run = Run(method, "alone", share(rank))
     plain: Any = run.plain
     parts: Any = [plain[:3], plain[3:]]
-    counted = []
+    counted, kept = [], []
     for number in range(STEPS):
-        if how == "again":
+        if how != "apart":
             parts = [DistributedDataParallel(run.plain)]
-        elif number == 0:
+        if how == "beside others":
+            kept += parts
+        if how == "apart" and number == 0:
             parts = [DistributedDataParallel(part) for part in parts]
         run.model = nn.Sequential(*parts)
         with Collectives() as seen:
@@ -51,7 +53,7 @@ def in_two_parts(rank, method, how):
 
 
 @pytest.mark.parametrize("method", ["sam", "nso"])
-@pytest.mark.parametrize("how", ["apart", "again"])
+@pytest.mark.parametrize("how", ["apart", "again", "beside others"])
 def test_every_wrapper_is_met(ranks, method, how):
     expected = ranks(train, method)[0]
     for weights, counted in ranks(in_two_parts, method, how):
