@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import SGD
 
 import flatmin
+import flatmin.lab.tasks as tasks_module
 import flatmin.lab.train as train_module
 from flatmin.lab.compare import Compare
 from flatmin.lab.parts import PARTS, Training, settings_of, split_name
@@ -120,6 +121,19 @@ def test_what_is_averaged(parts, chosen):
     with training.worn():
         assert model.weight.item() == pytest.approx(sum(seen[t] for t in chosen) / len(chosen))
     assert model.weight.item() == 1600.0
+
+
+def test_progress_has_the_statistics_of_the_average(tmp_path, monkeypatch):
+    """Those of batch norm: without them the averager warns, and the last progress is not the result."""
+    task = get_task("digits")
+
+    def build():
+        model = task.build_model()
+        return nn.Sequential(nn.BatchNorm1d(task.load(0).train[0].shape[1]), *model)
+
+    monkeypatch.setitem(tasks_module._TASKS, "digits", dataclasses.replace(task, build_model=build))
+    record, _ = run(tmp_path, "base+tail-average")
+    assert record.progress[-1]["train_loss"] == record.result["train_loss"]
 
 
 def test_an_average_keeps_the_learning_rate():

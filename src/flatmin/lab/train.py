@@ -107,6 +107,7 @@ def _train(
             seconds += time.perf_counter() - started
             _check_step(spec, step, loss, 0 if processes.finds_scale else getattr(optimizer, "num_skipped", 0))
             if step % every == 0 or step == spec.num_steps:
+                training.refresh(_in_order(splits.train, task.batch_size))
                 with training.worn():
                     scores = _scores(model, task.criterion, splits)
                 _check_scores(spec, step, scores)
