@@ -156,6 +156,10 @@ def record_of(path, method):
             "made AdamW with lr=0.001, where the settings of",
         ),
         (lambda model, s: AdamW(model.parameters(), lr=s.lr), "made AdamW with weight_decay=0.01, where .* sam say 0:"),
+        (
+            lambda model, s: SGD([{"params": list(model.parameters()), "lr": 7.0}], lr=s.lr),
+            "made SGD with lr=7, where the settings of",
+        ),
     ],
 )
 def test_a_base_that_does_not_take_the_settings_is_refused(own, build_base, message):
@@ -163,6 +167,18 @@ def test_a_base_that_does_not_take_the_settings_is_refused(own, build_base, mess
     spec = RunSpec(task="own", method="sam", seed=0, num_steps=1, settings=OWN.settings["sam"])
     with pytest.raises(ValueError, match=message):
         build_optimizer(spec, network(), 20)
+
+
+def test_a_base_may_leave_biases_without_weight_decay(own):
+    def groups(model, settings):
+        matrices, others = ([p for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
+        decayed = {"params": matrices, "weight_decay": settings.weight_decay}
+        return SGD([decayed, {"params": others}], lr=settings.lr)
+
+    own(build_base=groups)
+    spec = RunSpec(task="own", method="sam", seed=0, num_steps=1, settings=Settings(lr=0.1, weight_decay=0.01))
+    optimizer = build_optimizer(spec, network(), 20)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
 
 
 @pytest.mark.parametrize("base", [SGD, AdamW])

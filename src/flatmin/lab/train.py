@@ -169,10 +169,10 @@ def build_optimizer(spec: RunSpec, model: nn.Module, num_data: int) -> Optimizer
 
 def _check_base(spec: RunSpec, base: Optimizer) -> None:
     for name in ("lr", "weight_decay"):
-        found, wanted = base.defaults.get(name, 0.0), getattr(spec.settings, name)
-        if found != wanted:
+        found, wanted = [group.get(name, 0.0) for group in base.param_groups], getattr(spec.settings, name)
+        if wanted not in found:  # another group may be without weight decay, say
             raise ValueError(
-                f"build_base of task {spec.task!r} made {type(base).__name__} with {name}={found:g}, where the "
+                f"build_base of task {spec.task!r} made {type(base).__name__} with {name}={found[0]:g}, where the "
                 f"settings of {spec.method} say {wanted:g}: it is to take both lr and weight_decay from them."
             )
 
