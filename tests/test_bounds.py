@@ -31,6 +31,7 @@ def test_the_inverse_of_kl_at_its_ends():
     assert bounds.inverse_kl(0.0, 0.3) == pytest.approx(1 - math.exp(-0.3))
     assert bounds.inverse_kl(1.0, 0.3) == 1.0
     assert bounds.inverse_kl(0.2, 0.0) == 0.2
+    assert bounds.inverse_kl(0.2, math.inf) == 1.0
 
 
 @pytest.mark.parametrize("q", [-0.1, 1.1, float("nan")])

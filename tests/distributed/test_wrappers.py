@@ -65,7 +65,7 @@ def in_groups_that_end(rank):
     """Each step in a process group of its own, which is destroyed afterwards."""
     run, counted = Run("sam", "alone", share(rank)), []
     for _ in range(STEPS):
-        group = distributed.new_group()
+        group: Any = distributed.new_group()
         run.model = DistributedDataParallel(run.plain, process_group=group)
         with Collectives() as seen:
             run.step()

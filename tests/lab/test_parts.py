@@ -128,8 +128,7 @@ def test_progress_has_the_statistics_of_the_average(tmp_path, monkeypatch):
     task = get_task("digits")
 
     def build():
-        model = task.build_model()
-        return nn.Sequential(nn.BatchNorm1d(task.load(0).train[0].shape[1]), *model)
+        return nn.Sequential(nn.BatchNorm1d(task.load(0).train[0].shape[1]), task.build_model())
 
     monkeypatch.setitem(tasks_module._TASKS, "digits", dataclasses.replace(task, build_model=build))
     record, _ = run(tmp_path, "base+tail-average")

@@ -610,7 +610,7 @@ def fine_tuned():
     """A model with batch norm as it was before, and statistics that are loaded after the averager is made."""
     model = net()
     averager = flatmin.Averager(model, "mean")
-    norms = [part for part in model.modules() if isinstance(part, nn.BatchNorm1d)]
+    norms: list[Any] = [part for part in model.modules() if isinstance(part, nn.BatchNorm1d)]
     for norm in norms:
         norm.eval().running_mean.fill_(0.5)
     train(model, 3, averager)

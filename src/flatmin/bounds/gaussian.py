@@ -233,6 +233,8 @@ def inverse_kl(q: float, budget: float) -> float:
         raise ValueError(f"q must be in [0, 1], got {q}.")
     if q >= 1 or budget <= 0:
         return q
+    if math.isinf(budget):
+        return 1.0
     if q == 0:
         return -math.expm1(-budget)
 

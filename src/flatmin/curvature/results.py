@@ -188,6 +188,8 @@ def format_estimate(value: float, stderr: float, sign: str = "") -> str:
     place = math.floor(math.log10(stderr)) - 1  # of the error's second digit
     if power - place > 12:  # an error of the size of rounding
         return f"{value:{sign}.12g} +- {stderr:.1g}"
+    if power < -300:  # of which there is no power of ten to divide by
+        return f"{value:{sign}.4g} +- {stderr:.2g}"
     if -4 <= power < 6:
         digits = max(-place, 0)
         # + 0.0: never -0.00

@@ -134,8 +134,9 @@ class Averager:
         """
         self._check_outside("update()")
         warn_if_away(self._model.parameters(), "an average is updated")
-        if self._num_updates == self._length:
+        if self._length is not None and self._num_updates >= self._length:
             warnings.warn(LONGER.format(num_steps=self._length, first=self._first), RuntimeWarning, stacklevel=2)
+            self._length = None  # said once
         self._norms.note()
         step = self._num_updates + 1
         due = step >= self._first and step % self._every == 0
