@@ -87,7 +87,7 @@ def oracle(objective: flatmin.Objective, k: int, seed: int, truth: np.ndarray) -
 
 
 def error(values: np.ndarray, truth: np.ndarray) -> float:
-    """The largest relative error."""
+    """The largest of the relative errors."""
     return float(np.max(np.abs(values - truth) / np.abs(truth)))
 
 

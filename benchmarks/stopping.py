@@ -21,6 +21,7 @@ import torch
 
 import flatmin
 from benchmarks.spectra import KINDS, Network, simulated, unit
+from benchmarks.spectrum import error
 from flatmin.curvature.eigen import FALL, FALLS, MIN_PRODUCTS, STABLE, TINY
 from flatmin.curvature.lanczos import Lanczos
 from flatmin.vectors import Vector
@@ -113,11 +114,6 @@ def follow(spectrum: np.ndarray, start: np.ndarray, products: int, seed: int) ->
         rows.append([*top, np.array([seen[1] - seen[0]]), np.array([lanczos.floor])])
     values, bounds, ahead, spread, floor = (np.stack(column) for column in zip(*rows, strict=True))
     return Run(values, bounds, ahead, spread, floor, lanczos.complete)
-
-
-def error(values: np.ndarray, truth: np.ndarray) -> float:
-    """The largest of the relative errors."""
-    return float(np.max(np.abs(values - truth) / np.abs(truth)))
 
 
 @dataclass(frozen=True)

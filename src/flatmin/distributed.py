@@ -151,8 +151,8 @@ class Ranks:
     def __init__(self, params: Sequence[Tensor], model: nn.Module | None = None):
         self.num_params = len(params)
         self._params = {id(p) for p in params}
-        # Those that no wrapper is known for yet: while there are some, every forward is looked at, else the first ones,
-        # up to that of a wrapper.
+        # Those that no wrapper is known for yet. While there are some, every forward of a probe is looked at; else the
+        # first ones, up to that of a wrapper, which may be a new one.
         self._unwrapped = set(self._params)
         self._ungathered = {id(p) for p in params if is_sharded(p)}
         self._device = params[0].device

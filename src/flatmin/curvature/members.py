@@ -21,6 +21,9 @@ class Members:
         group: a `torch.distributed` process group, or `None`.
         device: that the group can send from.
         joint: whether they evaluate each batch together (sharded parameters), so that sums are over all of them.
+
+    Attributes:
+        group: the process group.
     """
 
     def __init__(self, group: Any, device: torch.device, *, joint: bool):

@@ -175,6 +175,11 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+def rounded(value: float, digits: int) -> float:
+    """`round`, but never -0.0."""
+    return round(value, digits) + 0.0
+
+
 def format_estimate(value: float, stderr: float, sign: str = "") -> str:
     """`12.34 +- 0.05`: two digits of the error, and the value to the same place; with `sign="+"` always with its sign.
 
@@ -192,7 +197,6 @@ def format_estimate(value: float, stderr: float, sign: str = "") -> str:
         return f"{value:{sign}.4g} +- {stderr:.2g}"
     if -4 <= power < 6:
         digits = max(-place, 0)
-        # + 0.0: never -0.00
-        return f"{round(value, -place) + 0.0:{sign}.{digits}f} +- {round(stderr, -place):.{digits}f}"
+        return f"{rounded(value, -place):{sign}.{digits}f} +- {rounded(stderr, -place):.{digits}f}"
     digits, unit = power - place, 10.0**power
     return f"({value / unit:{sign}.{digits}f} +- {stderr / unit:.{digits}f})e{power:+03d}"

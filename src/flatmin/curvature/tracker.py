@@ -145,7 +145,7 @@ class Tracker:
 
         Args:
             step: of the training; the number of updates before this one if not given.
-            force: measures in any case: at the end of a training, say. The time counts.
+            force: measures in any case: at the end of a training, say. The time counts. The same on all processes.
 
         Returns:
             The new point, also kept in `points`; `None` if nothing was measured.

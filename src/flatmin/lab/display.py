@@ -17,8 +17,9 @@ from rich.text import Text
 from flatmin.curvature.results import format_estimate
 from flatmin.lab.summary import shown
 
-MARKS = {"better": "▲", "worse": "▼", "confounded": "†", "interval": "±"}  # against the control
-PLAIN = {"better": "+", "worse": "-", "confounded": "?", "interval": "+-"}  # where the output is not in Unicode
+# The marks against the control, and what stands before an interval; PLAIN where the output is not in Unicode.
+SIGNS = {"better": "▲", "worse": "▼", "confounded": "†", "interval": "±"}
+PLAIN = {"better": "+", "worse": "-", "confounded": "?", "interval": "+-"}
 STYLES = {"better": "green", "worse": "red", "confounded": "dim"}
 
 
@@ -108,22 +109,22 @@ def trace_error(error: float) -> str:
 def print_table(summary: dict[str, Any], console: Console | None = None) -> None:
     """The comparison, one method a row: mean and 95% interval over seeds; in as many tables as the width asks for."""
     console = console or Console()
-    names, marks = list(summary["methods"]), PLAIN if console.options.ascii_only else MARKS
-    about = f"mean {marks['interval']} 95% interval over {summary['num_seeds']} seeds"
+    names, signs = list(summary["methods"]), PLAIN if console.options.ascii_only else SIGNS
+    about = f"mean {signs['interval']} 95% interval over {summary['num_seeds']} seeds"
     console.print(f"{escape(summary['task'])}: {about}", highlight=False)
-    columns = _columns(summary, marks)
+    columns = _columns(summary, signs)
     while columns:
         count = next((n for n in range(len(columns), 1, -1) if _fits(console, _table(names, columns[:n]))), 1)
         console.print(_table(names, columns[:count]))
         columns = columns[count:]
     if summary["num_seeds"] >= 3 and len(names) > 1:
         console.print(
-            f"{marks['better']} better, {marks['worse']} worse than {names[0]}; * better than every other method, too: "
+            f"{signs['better']} better, {signs['worse']} worse than {names[0]}; * better than every other method, too: "
             "paired t-tests over seeds, Holm, p < 0.05.",
             highlight=False,
         )
     if note := confounded_note(summary):
-        console.print(f"{marks['confounded']} {note}")
+        console.print(f"{signs['confounded']} {note}")
     console.print(budget_line(summary))
     if summary.get("mixed_versions"):
         console.print(f"[yellow]{escape(summary['mixed_versions'])}[/]", highlight=False)
@@ -132,27 +133,27 @@ def print_table(summary: dict[str, Any], console: Console | None = None) -> None
             console.print(f"[red]diverged[/]: {escape(message)}", highlight=False)
 
 
-def _columns(summary: dict[str, Any], marks: Mapping[str, str]) -> list[tuple[str, list[Text]]]:
+def _columns(summary: dict[str, Any], signs: Mapping[str, str]) -> list[tuple[str, list[Text]]]:
     """Title and cells of each; the error of a trace stands beside it."""
     columns = []
     for column in shown(summary):
-        columns.append((column.title, _marked(summary, column.key, marks)))
+        columns.append((column.title, _marked(summary, column.key, signs)))
         if column.key == "trace":
             errors = [entry["trace_stderr"] for entry in summary["methods"].values()]
-            texts = ["-" if e is None else trace_error(e).replace("±", marks["interval"]) for e in errors]
+            texts = ["-" if e is None else trace_error(e).replace("±", signs["interval"]) for e in errors]
             columns.append(("error of each", [Text(text) for text in texts]))
     return columns
 
 
-def _marked(summary: dict[str, Any], key: str, marks: Mapping[str, str]) -> list[Text]:
+def _marked(summary: dict[str, Any], key: str, signs: Mapping[str, str]) -> list[Text]:
     """The cells of a column, each with its mark; numbers stay below each other."""
     best, versus = summary["best"].get(key), summary["versus"].get(key, {})
     width = 2 if best or any(entry["mark"] for entry in versus.values()) else 0
     cells = []
     for name, entry in summary["methods"].items():
         mark, is_best = versus.get(name, {}).get("mark"), name == best
-        sign = ("*" if is_best else marks.get(mark, "")).rjust(width)
-        number = format_cell(entry["columns"][key]).replace(" ±", marks["interval"])
+        sign = ("*" if is_best else signs.get(mark, "")).rjust(width)
+        number = format_cell(entry["columns"][key]).replace(" ±", signs["interval"])
         cells.append(Text.assemble((number, "bold green" if is_best else ""), (sign, STYLES.get(mark, "bold green"))))
     return cells
 

@@ -254,7 +254,10 @@ class FlatOptimizer(Session):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave, or a checkpoint of the bare base optimizer (our options then stay)."""
+        """Loads what `state_dict` gave, or a checkpoint of the bare base optimizer (our options then stay).
+
+        Warns (UserWarning): of a checkpoint of another method, which has no radius for this one.
+        """
         super().load_state_dict(state_dict)
         if not self._under_way:
             self._drop()

@@ -51,7 +51,7 @@ class MongeSAM(FlatOptimizer):
         e = rho g / (n sqrt(1 + n^2)),    n = |g(W)|:
 
     SAM's step divided by sqrt(1 + n^2). Where the gradient is large it becomes gradient descent, where it is small
-    SAM. The step is shorter than SAM's by sqrt(1 + n^2), n = |g(W)|, so that a larger rho does the same.
+    SAM. It is shorter than SAM's at the same rho.
 
     Args:
         base: an optimizer instance.

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flatmin.curvature.results import rounded
 from flatmin.extras import need
-from flatmin.lab.display import MARKS, budget_line, confounded_note, format_cell, format_difference, trace_error
+from flatmin.lab.display import SIGNS, budget_line, confounded_note, format_cell, format_difference, trace_error
 from flatmin.lab.fingerprint import FIRST_BASE
 from flatmin.lab.parts import split_name
 from flatmin.lab.records import RunRecord, write_text
@@ -36,7 +37,7 @@ def write_report(path: Path, summary: dict[str, Any], runs: Mapping[str, Sequenc
         task=get_task(summary["task"]),
         rows=_rows(summary),
         differences=_differences(summary),
-        MARKS=MARKS,
+        SIGNS=SIGNS,
         confounded=confounded_note(summary),
         budget=budget_line(summary),
         verdict=_verdict(summary),
@@ -58,7 +59,7 @@ def _rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
             versus = summary["versus"].get(column.key, {}).get(name)
             cells.append(
                 {
-                    "text": format_cell(entry["columns"][column.key]),
+                    **_in_two_lines(format_cell(entry["columns"][column.key])),
                     "best": summary["best"].get(column.key) == name,
                     "mark": None if versus is None else versus["mark"],
                     "note": _trace_note(entry) if column.key == "trace" else "",
@@ -74,9 +75,18 @@ def _differences(summary: dict[str, Any]) -> list[dict[str, Any]]:
     for column in shown(summary):
         versus = summary["versus"].get(column.key)
         if versus:
-            cells = [{**v, "text": format_difference(v), "note": _p_value(v["p"])} for v in versus.values()]
+            cells = [
+                {**_in_two_lines(format_difference(v)), "mark": v["mark"], "note": _p_value(v["p"])}
+                for v in versus.values()
+            ]
             rows.append({"title": column.title, "cells": cells})
     return rows
+
+
+def _in_two_lines(text: str) -> dict[str, str]:
+    """A number and, below it, its interval; with a power of ten for both they stay together."""
+    value, _, interval = text.partition(" ") if "(" not in text else (text, "", "")
+    return {"value": value, "interval": interval}
 
 
 def _p_value(p: float | None) -> str:
@@ -130,14 +140,10 @@ def _verdict(summary: dict[str, Any]) -> list[str]:
 
 def _change(key: str, difference: float, control: dict[str, Any]) -> str:
     if key == "test_accuracy":
-        return f"{_rounded(difference, 2):+.2f} points"
+        return f"{rounded(difference, 2):+.2f} points"
     before = control["columns"][key]["mean"]
     change = 100 * difference / before if before else float("nan")
-    return f"{_rounded(change, 1):+.1f}%" if key == "test_loss" else f"{_rounded(change, 0):+.0f}%"
-
-
-def _rounded(value: float, digits: int) -> float:
-    return round(value, digits) + 0.0  # never -0.00
+    return f"{rounded(change, 1):+.1f}%" if key == "test_loss" else f"{rounded(change, 0):+.0f}%"
 
 
 def _significance(versus: dict[str, Any]) -> str:
