@@ -1,11 +1,15 @@
 """Choosing settings: as many trials for every method, checked before anything is trained, nothing done twice."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 import flatmin.lab.pool as pool
-from flatmin.lab.train import train
+from flatmin.lab.folder import unfinished
+from flatmin.lab.records import read_run
+from flatmin.lab.tasks import Settings
+from flatmin.lab.train import RunSpec, train
 from flatmin.lab.tune import Tune
 
 
@@ -71,6 +75,27 @@ def test_what_a_method_does_not_use_is_not_in_its_settings(tmp_path, capsys):
     assert "weight_decay" not in lines["bsam"]
     best = json.loads((tmp_path / "tuning" / "tuning.json").read_text())["best"]
     assert [best[name]["weight_decay"] for name in ("base", "sam", "bsam")] == [0.01, 0.01, 0.0]
+
+
+def test_flatness_is_not_measured_in_trials_and_a_comparison_does_not_take_them_for_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("flatmin.lab.train.measure", lambda *_, **__: pytest.fail("measured"))
+    tune(tmp_path, methods=("base",)).run()
+    (record,) = (tmp_path / "tuning").glob("*/*.jsonl")
+    trial = read_run(record)
+    assert trial.finished
+    assert not trial.measured
+    spec = RunSpec(**{**trial.header["spec"], "settings": Settings(**trial.header["spec"]["settings"])})
+    with pytest.raises(ValueError, match=r"whose flatness was not measured \(a trial of flatmin tune\)"):
+        unfinished([(spec, record.parent)])
+
+
+def test_a_trial_of_before_whose_flatness_was_measured_is_used_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "train", lambda spec, *rest: train(replace(spec, measured=True), *rest))
+    tune(tmp_path, methods=("base",)).run()
+    (record,) = (tmp_path / "tuning").glob("*/*.jsonl")
+    assert "flatness" in read_run(record).result
+    monkeypatch.setattr(pool, "train", lambda *_: pytest.fail("trained again"))
+    tune(tmp_path, methods=("base",)).run()
 
 
 def test_a_trial_that_diverges_is_null_in_the_file(tmp_path):

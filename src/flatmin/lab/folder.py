@@ -76,7 +76,10 @@ def unfinished(runs: Iterable[tuple[RunSpec, Path]]) -> list[tuple[RunSpec, Path
         if not path.exists():
             todo.append((spec, folder))
             continue
-        header = read_run(path).header
+        run = read_run(path)
+        if spec.measured and not run.measured:
+            raise ValueError(_other(path, "whose flatness was not measured (a trial of flatmin tune)"))
+        header = run.header
         found, wanted = header["spec"], spec.to_dict()
         for key in wanted:
             if found.get(key) != wanted[key]:

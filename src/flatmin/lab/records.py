@@ -24,14 +24,15 @@ from flatmin.curvature.results import plain
 
 FORMAT = "flatmin-run/1"
 
-# What a reader relies on, as paths into the header and into the result (of a diverged and of a finished run).
+# What a reader relies on, as paths into the header and into the result (of a diverged and of a finished run, and what
+# is measured at its end).
 RUN_FIELDS = ("spec.method", "spec.seed", "spec.settings", "versions")
 RESULT_FIELDS = (
     ("message",),
-    (
-        *("test_loss", "train_loss", "gap", "seconds", "gradients", "steps"),
-        *("flatness.trace.value", "flatness.trace.stderr", "flatness.trace.per_layer", "flatness.top_eigenvalue.value"),
-    ),
+    ("test_loss", "train_loss", "gap", "seconds", "gradients", "steps"),
+)
+FLATNESS_FIELDS = tuple(
+    f"flatness.{name}" for name in ("trace.value", "trace.stderr", "trace.per_layer", "top_eigenvalue.value")
 )
 
 
@@ -47,6 +48,11 @@ class RunRecord:
     def finished(self) -> bool:
         """Whether training came to its end (and did not diverge)."""
         return self.result["status"] == "finished"
+
+    @property
+    def measured(self) -> bool:
+        """Whether it was to be measured how flat it ended: of a trial of `flatmin tune` it was not."""
+        return self.header.get("measured", True)
 
 
 class RunWriter:
@@ -115,8 +121,11 @@ def read_run(path: Path) -> RunRecord:
     if records[-1].get("type") != "result" or "status" not in records[-1]:
         raise ValueError(_refusal(path, "its last line is not a result"))
     _check_fields(records[0], RUN_FIELDS, path)
-    _check_fields(records[-1], RESULT_FIELDS[records[-1]["status"] == "finished"], path)
-    return RunRecord(records[0], [r for r in records if r["type"] == "progress"], records[-1])
+    run = RunRecord(records[0], [r for r in records if r["type"] == "progress"], records[-1])
+    _check_fields(run.result, RESULT_FIELDS[run.finished], path)
+    if run.finished and run.measured:
+        _check_fields(run.result, FLATNESS_FIELDS, path)
+    return run
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -33,6 +33,9 @@ ALONE = Alone()
 class RunSpec:
     """Everything that decides a run's numbers.
 
+    Attributes:
+        measured: whether its flatness is measured at the end, which decides none of the others.
+
     Raises:
         ValueError: for an unknown method, or settings that it would not use.
     """
@@ -42,6 +45,7 @@ class RunSpec:
     seed: int
     num_steps: int
     settings: Settings
+    measured: bool = True
 
     def __post_init__(self) -> None:
         check_used(self.method, self.settings)
@@ -54,6 +58,7 @@ class RunSpec:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in the header of its record."""
         data = dataclasses.asdict(self)
+        del data["measured"]
         if not data["settings"]["parts"]:  # as it was before there were any
             del data["settings"]["parts"]
         return data
@@ -77,6 +82,8 @@ def train(spec: RunSpec, folder: Path, report: Progress = lambda *_: None, proce
         task = get_task(spec.task)
         splits = task.load(spec.seed)
         header = {"spec": spec.to_dict(), "task": fingerprint(task, splits), **environment(), **processes.about()}
+        if not spec.measured:
+            header["measured"] = False
         with RunWriter(folder / f"{spec.name}.jsonl", header) if processes.is_first else Unwritten() as writer:
             writer.finish(_train(spec, splits, writer, report, folder / f"{spec.name}.safetensors", processes))
     finally:
@@ -115,11 +122,9 @@ def _train(
                 report(spec.name, step, spec.num_steps, loss)
         training.refresh(_in_order(splits.train, task.batch_size))
         with training.worn():
-            result = {
-                "status": "finished",
-                **_scores(model, task.criterion, splits),
-                "flatness": _flatness(spec, model, task.criterion, splits),
-            }
+            result = {"status": "finished", **_scores(model, task.criterion, splits)}
+            if spec.measured:
+                result["flatness"] = _flatness(spec, model, task.criterion, splits)
     except Diverged as error:
         result = {"status": "diverged", "message": str(error)}
     if not processes.is_first:

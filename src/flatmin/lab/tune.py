@@ -145,17 +145,19 @@ class Tune:
         grid = itertools.product(self.lr, radii)
         return [Settings(lr=lr, weight_decay=decay, radius=r, parts=parts) for lr, r in grid]
 
-    def _tune(self, method: str) -> list[dict[str, Any]]:
+    @property
+    def _seeds(self) -> range:
+        return range(FIRST_SEED, FIRST_SEED + self.num_seeds)
+
+    def _spec(self, method: str, settings: Settings, seed: int) -> RunSpec:
+        """A trial's; flatness chooses nothing, and to measure it would take longer than the training."""
         steps = split_name(method)[0].num_steps(self._budget)
+        return RunSpec(task=self.task, method=method, seed=seed, num_steps=steps, settings=settings, measured=False)
+
+    def _tune(self, method: str) -> list[dict[str, Any]]:
         candidates = self._settings(method, self.best.get(self.methods[0], {}).get("weight_decay", 0.0))
         trials = [
-            [
-                (
-                    RunSpec(task=self.task, method=method, seed=FIRST_SEED + i, num_steps=steps, settings=settings),
-                    self.folder / f"{method}-{_label(settings)}",
-                )
-                for i in range(self.num_seeds)
-            ]
+            [(self._spec(method, settings, seed), self.folder / f"{method}-{_label(settings)}") for seed in self._seeds]
             for settings in candidates
         ]
         runs = [run for trial in trials for run in trial]
