@@ -1,6 +1,7 @@
 """The flat-minimum check of a model: closed forms on (1 - xy)^2, dense third derivatives on a net."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -40,6 +41,21 @@ def test_a_model_small_enough_gets_the_statement_itself(a):
     assert found.normalised_trace == pytest.approx(a**2 + a**-2)
     assert found.tangential_gradient == pytest.approx(abs(2 * a - 2 * a**-3) / math.sqrt(1 + a**-4), abs=1e-10)
     assert found.is_flat(1e-6) == (a == 1.0)
+
+
+def test_what_is_printed_says_what_the_numbers_are():
+    objective = hyperbola(1.0, 1.0)
+    assert repr(objective) == "Objective(Product, MSELoss, 2 parameters)"
+    found = flatmin.flat_minimum(*flatmin.model_function(objective))
+    assert str(found).startswith(
+        "0 above a minimum with tr(H) / d = 2, whose gradient along its manifold (dimension 1)"
+    )
+    assert str(replace(found, is_minimum=False)).startswith("0 above a saddle or a maximum with")
+    estimate = flatmin.flat_minimum_estimate(objective, num_probes=3, num_eigenvectors=1)
+    trace, slope = estimate.normalised_trace, estimate.trace_gradient
+    assert str(estimate).startswith(f"tr(H) / d = {trace} at loss 0, |gradient| 0; its gradient {slope}, along")
+    density = str(flatmin.spectral_density(objective, num_probes=2, num_steps=3))
+    assert density.startswith("2 eigenvalues from 0 to 4, mean 2, share below -")
 
 
 def test_the_loss_as_a_function_of_a_vector():

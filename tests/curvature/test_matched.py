@@ -64,6 +64,8 @@ def test_reports_of_measure():
         ([point(0.1, 1), point(0.2, 1)], [point(0.1, 1), point(0.4, 1)], {"loss": 0.3}, "do not match: the first"),
         ([], [point(0.1, 1)], {}, "no measurements"),
         ([point(0.1, -1)], [point(0.1, 1)], {}, "positive loss and trace"),
+        (1, 2, {}, "by a Tracker, its points, or reports of flatmin.measure, got int"),
+        ([point(0.1, 1)], ["trace"], {}, "got str"),
     ],
 )
 def test_refusals(first, second, options, message):

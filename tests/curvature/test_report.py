@@ -29,6 +29,17 @@ def test_contents(report):
     assert set(report.trace.per_layer) == {"0", "2", "3"}
 
 
+def test_an_objective_is_measured_as_its_parts_are(report):
+    model, x, y = make("tanh")
+    objective = flatmin.Objective(model, criterion, [(x, y)])
+    assert flatmin.measure(objective, num_eigenvalues=2) == report
+    for given in ({"criterion": criterion}, {"data": [(x, y)]}, {"params": ["0.weight"]}, {"eval_mode": False}):
+        with pytest.raises(ValueError, match=f"the Objective has its own {next(iter(given))}: leave"):
+            flatmin.measure(objective, **given)
+    with pytest.raises(ValueError, match="was called without data"):
+        flatmin.measure(model, criterion)
+
+
 def test_frozen(report):
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.trace.value = 0.0

@@ -56,6 +56,14 @@ class DensityResult(Measurement):
     num_params: int
     zero: float
 
+    def __str__(self) -> str:
+        ends = min(x[0] for x in self.nodes), max(x[-1] for x in self.nodes)
+        low, high = (0.0 if abs(end) <= self.zero else end for end in ends)
+        return (
+            f"{self.num_params} eigenvalues from {low:.3g} to {high:.3g}, mean {super().__str__()}, share below "
+            f"{-self.resolved:.2g}: {self.negative_mass}"
+        )
+
     def mass(self, low: float = -math.inf, high: float = math.inf) -> Estimate:
         """The share of the eigenvalues in low <= lambda < high.
 

@@ -77,6 +77,12 @@ class FlatMinimumEstimate:
     num_probes: int
     left_out: tuple[str, ...] = LEFT_OUT
 
+    def __str__(self) -> str:
+        return (
+            f"tr(H) / d = {self.normalised_trace} at loss {self.loss:.4g}, |gradient| {self.gradient_norm:.3g}; its "
+            f"gradient {self.trace_gradient}, along the minima at most {self.tangential_gradient}"
+        )
+
     def is_flat(self, eps: float, eps_prime: float | None = None) -> bool | None:
         """True if loss <= eps and the tangential gradient, plus two standard errors, <= eps'; else `None`: not known.
 

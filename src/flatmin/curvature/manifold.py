@@ -47,6 +47,13 @@ class FlatMinimum:
     residual: float
     is_minimum: bool
 
+    def __str__(self) -> str:
+        kind = "a minimum" if self.is_minimum else "a saddle or a maximum"
+        return (
+            f"{self.excess:.4g} above {kind} with tr(H) / d = {self.normalised_trace:.4g}, whose gradient along its "
+            f"manifold (dimension {self.dimension}) is {self.tangential_gradient:.3g}"
+        )
+
     def is_flat(self, eps: float, eps_prime: float | None = None) -> bool:
         """Whether x is an (eps, eps')-flat minimum; eps' is sqrt(eps) if not given. Never at a saddle."""
         eps_prime = math.sqrt(eps) if eps_prime is None else eps_prime

@@ -81,8 +81,8 @@ def compare_at_matched_loss(first: Curve, second: Curve, *, loss: float | None =
     Warns (UserWarning): for a Tracker that has measured once only.
 
     Raises:
-        ValueError: if the losses of the two never meet (or that loss is outside), or a trace there is not positive, or
-            has no error.
+        ValueError: if the losses of the two never meet (or that loss is outside), a trace there is not positive or has
+            no error, or for anything else than measurements.
 
     Example:
         flatmin.compare_at_matched_loss(sgd_tracker, nso_tracker)
@@ -155,6 +155,10 @@ def _curve(measured: Curve) -> list[_Point]:
 def _point(item: Any) -> _Point:
     if isinstance(item, TrackPoint):
         return _Point(item.loss, item.trace, max(item.num_probes - 1, 1))
+    if not isinstance(item, FlatnessReport):
+        raise ValueError(
+            f"a model is given by a Tracker, its points, or reports of flatmin.measure, got {type(item).__name__}."
+        )
     trace = item.trace
     return _Point(item.loss.value, Estimate(value=trace.value, stderr=trace.stderr), max(len(trace.samples) - 1, 1))
 

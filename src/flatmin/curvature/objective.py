@@ -91,6 +91,11 @@ class Objective:
         self._num_samples: int | None = None
         self._rounding = max(rounding_of(p) for p in self.params)  # of the coarsest number on the way to the loss
 
+    def __repr__(self) -> str:
+        model, criterion = type(self.model).__name__, self.criterion
+        of = "its own loss" if criterion is None else getattr(criterion, "__name__", type(criterion).__name__)
+        return f"Objective({model}, {of}, {self.num_params} parameters)"
+
     @property
     def num_params(self) -> int:
         """The number of scalars that are differentiated by."""

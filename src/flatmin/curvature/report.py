@@ -120,9 +120,9 @@ class FlatnessReport:
 
 
 def measure(
-    model: nn.Module,
-    criterion: Callable[[Any, Any], Tensor] | None,
-    data: Iterable[Any],
+    model: nn.Module | Objective,
+    criterion: Callable[[Any, Any], Tensor] | None = None,
+    data: Iterable[Any] | None = None,
     *,
     forward: Forward | None = None,
     params: Any = None,
@@ -141,7 +141,7 @@ def measure(
     """Measures how flat `model` is on `data`: loss, Hessian trace (per layer too), largest eigenvalue; more on request.
 
     Args:
-        model: a module.
+        model: a module; or an Objective, which has its own of all from `criterion` to `data` and `forward` to `group`.
         criterion: `criterion(outputs, targets)`, a mean over the batch; `None` if the model returns its own loss.
         data: anything that can be iterated more than once and yields batches.
         forward: `forward(model, batch) -> (outputs, targets)`, for batches that are not a pair.
@@ -170,14 +170,14 @@ def measure(
     products, about 1,000 gradients.
 
     Raises:
-        ValueError: for a model, criterion or data that Objective refuses, bad numbers, a Hessian that is not finite, or
-            a `store` that is about something else.
+        ValueError: for a model, criterion or data that Objective refuses, bad numbers, a Hessian that is not finite, a
+            `store` that is about something else, or an Objective and arguments of one beside it.
 
     Example:
         print(flatmin.measure(model, nn.CrossEntropyLoss(), loader))
     """
     check_whole("num_eigenvalues", num_eigenvalues, 1)
-    objective = Objective(model, criterion, data, forward=forward, params=params, eval_mode=eval_mode, group=group)
+    objective = _objective(model, criterion, data, forward=forward, params=params, eval_mode=eval_mode, group=group)
     loss = objective.loss()
     kept = Store(store, objective, loss)
 
@@ -196,3 +196,22 @@ def measure(
         else get("ascent_sharpness", AscentResult, ascent_sharpness, rho=rho, seed=seed),
         density=get("density", DensityResult, spectral_density, seed=seed) if density else None,
     )
+
+
+def _objective(
+    model: nn.Module | Objective,
+    criterion: Callable[[Any, Any], Tensor] | None,
+    data: Iterable[Any] | None,
+    *,
+    eval_mode: bool,
+    **options: Any,
+) -> Objective:
+    """The one that was given, or one of these."""
+    if not isinstance(model, Objective):
+        if data is None:
+            raise ValueError("measure(model, criterion, data) was called without data. An Objective needs none beside.")
+        return Objective(model, criterion, data, eval_mode=eval_mode, **options)
+    options |= {"criterion": criterion, "data": data, "eval_mode": None if eval_mode else False}
+    if given := [name for name, value in options.items() if value is not None]:
+        raise ValueError(f"the Objective has its own {given[0]}: leave {given[0]}= out, or give it to Objective.")
+    return model
