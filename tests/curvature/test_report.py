@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,8 @@ def test_an_objective_is_measured_as_its_parts_are(report):
     model, x, y = make("tanh")
     objective = flatmin.Objective(model, criterion, [(x, y)])
     assert flatmin.measure(objective, num_eigenvalues=2) == report
-    for given in ({"criterion": criterion}, {"data": [(x, y)]}, {"params": ["0.weight"]}, {"eval_mode": False}):
+    others: tuple[dict[str, Any], ...] = ({"criterion": criterion}, {"data": [(x, y)]}, {"params": ["0.weight"]})
+    for given in (*others, {"eval_mode": False}):
         with pytest.raises(ValueError, match=f"the Objective has its own {next(iter(given))}: leave"):
             flatmin.measure(objective, **given)
     with pytest.raises(ValueError, match="was called without data"):
