@@ -34,10 +34,10 @@ def test_an_objective_is_measured_as_its_parts_are(report):
     model, x, y = make("tanh")
     objective = flatmin.Objective(model, criterion, [(x, y)])
     assert flatmin.measure(objective, num_eigenvalues=2) == report
-    others: tuple[dict[str, Any], ...] = ({"criterion": criterion}, {"data": [(x, y)]}, {"params": ["0.weight"]})
-    for given in (*others, {"eval_mode": False}):
-        with pytest.raises(ValueError, match=f"the Objective has its own {next(iter(given))}: leave"):
-            flatmin.measure(objective, **given)
+    others: dict[str, Any] = {"criterion": criterion, "data": [(x, y)], "params": ["0.weight"], "eval_mode": False}
+    for name, value in others.items():
+        with pytest.raises(ValueError, match=f"the Objective has its own {name}: leave"):
+            flatmin.measure(objective, **{name: value})
     with pytest.raises(ValueError, match="was called without data"):
         flatmin.measure(model, criterion)
 
