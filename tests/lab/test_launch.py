@@ -15,6 +15,7 @@ from torch.amp.grad_scaler import GradScaler
 
 import flatmin
 from flatmin.lab.cli import main
+from flatmin.lab.launch import Train
 from flatmin.lab.processes import Alone, Together, launched
 from flatmin.lab.records import read_run
 from flatmin.lab.tasks import Settings, get_task
@@ -78,9 +79,19 @@ def test_one_process(tmp_path, capsys, environment):
     assert record.header["spec"]["seed"] == 3
     assert record.header["spec"]["num_steps"] == record.result["steps"] == 4
     assert "processes" not in record.header
-    assert "test_accuracy" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "\nstatus finished, " in said
+    assert f"test_loss {record.result['test_loss']:.4g}" in said
+    assert f"trace {record.result['flatness']['trace']['value']:.4g}, top_eigenvalue" in said
     assert main(arguments) == 2
     assert "never overwritten" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_says_so(tmp_path, capsys, monkeypatch, environment):
+    given = RunSpec(task="digits", method="base", seed=0, num_steps=40, settings=Settings(lr=1e8))
+    monkeypatch.setattr(Train, "spec", lambda _: given)
+    Train(out=tmp_path).run()
+    assert "status diverged, message base on digits, seed 0: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("size", [6, 7])

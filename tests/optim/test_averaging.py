@@ -655,6 +655,15 @@ def test_a_run_longer_than_its_tail_was_told_is_announced_once(options, length):
     assert averager.num_averaged == len(range(7, 11)) if length else averager.num_averaged > 6
 
 
+def test_a_longer_run_that_is_loaded_is_announced_too():
+    whole, short = (flatmin.Averager(nn.Linear(2, 1), num_steps=steps) for steps in (20, 8))
+    for _ in range(10):
+        whole.update()
+    short.load_state_dict(whole.state_dict())
+    with pytest.warns(RuntimeWarning, match="more often than num_steps=8 says"):
+        short.update()
+
+
 def test_refresh_without_batch_norm_reads_no_data():
     averager = flatmin.Averager(nn.Linear(2, 1), "mean")
     averager.refresh(iter(lambda: pytest.fail("read"), None))

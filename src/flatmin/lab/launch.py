@@ -56,7 +56,7 @@ class Train:
         train(spec, self.out, _report if processes.is_first else lambda *_: None, processes)
         if processes.is_first:
             result = read_run(path).result
-            flatness = {name: part["value"] for name, part in result["flatness"].items() if name != "loss"}
+            flatness = {k: part["value"] for k, part in result.get("flatness", {}).items() if k != "loss"}
             values = {k: v for k, v in result.items() if isinstance(v, (int, float, str)) and k != "type"} | flatness
             print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()))
             print(path)
