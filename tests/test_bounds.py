@@ -175,6 +175,33 @@ def test_for_one_hypothesis_the_bound_fails_as_often_as_it_may():
     assert np.mean([bounds.gaussian_bound(q, **options).value < risk for q in errors]) <= delta
 
 
+@pytest.mark.parametrize(
+    ("sigma", "prior_sigma", "distance"),
+    [(1e-160, None, 1.0), (0.5, 1e-160, 0.0), (1e300, 1e-300, 0.0), (0.5, None, 1e200)],
+)
+def test_a_divergence_beyond_the_largest_number_is_infinite_and_the_bound_vacuous(sigma, prior_sigma, distance):
+    options = {**GAUSSIAN, "sigma": sigma, "prior_sigma": prior_sigma, "distance": distance}
+    assert bounds.gaussian_divergence(distance, sigma, 10, prior_sigma) == math.inf
+    assert bounds.gaussian_bound(0.1, **options).value == 1.0
+    assert bounds.catoni_bound(0.1, **options, temperature=1.0).vacuous
+
+
+def test_a_width_far_below_the_priors_has_a_finite_divergence():
+    expected = 10 * (math.log(1e300) + math.log(1e300) - 0.5)  # the ratio itself is 0 to the smallest number
+    assert bounds.gaussian_divergence(0.0, 1e-300, 10, 1e300) == pytest.approx(expected)
+
+
+def test_a_distance_whose_square_is_beyond_the_largest_number():
+    bound = bounds.trace_bound(0.2, **{**TRACE, "distance": 1e200}, eps=1.0)
+    assert bound.vacuous
+    assert bound.value == pytest.approx(2 * math.sqrt(2.0 * 30.0 / 400) * 1e200)
+
+
+def best_of_two(**changed):
+    options: dict[str, Any] = {"largest_loss": 1.0, "distance": 1.0, "num_params": 1, "num_samples": 9, **changed}
+    return bounds.best_gaussian({0.1: 0.05, 0.5: 0.1}, **options)
+
+
 def layerwise(**changed):
     return bounds.layerwise_bound(
         0.1, largest_loss=1.0, num_samples=5, **{"traces": [1.0], "distances": [1.0], "norms": [1.0], **changed}
@@ -198,6 +225,8 @@ def layerwise(**changed):
         (lambda: layerwise(distances=[math.nan]), r"distances\[0\] must be finite"),
         (lambda: layerwise(norms=[math.inf]), r"norms\[0\] must be finite"),
         (lambda: bounds.best_gaussian({}, largest_loss=1.0, distance=1.0, num_params=1, num_samples=9), "is empty"),
+        (lambda: best_of_two(delta=1.5), r"delta must be in \(0, 1\), got 1.5"),
+        (lambda: best_of_two(delta=1.0), "delta must be in"),
     ],
 )
 def test_bad_numbers(call, message):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from flatmin.bounds.result import Bound, check_at_least_zero, check_common
+from flatmin.bounds.result import Bound, check_at_least_zero, check_common, check_delta
 from flatmin.checks import check_number, check_whole
 
 NOISY = "these weights with noise of standard deviation {sigma:.4g}"
@@ -168,6 +168,7 @@ def best_gaussian(
     """
     if not stochastic_losses:
         raise ValueError("stochastic_losses is empty: give at least one sigma with its loss.")
+    check_delta(delta)  # its shares may be in range where it is not
     bounds = [
         gaussian_bound(
             loss,
@@ -201,6 +202,9 @@ def gaussian_divergence(distance: float, sigma: float, num_params: int, prior_si
         num_params: the dimension, at least 1.
         prior_sigma: of the second; sigma if not given.
 
+    Returns:
+        the divergence in nats; infinite beyond the largest number.
+
     Raises:
         ValueError: for a width that is not positive, a negative distance, or a dimension that is no positive integer.
     """
@@ -210,8 +214,10 @@ def gaussian_divergence(distance: float, sigma: float, num_params: int, prior_si
             raise ValueError(f"{name} must be positive and finite, got {value}.")
     check_at_least_zero(distance=distance)
     check_whole("num_params", num_params, 1)
-    ratio = sigma / prior_sigma
-    return num_params * (ratio**2 / 2 - 0.5 - math.log(ratio)) + (distance / prior_sigma) ** 2 / 2
+    ratio, moved = sigma / prior_sigma, distance / prior_sigma
+    # By products and a difference of logarithms: powers raise where they overflow, and a ratio may underflow to 0.
+    widths = ratio * ratio / 2 - 0.5 - (math.log(sigma) - math.log(prior_sigma))
+    return num_params * widths + moved * moved / 2
 
 
 def inverse_kl(q: float, budget: float) -> float:

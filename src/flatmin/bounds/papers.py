@@ -47,7 +47,7 @@ def trace_bound(
     eps = 1 / math.sqrt(num_samples) if eps is None else eps
     if not 0 < eps <= 1:
         raise ValueError(f"eps must be in (0, 1], got {eps}.")
-    complexity = math.sqrt(largest_loss * trace * distance**2 / num_samples)
+    complexity = distance * math.sqrt(largest_loss * trace / num_samples)
     terms = {
         "C": largest_loss,
         "alpha": trace,

@@ -72,6 +72,11 @@ def check_common(training_loss: float, largest_loss: float, num_samples: int, de
     if not 0 <= training_loss <= largest_loss:
         raise ValueError(f"the training loss must be in [0, {largest_loss}] (largest_loss), got {training_loss}.")
     check_whole("num_samples", num_samples, 1)
+    check_delta(delta)
+
+
+def check_delta(delta: float) -> None:
+    """Refuses what is no probability, and the two that promise nothing or cannot be kept."""
     if not 0 < delta < 1:
         raise ValueError(f"delta must be in (0, 1), got {delta}.")
 
