@@ -87,6 +87,15 @@ def test_no_step_size_beats_the_lower_bound_and_the_best_one_nearly_reaches_it(k
         assert min(least) < 4 * floor
 
 
+@pytest.mark.parametrize("num_steps", [4, 50])
+def test_the_flat_direction_keeps_what_the_proof_says_at_every_step_size(num_steps):
+    for step in np.logspace(-6, 0, 30):
+        problem = problems.hard_quadratic(step, num_steps)
+        flat, least = float(problem.spectrum(problem.start)[0]), 0.5 * min(1 / (4 * step * num_steps), 0.5)
+        assert (flat * float(problem.start[0]) * (1 - step * flat) ** num_steps) ** 2 >= least
+        assert flat < 1.0 or least >= 0.5 / math.sqrt(num_steps)  # where mu = C that alone is the bound
+
+
 def test_the_closed_form_is_what_nso_does():
     step, num_steps, k, runs = 0.2, 12, 3, 20_000
     problem = problems.hard_quadratic(step, num_steps, k, noise_var=0.5)

@@ -90,7 +90,10 @@ def hard_quadratic(
     mu = min(C, 1 / (2 eta T)); x_1 starts where C x_1^2 / 2 = eta s^2 / (2 k (2 - eta C)), x_0 with the rest of D^2.
     The gradient noise has variance s^2 / k and acts on x_1 only. Both terms of the gradient are bounded below,
 
-        mu^2 x_0^2 >= (D^2 / 2) / (4 eta T)  and  C^2 E x_1^2 >= C eta s^2 / (2 k),    whose sum is least at one eta.
+        mu^2 x_0^2 >= (D^2 / 2) min(1 / (4 eta T), C / 2)  and  C^2 E x_1^2 >= C eta s^2 / (2 k):
+
+    the sum with the first in the minimum is least at one eta, and is the bound there; the second, where eta is so small
+    that mu = C, is above the bound alone, since s^2 <= k C D^2 and T >= 4.
 
     Args:
         step: eta, in (0, 1 / C].
