@@ -136,6 +136,14 @@ def test_what_is_not_possible_is_refused():
         GaussNewtonOperator(pairs).product(own.zeros())
     with pytest.raises(ValueError, match="kind must be 'mc' or 'empirical', got 'exact'"):
         FisherOperator(own, "exact")  # type: ignore[arg-type]
+    # The expectation of drawn targets would be Gauss-Newton's matrix, which is zero: the curvature is in log_softmax.
+    likely = flatmin.Objective(torch.nn.Sequential(model, torch.nn.LogSoftmax(1)), torch.nn.NLLLoss(), [(x, y)])
+    with pytest.raises(ValueError, match=r"linear in the outputs.*before log_softmax.*CrossEntropyLoss"):
+        FisherOperator(likely).product(likely.zeros())
+    assert float(FisherOperator(likely, "empirical").product(random_like(likely)).norm()) > 0
+    # A batch of outliers is linear where it is, and no more than that: it has a share, which is zero.
+    outliers = flatmin.Objective(model, lambda z, y: torch.nn.functional.huber_loss(z, 0 * z + 100), [(x, y)])
+    assert float(FisherOperator(outliers).product(random_like(outliers)).norm()) == 0
     contrastive = flatmin.Objective(model, lambda z, y: (z @ z.T).logsumexp(1).mean(), [(x, y)])
     with pytest.raises(ValueError, match="targets cannot be drawn"):
         FisherOperator(contrastive).product(own.zeros())

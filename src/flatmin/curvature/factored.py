@@ -87,7 +87,7 @@ class FisherOperator(_Factored):
     Raises:
         ValueError: an unknown kind; "empirical" for outputs without a row for each sample; "mc" for a loss that is no
             likelihood that is known here (softmax cross-entropy, or a loss whose second derivative is diagonal in the
-            outputs: squared error, logistic).
+            outputs: squared error, logistic), or that is linear in the outputs, such as `NLLLoss` of log-probabilities.
 
     Source: Amari 1998; Martens 2020 for why the expectation of "mc" is the Gauss-Newton matrix; Kunstner, Hennig,
     Balles 2019 for what "empirical" is not.

@@ -26,6 +26,12 @@ BESIDE_OUTPUTS = (
     "the loss depends on the parameters not only through the outputs (a penalty in the criterion?), and Gauss-Newton "
     "and Fisher would leave that part out. The Hessian does not: trace(method='hutchinson'), HessianOperator."
 )
+LINEAR = (
+    "targets cannot be drawn for this criterion: it is linear in the outputs (NLLLoss of log-probabilities?), so that "
+    "its second derivative, the covariance of what would be drawn, is zero. Let the outputs be those before "
+    "log_softmax, with CrossEntropyLoss."
+)
+FAR = 1e4  # in units of the outputs
 MAX_OUTPUTS = 64  # outputs per sample up to which A is written down
 
 
@@ -140,7 +146,7 @@ class OutputLoss:
         """The slope for a drawn target, with covariance A: of a class, or Gaussian where A is diagonal.
 
         Raises:
-            ValueError: if the loss is none of these.
+            ValueError: if the loss is none of these, or linear.
         """
         if self.kind.name == "softmax":
             p, scale, dim = self._softmax
@@ -149,6 +155,8 @@ class OutputLoss:
             chosen = torch.zeros_like(classes).scatter_(-1, drawn.view(*classes.shape[:-1], 1), 1.0).movedim(-1, dim)
             return scale.sqrt() * (chosen - p)
         if self.kind.name == "diagonal" and bool((self._here.diagonal >= 0).all()):
+            if self._is_linear:
+                raise ValueError(LINEAR)
             return self._here.diagonal.sqrt() * draw_like(self._here.outputs, "normal", generator)
         raise ValueError(
             "targets cannot be drawn for this criterion: its second derivative by the outputs is neither that of "
@@ -196,6 +204,18 @@ class OutputLoss:
             return Point(self._objective, outputs, self._targets, self.size)
         except (ValueError, RuntimeError):  # the criterion wants probabilities, say
             return self._here
+
+    @property
+    def _is_linear(self) -> bool:
+        """Whether the slope is one and the same far off in opposite directions, where that of a Huber loss is not."""
+        if self._here.diagonal.any() or not self.slope.any():
+            return False
+        try:
+            there = [self.outputs.detach() + far * self._probe for far in (FAR, -FAR)]
+            slopes = [Point(self._objective, outputs, self._targets, self.size).slope for outputs in there]
+        except (ValueError, RuntimeError):  # not finite there
+            return False
+        return torch.equal(*slopes)
 
     @cached_property
     def _probe(self) -> Tensor:
