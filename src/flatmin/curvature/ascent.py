@@ -79,7 +79,7 @@ def ascent_sharpness(
         AscentResult with `value` (never negative: d = 0 is in the ball), `starts`, `one_step`.
 
     Cost: at most 1 + num_starts (1 + num_steps) gradients of the data, and 2 losses to see that it stays the same.
-    Memory: about 6 copies of the parameters.
+    Memory: eight copies of the parameters; two more for "adaptive" and "monge", one for "filter".
 
     Raises:
         ValueError: rho that is not positive, num_steps or num_starts below 1, an unknown metric, data that gives
@@ -91,15 +91,11 @@ def ascent_sharpness(
     for name, value in (("num_steps", num_steps), ("num_starts", num_starts)):
         check_whole(name, value, 1)
     objective.check()
-    clean, gradient = objective.loss_and_gradient()
-    ascent = _Ascent(objective, ball(objective, metric, lambda: gradient), rho)
-    slope = ascent.to_weights(gradient)
-    first = ascent.on_sphere(slope)
+    clean, ascent, first = _at_home(objective, metric, rho)
     rises, one_step = [], math.nan
     for start in range(num_starts):
-        from_gradient = start == 0 and first is not None
-        e = first if from_gradient else ascent.random(mix_seeds(seed, start))
-        assert e is not None
+        from_gradient = first is not None
+        e, first = ascent.random(mix_seeds(seed, start)) if first is None else first, None
         begin, end = ascent.climb(e, num_steps)
         rises.append(end - clean)
         if from_gradient:
@@ -117,6 +113,13 @@ def ascent_sharpness(
         starts=tuple(rises),
         num_gradients=1 + ascent.num_gradients,
     )
+
+
+def _at_home(objective: Objective, metric: Metric, rho: float) -> tuple[float, _Ascent, Vector | None]:
+    """The loss, what evaluates it in the ball, and SAM's point; the gradient itself is not kept."""
+    clean, gradient = objective.loss_and_gradient()
+    ascent = _Ascent(objective, ball(objective, metric, lambda: gradient), rho)
+    return clean, ascent, ascent.on_sphere(ascent.to_weights(gradient))
 
 
 class _Ascent:
@@ -144,10 +147,9 @@ class _Ascent:
             begin, slope = self._evaluate(place, e)
             value, step = begin, 2 * self._rho
             for _ in range(num_steps):
-                uphill = self.on_sphere(slope)
-                if uphill is None:
+                candidate = self._uphill(e, slope, step)
+                if candidate is None:
                     break
-                candidate = self._project(e + uphill * (step / self._rho))
                 if float((candidate - e).norm()) <= SMALLEST * self._rho:
                     break
                 there, slope_there = self._evaluate(place, candidate)
@@ -155,7 +157,13 @@ class _Ascent:
                     e, value, slope, step = candidate, there, slope_there, min(2 * step, 8 * self._rho)
                 else:
                     step /= 4
+                del candidate, slope_there  # each is a copy of the parameters
         return begin, value
+
+    def _uphill(self, e: Vector, slope: Vector, step: float) -> Vector | None:
+        """The point of the ball that is nearest to a step of this length uphill from e; `None` on level ground."""
+        size = float(slope.norm())
+        return self._project((slope * (step / size)).add_(e)) if size > 0 else None
 
     def _evaluate(self, place: Place, e: Vector) -> tuple[float, Vector]:
         """The loss at w + A e, and its gradient by e."""

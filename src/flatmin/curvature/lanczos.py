@@ -114,6 +114,10 @@ class Lanczos:
         """The Ritz vectors with these coordinates (size, k), as rows."""
         return self._basis.combined(coordinates)
 
+    def vector(self, coordinates: np.ndarray) -> Tensor:
+        """The one Ritz vector with these coordinates (size,), flat, without a chunk of rows for it."""
+        return self._basis.mixed(coordinates)
+
     def restart(self, theta: np.ndarray, coordinates: np.ndarray) -> None:
         """Replaces the basis by the Ritz vectors with these values and coordinates."""
         self._coupling = self._coupling @ coordinates
@@ -184,6 +188,14 @@ class Rows:
             new._chunks.append(block)
         new._size = len(mix)
         return new
+
+    def mixed(self, coordinates: np.ndarray) -> Tensor:
+        """sum_i coordinates[i] row_i."""
+        mix = torch.from_numpy(coordinates.copy()).to(self._like)
+        total = torch.zeros_like(self._like)
+        for i, chunk in enumerate(self._filled()):
+            total += chunk.T @ mix[i * CHUNK : i * CHUNK + len(chunk)]
+        return total
 
     def _filled(self) -> list[Tensor]:
         return [c[: min(CHUNK, self._size - i * CHUNK)] for i, c in enumerate(self._chunks)]

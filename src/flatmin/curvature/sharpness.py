@@ -53,7 +53,7 @@ class SharpnessResult(Measurement):
             the coarsest numbers among parameters, loss and what modules give (bf16 under autocast, say).
         per_layer: layer -> the rise when only that layer is moved. They add up to `value` to leading order only.
         samples: the rises of the single draws, whose mean is `value`.
-        num_losses: evaluations of the loss over the whole data that it took.
+        num_losses: evaluations of the loss over the whole data that it took, beside the two that check the data.
         converged: whether the requested relative error was reached, by the draws and by rounding.
     """
 
@@ -165,7 +165,7 @@ def average_sharpness(
         SharpnessResult with `value`, `stderr`, `samples`, `implied_trace` (2 dim value / rho^2).
 
     Cost: 1 + 2 m losses of the data for a round of m draws, and 2 to see that the data stays the same; one gradient
-    for "monge". Memory: two copies of the parameters.
+    for "monge". Memory: three copies of the parameters; four for "adaptive", five for "monge".
 
     Raises:
         ValueError: rho that is not positive, an unknown metric, data that gives another loss on a second pass, or a
@@ -178,8 +178,8 @@ def average_sharpness(
     ones = Radii([1.0] * len(objective.params))
 
     def draw(seed: int) -> Step:
-        direction = ones.along(Noise(objective.params, ones, "normal", seed, keep=False).vector())
-        return Step(to_weights(direction), [rho] * len(objective.params))
+        z = Noise(objective.params, ones, "normal", seed, keep=False).vector()
+        return Step(to_weights(z), [rho / float(z.norm())] * len(objective.params))
 
     return _Sampler(objective, [draw], True, seed).run(
         [None],
@@ -235,6 +235,7 @@ class _Sampler:
                     place.move(None)
                     u = self._drawers[column](mix_seeds(self._seed, first + row, self._objective.members.number(index)))
                     totals[row, column] += n * (self._mean_loss(place, u, batch) - at_home)
+                    del u  # before the next draw is made
                 place.move(None)
                 clean, count = clean + n * at_home, count + n
         sums = torch.tensor([clean, *totals.flat], dtype=torch.float64, device="cpu")

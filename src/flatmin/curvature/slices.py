@@ -189,14 +189,20 @@ def _losses(objective: Objective, directions: tuple[Vector, ...], axis: np.ndarr
     with objective.displaced() as place:
         for batch in objective.batches():
             for index in np.ndindex(totals.shape):
-                terms = [d * float(axis[i]) for d, i in zip(directions, index, strict=True) if axis[i]]
-                place.move(None)
-                if terms:
-                    place.move(sum(terms[1:], terms[0]))
+                place.move(_displacement(directions, [float(axis[i]) for i in index]))
                 totals[index] += _finite(batch) * batch.size
             place.move(None)
             count += batch.size
     return objective.mean(torch.from_numpy(totals), count).cpu().numpy()
+
+
+def _displacement(directions: tuple[Vector, ...], coordinates: list[float]) -> Vector | None:
+    """The sum of the directions times their coordinates, in memory of its own; `None` is at the weights."""
+    total = None
+    for direction, a in zip(directions, coordinates, strict=True):
+        if a:
+            total = direction * a if total is None else total.add_(direction, a)
+    return total
 
 
 def _finite(batch: Batch) -> float:

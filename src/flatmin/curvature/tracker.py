@@ -83,8 +83,9 @@ class Tracker:
         seed: of everything random.
         clock: seconds, as `time.perf_counter` gives them; of several processes that of the first decides.
 
-    Cost: for each point three passes over the data, two gradients for each probe and Lanczos step, two losses for each
-    probe with `sigma`. Memory: `num_steps` copies of the parameters while it measures, one in between.
+    Cost: for each point a loss and a gradient of the data, and two gradients for each probe and Lanczos step (three for
+    a step where the graphs do not fit into memory); with `sigma` three losses, and two for each probe. Memory:
+    `num_steps`, rounded up to eights, and about nine copies of the parameters while it measures; one in between.
 
     Raises:
         ValueError: max_overhead outside (0, 1], num_probes < 2, num_steps < 1, or data that changes between passes.
@@ -214,7 +215,7 @@ class Tracker:
         while lanczos.size < self._num_steps and not lanczos.complete:
             lanczos.extend()
         theta, residuals, coordinates = lanczos.ritz()
-        self._vector = lanczos.vectors(coordinates[:, -1:]).row(0).clone()
+        self._vector = lanczos.vector(coordinates[:, -1])
         return Estimate(value=float(theta[-1]), stderr=float(residuals[-1]) + lanczos.rounding)
 
 
