@@ -127,6 +127,23 @@ def test_smoothing_and_the_picture():
     matplotlib.pyplot.close(axes.figure)
 
 
+@pytest.mark.parametrize("width", [0.01, 0.1])  # of the spread; a picture has the first
+@pytest.mark.parametrize("kind", ["smooth", "heaped"])
+def test_two_standard_errors_of_the_density_cover_it(kind, width):
+    """Also where the smoothing is finer than the nodes lie, which are much the same for all probes."""
+    heap = 1e-3 * np.linspace(-1, 1, 220) ** 3
+    spectrum = np.linspace(-1, 1, 300) if kind == "smooth" else np.concatenate([heap, np.linspace(-0.3, 5, 80) ** 3])
+    objective, width = objective_with(torch.from_numpy(spectrum)), width * np.ptp(spectrum)
+    grid = np.linspace(spectrum.min(), spectrum.max(), 60)
+    truth = np.exp(-0.5 * ((grid[:, None] - spectrum) / width) ** 2).mean(1) / (width * np.sqrt(2 * np.pi))
+    covered = []
+    for seed in range(8):
+        result = flatmin.spectral_density(objective, num_probes=6, num_steps=8, seed=seed)
+        mean, error = result.density(grid, width)
+        covered.append((np.abs(mean - truth) <= 2 * error)[truth > 0.01 / len(spectrum) / width])
+    assert np.mean(covered) > 0.87  # 90% for six probes, by Student's t
+
+
 def test_plain_data_and_bad_arguments():
     objective, _ = setting("relu")
     result = flatmin.spectral_density(objective, num_probes=1, num_steps=3)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.special import ndtr
 
 from flatmin.checks import check_whole
 from flatmin.curvature.arguments import of_objective
@@ -111,12 +112,17 @@ class DensityResult(Measurement):
         return nodes[order], weights[order]
 
     def density(self, grid: np.ndarray, width: float) -> tuple[np.ndarray, np.ndarray]:
-        """The density on a grid, smoothed by a Gaussian of this standard deviation, and its standard error."""
-        curves = np.stack(
-            [_bump(grid[:, None] - x, width) @ np.array(w) for x, w in zip(self.nodes, self.weights, strict=True)]
-        )
+        """The density on a grid, smoothed by a Gaussian of this standard deviation, and its standard error.
+
+        The error is that over probes, and that of the quadrature: how far the curve is from the one with the mass of
+        each node spread out evenly, half of the way to the nodes beside it. That is next to nothing if `width` is
+        above the distance of the nodes, and most of the error below it.
+        """
+        pairs = [(np.array(x), np.array(w)) for x, w in zip(self.nodes, self.weights, strict=True)]
+        curves = np.stack([_bump(grid[:, None] - x, width) @ w for x, w in pairs])
+        spread = np.stack([_spread(grid[:, None], x, width, np.array(self.eigenvalues)) @ w for x, w in pairs])
         error = curves.std(0, ddof=1) / math.sqrt(len(curves)) if len(curves) > 1 else np.full(len(grid), np.inf)
-        return curves.mean(0), error
+        return curves.mean(0), np.hypot(error, (curves - spread).mean(0))
 
     def plot(self, ax: Any = None, *, width: float | None = None) -> Any:
         """The density on a logarithmic axis with its band of 2 standard errors, and marks at the eigenvalues found.
@@ -244,6 +250,19 @@ class _Quadrature:
 def _bump(distance: np.ndarray, width: float | np.ndarray) -> np.ndarray:
     """The density of a normal variable of standard deviation `width` at these distances from its mean."""
     return np.exp(-0.5 * (distance / width) ** 2) / (width * math.sqrt(2 * math.pi))
+
+
+def _spread(grid: np.ndarray, nodes: np.ndarray, width: float, known: np.ndarray) -> np.ndarray:
+    """As `_bump` of the distances, with the mass of each node even between the middles to those beside it.
+
+    That of an eigenvalue that is `known` is where it is, and the outermost nodes have nothing beyond.
+    """
+    middles = (nodes[1:] + nodes[:-1]) / 2
+    low, high = np.append(nodes[:1], middles), np.append(middles, nodes[-1:])
+    size = np.where(np.isin(nodes, known), 0.0, high - low)
+    narrow = size <= 1e-3 * width
+    even = (ndtr((grid - low) / width) - ndtr((grid - high) / width)) / np.where(narrow, 1.0, size)
+    return np.where(narrow, _bump(grid - nodes, width), even)
 
 
 def _blur(nodes: np.ndarray, weights: np.ndarray, bounds: np.ndarray) -> np.ndarray:
