@@ -105,8 +105,8 @@ def flat_minimum_estimate(
         num_eigenvectors: how many top eigenvectors of the Hessian are taken out; 0 for none.
         seed: of the probes.
 
-    Cost: about 6 gradients of the data per probe, and `top_eigenvalues`. Memory: one copy of the parameters per probe,
-    and third-order graphs of one batch.
+    Cost: about 6 gradients of the data per probe, and `top_eigenvalues`. Memory: one copy of the parameters in double
+    precision per probe, beside those of `top_eigenvalues`, and third-order graphs of one batch.
 
     Raises:
         ValueError: num_probes < 3, num_eigenvectors < 0 or larger than the number of parameters, data that gives
@@ -117,22 +117,20 @@ def flat_minimum_estimate(
     check_whole("num_probes", num_probes, 3)
     if not 0 <= check_whole("num_eigenvectors", num_eigenvectors) <= objective.num_params:
         raise ValueError(f"num_eigenvectors must be in 0 .. {objective.num_params}, got {num_eigenvectors}.")
-    loss = objective.check()
-    d = objective.num_params
+    loss, d = objective.check(), objective.num_params
     try:
-        traces, slopes = zip(*[_probe(objective, mix_seeds(seed, i)) for i in range(num_probes)], strict=True)
+        samples, rows = _probes(objective, num_probes, seed)
     except torch.OutOfMemoryError:
         raise
     except NOT_DIFFERENTIABLE as error:
         raise ValueError(f"{THIRD} {first_line(error)}") from error
-    rows = torch.stack(slopes) / d
+    samples, rows = samples / d, rows.div_(d)
     whole = _norm(rows)
     if num_eigenvectors:
         operator = HessianOperator(objective, seed=seed)
         found = top_eigenvalues(operator, num_eigenvectors, vectors=True, seed=seed)
         across = torch.stack([flatten(v).to(rows) for v in found.vectors])
-        rows = rows - rows @ across.T @ across
-    samples = np.array(traces) / d
+        rows.addmm_(rows @ across.T, across, alpha=-1)
     return FlatMinimumEstimate(
         loss=loss,
         gradient_norm=float(objective.gradient().norm()),
@@ -212,6 +210,16 @@ def _agrees_elsewhere(f: Callable[[Tensor], Tensor], objective: Objective, weigh
         losses = [(float(loss), n) for loss, n in objective.batch_losses()]
     expected = math.fsum(loss * n for loss, n in losses) / sum(n for _, n in losses)
     return math.isclose(float(f(weights + move)), expected, rel_tol=1e-9)
+
+
+def _probes(objective: Objective, num_probes: int, seed: int) -> tuple[np.ndarray, Tensor]:
+    """The samples of tr H, and those of grad tr H, a row each: (probes, dim), float64, one copy of them."""
+    samples = np.zeros(num_probes)
+    shape = num_probes, objective.num_params
+    rows = torch.zeros(shape, dtype=torch.float64, device=objective.params[0].device)
+    for i in range(num_probes):
+        samples[i], rows[i] = _probe(objective, mix_seeds(seed, i))
+    return samples, rows
 
 
 def _probe(objective: Objective, seed: int) -> tuple[float, Tensor]:
