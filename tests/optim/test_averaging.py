@@ -702,6 +702,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one(options, dtype):
             assert_same(state(again), state(whole))
 
 
+@pytest.mark.parametrize(("saved", "average"), [(6, 6), (8, 7.5), (12, 9.5)])
+@pytest.mark.filterwarnings("ignore:.*more often than num_steps")
+def test_a_run_resumed_as_a_longer_one_averages_the_tail_of_the_longer_one(saved, average):
+    model = nn.Linear(1, 1, bias=False)
+
+    def go(averager, *steps):  # the weight after each step is the number of the step
+        for step in steps:
+            nn.init.constant_(model.weight, step)
+            averager.update()
+
+    shorter, longer = (flatmin.Averager(model, num_steps=n) for n in (8, 16))  # tails from steps 7 and 13 on
+    go(shorter, *range(1, saved + 1))
+    longer.load_state_dict(stored(shorter.state_dict()))
+    assert float(averages(longer)["weight"]) == average  # as it was saved, for who only evaluates
+    go(longer, *range(saved + 1, 13))
+    go(longer, 13, 14, 15, 16)
+    assert longer.num_averaged == 4
+    assert float(averages(longer)["weight"]) == 14.5
+
+
 def test_the_state_is_tensors_and_numbers():
     averager = flatmin.Averager(net(), "mean")
     assert averager.state_dict() == {"num_updates": 0, "num_averaged": 0, "averages": {}, "statistics": {}}

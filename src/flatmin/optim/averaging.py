@@ -139,6 +139,8 @@ class Averager:
             self._length = None  # said once
         self._norms.note()
         step = self._num_updates + 1
+        if step <= self._first:  # of a shorter run, resumed as a longer one: its tail came before this one
+            self._num_averaged = 0
         due = step >= self._first and step % self._every == 0
         if due:
             self._include()
@@ -217,7 +219,7 @@ class Averager:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from what `state_dict` gave.
+        """Goes on from what `state_dict` gave; where this tail begins later than that one, from its own beginning.
 
         Raises:
             ValueError: inside `applied()`, or for the state of another model (nothing is loaded then).
