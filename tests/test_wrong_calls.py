@@ -121,6 +121,12 @@ def test_tensors_where_names_should_be():
         flatmin.Objective(model, criterion, [(x, y)], params=model.parameters())  # type: ignore[arg-type]
 
 
+def test_a_module_where_names_should_be():
+    model, x, y = make("tanh")
+    with pytest.raises(ValueError, match=r"params takes names.*got the module Sequential.*params=lambda name, p"):
+        flatmin.Objective(model, criterion, [(x, y)], params=model)
+
+
 def test_trackers_are_compared_as_they_are():
     model, x, y = make("tanh")
     tracker = flatmin.Tracker(flatmin.Objective(model, criterion, [(x, y)]), max_overhead=1)

@@ -23,6 +23,11 @@ CALLED = (
     "arrays become tensors by torch.from_numpy, in the data or in forward=."
 )
 
+MODULE = (
+    "params takes names, or a function (name, parameter) -> bool, got the module {kind}. For the parameters of a part "
+    "write params=lambda name, p: name.startswith('head.'), with the name of the part in the model."
+)
+
 
 def of_objective(function: Callable[Given, Result]) -> Callable[Given, Result]:
     """Makes a function, or an `__init__`, whose first argument is an Objective say so to whoever passes a model."""
@@ -78,6 +83,8 @@ def check_model(model: object, criterion: object) -> None:
 def choose_parameters(model: nn.Module, params: Any) -> Mapping[str, Tensor]:
     """The parameters to differentiate by: all that are not frozen, those of these names, or those a function takes."""
     named = dict(model.named_parameters(remove_duplicate=False))  # a tied parameter is known by all its names
+    if isinstance(params, nn.Module):  # callable, but not such a function
+        raise ValueError(MODULE.format(kind=type(params).__name__))
     if params is None:
         chosen = {name: p for name, p in named.items() if p.requires_grad}
     elif callable(params):
