@@ -115,8 +115,9 @@ class FlatOptimizer(Session):
                 loss_fn(model(x_), y_).backward()
             opt.step()
 
-        Gradients are cleared at the start; the body must not clear them. After the loop `.grad` holds the direction
-        (clip it there). Gradient accumulation has two meanings:
+        Gradients are cleared at the start; the body must not clear them, nor clip them: it may see the sum over the
+        probes so far. After the loop `.grad` holds the direction (clip it there). Gradient accumulation has two
+        meanings:
 
             inside the body    all micro-batches are evaluated at the same points: the step of the whole batch
             several loops      before one `step()`, each with a `share`: every micro-batch is perturbed by itself, and
