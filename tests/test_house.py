@@ -78,11 +78,22 @@ def imports(path: Path) -> set[str]:
 
 
 FILES = sorted(SOURCE.rglob("*.py"))
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_import_directions(path):
-    room = room_of(path)
+    check_imports(path, room_of(path))
+
+
+@pytest.mark.parametrize(("room", "said"), [("optim", "@register("), ("lab", "DIABETES = Task(")])
+def test_the_files_to_copy_follow_the_rule_too(room, said, tmp_path):
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", CONTRIBUTING.read_text(), re.S) if said in block]
+    (tmp_path / "copied.py").write_text(code)
+    check_imports(tmp_path / "copied.py", room)
+
+
+def check_imports(path, room):
     for name in imports(path):
         package, _, rest = name.partition(".")
         if package == "flatmin":
