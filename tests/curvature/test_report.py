@@ -54,6 +54,15 @@ def test_plain_data(report):
     assert data["top_eigenvalue"]["residuals"]
 
 
+def test_each_eigenvalue_stands_in_one_place_and_one_that_was_not_found_says_so(report):
+    first, second = report.top_eigenvalue.estimates
+    rows = {name.strip(): (value, note) for name, value, note in report.rows()}
+    assert rows["lambda_max"] == (str(first), f"{report.top_eigenvalue.num_products} products")
+    assert rows["lambda_2"] == (str(second), "")
+    cut = dataclasses.replace(report, top_eigenvalue=dataclasses.replace(report.top_eigenvalue, converged=False))
+    assert {name: note for name, _, note in cut.rows()}["lambda_max"].endswith("products, not to the error asked for")
+
+
 def test_a_report_is_read_back(report):
     assert report.loss.seed is None  # the one entry that may be null and is no number
     assert flatmin.FlatnessReport.from_json(report.to_json()) == report
@@ -112,6 +121,8 @@ def test_text(report):
 def test_plots(report):
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
+    largest = report.top_eigenvalue.estimates[0]
+    assert report.plot().get_title().endswith(f"largest eigenvalue {largest}")  # that one alone
     axes = report.plot()
     assert [t.get_text() for t in axes.get_yticklabels()] == ["0", "2", "3"]
     assert len(report.top_eigenvalue.plot().lines) >= 1

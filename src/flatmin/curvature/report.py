@@ -75,32 +75,28 @@ class FlatnessReport:
     def plot(self, ax: Any = None) -> Any:
         """The trace per layer, as bars. Returns the matplotlib Axes. `density.plot()` draws the eigenvalues."""
         ax = self.trace.plot(ax)
-        ax.set_title(f"loss {self.loss}, largest eigenvalue {self.top_eigenvalue}")
+        ax.set_title(f"loss {self.loss}, largest eigenvalue {self.top_eigenvalue.estimates[0]}")
         return ax
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Name, value with error, and a note, for each number."""
+        largest, *others = self.top_eigenvalue.estimates
         found = [
             ("loss", str(self.loss), "exact"),
-            ("trace", str(self.trace), self._trace_note()),
+            ("trace", str(self.trace), _products(self.trace) if self.trace.stderr else "exact"),
             *[(f"  {name}", str(part), "") for name, part in self.trace.per_layer.items()],
             ("trace / d", f"{self.trace.value / self.trace.num_params:.4g}", f"d = {self.trace.num_params} parameters"),
-            ("lambda_max", str(self.top_eigenvalue), f"{self.top_eigenvalue.num_products} products"),
-            *[(f"  lambda_{i}", str(part), "") for i, part in enumerate(self.top_eigenvalue.estimates[1:], 2)],
+            ("lambda_max", str(largest), _products(self.top_eigenvalue)),
+            *[(f"  lambda_{i}", str(part), "") for i, part in enumerate(others, 2)],
         ]
         if noise := self.noise_stability:
-            missed = "" if noise.converged else ", not to the error asked for"
-            found.append(("noise rise", str(noise), f"sigma = {noise.radius:g}, {len(noise.samples)} draws{missed}"))
+            note = f"sigma = {noise.radius:g}, {len(noise.samples)} draws{_missed(noise)}"
+            found.append(("noise rise", str(noise), note))
         if ascent := self.ascent_sharpness:
             found.append(("worst rise", str(ascent), f"rho = {ascent.rho:g}, {ascent.metric}; a lower bound"))
         if density := self.density:
             found.append(("negative", str(density.negative_mass), f"share of eigenvalues < -{density.resolved:.2g}"))
         return found
-
-    def _trace_note(self) -> str:
-        if not self.trace.stderr:
-            return "exact"
-        return f"{self.trace.num_products} products" + ", not to the error asked for" * (not self.trace.converged)
 
     @property
     def title(self) -> str:
@@ -117,6 +113,14 @@ class FlatnessReport:
             style = "dim" if name.startswith(" ") else None
             table.add_row(need("rich.text", "lab").Text(name), value, need("rich.text", "lab").Text(note), style=style)
         return table
+
+
+def _products(found: TraceResult | EigenResult) -> str:
+    return f"{found.num_products} products{_missed(found)}"
+
+
+def _missed(found: TraceResult | EigenResult | SharpnessResult) -> str:
+    return "" if found.converged else ", not to the error asked for"
 
 
 def measure(
