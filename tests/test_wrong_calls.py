@@ -127,6 +127,21 @@ def test_a_module_where_names_should_be():
         flatmin.Objective(model, criterion, [(x, y)], params=model)
 
 
+def test_an_operator_where_an_objective_should_be():
+    model, x, y = make("tanh")
+    operator = flatmin.GaussNewtonOperator(flatmin.Objective(model, criterion, [(x, y)]))
+    for name, act in [
+        ("trace", lambda: flatmin.trace(operator)),  # type: ignore[arg-type]
+        ("noise_stability", lambda: flatmin.noise_stability(operator, 0.1)),  # type: ignore[arg-type]
+        ("Tracker", lambda: flatmin.Tracker(operator)),  # type: ignore[arg-type]
+        ("HessianOperator", lambda: flatmin.HessianOperator(operator)),  # type: ignore[arg-type]
+    ]:
+        with pytest.raises(ValueError, match=rf"^{name} measures an Objective, got the operator Gauss.*top_eigen"):
+            act()
+    assert flatmin.top_eigenvalues(operator).converged
+    assert flatmin.spectral_density(operator, num_probes=2, num_steps=4).value > 0
+
+
 def test_trackers_are_compared_as_they_are():
     model, x, y = make("tanh")
     tracker = flatmin.Tracker(flatmin.Objective(model, criterion, [(x, y)]), max_overhead=1)

@@ -28,16 +28,29 @@ MODULE = (
     "write params=lambda name, p: name.startswith('head.'), with the name of the part in the model."
 )
 
+OPERATOR = (
+    "{name} measures an Objective, got the operator {kind}. What takes an operator: top_eigenvalues, "
+    "layerwise_rayleigh_sum and spectral_density, whose value times num_params is the trace. Of the objective itself: "
+    "pass operator.objective."
+)
+
 
 def of_objective(function: Callable[Given, Result]) -> Callable[Given, Result]:
-    """Makes a function, or an `__init__`, whose first argument is an Objective say so to whoever passes a model."""
+    """Makes a function, or an `__init__`, whose first argument is an Objective say so to whoever passes another thing.
+
+    That is a model; or an operator, where the annotation does not allow one.
+    """
+    takes_operators = "Operator" in str(function.__annotations__["objective"])
 
     @wraps(function)
     def checked(*args: Given.args, **kwargs: Given.kwargs) -> Result:
         name, given = function.__name__, args
         if name == "__init__":
             name, given = type(args[0]).__name__, args[1:]
-        check_objective(name, given[0] if given else kwargs.get("objective"))
+        found = given[0] if given else kwargs.get("objective")
+        check_objective(name, found)
+        if not takes_operators and hasattr(found, "product"):
+            raise ValueError(OPERATOR.format(name=name, kind=type(found).__name__))
         return function(*args, **kwargs)
 
     return checked
