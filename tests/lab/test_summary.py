@@ -143,6 +143,25 @@ def test_a_training_loss_that_is_higher_by_the_same_on_every_seed_is_higher():
     assert summarize({"base": base, "sam": sam})["versus"]["gap"]["sam"]["mark"] == "confounded"
 
 
+@pytest.mark.parametrize(
+    ("train_loss", "mark"),
+    [
+        ([1e24, 1.0, 1e-2], "confounded"),  # a wild difference has a large p
+        ([0.5, 0.011, 0.012], "confounded"),  # 3.9 times, in the geometric mean
+        ([0.03, 0.009, 0.009], "better"),  # 1.3 times
+        ([-1.0, 0.5, 0.6], "better"),  # no logarithms, and p = 0.97
+    ],
+)
+def test_a_training_loss_that_is_higher_by_half_is_higher_whatever_its_spread(train_loss, mark):
+    base = fitted([0.010, 0.011, 0.009], [700.0, 710.0, 690.0], [0.30, 0.31, 0.29])
+    nso = fitted(train_loss, [0.0, 0.0, 0.0], [0.10, 0.12, 0.11])
+    p = paired_p_value(dict(enumerate(train_loss)), {0: 0.010, 1: 0.011, 2: 0.009})
+    assert p is not None
+    assert p > 0.05
+    for key in ("gap", "trace_per_loss"):
+        assert summarize({"base": base, "nso": nso})["versus"][key]["nso"]["mark"] == mark
+
+
 def test_best_implies_the_mark():
     rng = np.random.default_rng(2)
     num_best = 0

@@ -9,7 +9,7 @@ best       a method is best in a column only if it is marked better than the con
            on the seeds that both finished, p < 0.05 after Holm's correction for these comparisons, and none of its
            runs diverged
 confounded where a higher training loss alone lowers a quantity (the gap, the trace over the loss), the method with the
-           lower value is not better if its training loss is significantly higher: the mark says so instead
+           lower value is not better if its training loss is higher, significantly or by half: the mark says so instead
 
 With fewer than three common seeds nothing is tested, nor if the difference is the same on every seed (there is then no
 spread to judge it by); p is None.
@@ -28,6 +28,7 @@ from scipy import stats
 from flatmin.lab.records import RunRecord
 
 LEVEL = 0.05
+BY_HALF = 1.5  # training losses so far apart are not the same, however few the seeds and however wild
 
 
 @dataclass(frozen=True)
@@ -211,10 +212,21 @@ def _mark(tested: Mapping[str, Any], column: Column, one: Records, other: Record
 
 
 def _fits_worse(one: Records, other: Records) -> bool:
-    """Whether its training loss is higher: p < 0.05 uncorrected, since a correction would let more marks stand."""
+    """Whether its training loss is higher: by half on average, or p < 0.05.
+
+    Uncorrected, since a correction would let more marks stand.
+    """
     a, b = _by_seed(one, TRAINING_LOSS), _by_seed(other, TRAINING_LOSS)
+    if sum(a[s] - b[s] for s in a.keys() & b.keys()) <= 0:
+        return False
     p = paired_p_value(a, b)  # None: higher by the same on every seed
-    return sum(a[s] - b[s] for s in a.keys() & b.keys()) > 0 and (p is None or p < LEVEL)
+    return p is None or p < LEVEL or _ratio(a, b) >= BY_HALF
+
+
+def _ratio(a: Mapping[int, float], b: Mapping[int, float]) -> float:
+    """The geometric mean of a / b over common seeds; 0 where a number has no logarithm."""
+    pairs = [(a[s], b[s]) for s in a.keys() & b.keys()]
+    return math.exp(np.mean([math.log(x / y) for x, y in pairs])) if min(map(min, pairs)) > 0 else 0.0
 
 
 def _rms(values: Sequence[float]) -> float | None:
