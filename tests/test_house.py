@@ -22,6 +22,7 @@ SOURCE = ROOT / "src" / "flatmin"
 MAY_IMPORT = {
     "checks": set(),
     "extras": set(),
+    "notices": set(),
     "shards": set(),
     "slabs": {"shards"},
     "versions": set(),
@@ -32,12 +33,14 @@ MAY_IMPORT = {
     "distributed": {"shards"},
     "noise": {"radii", "vectors", "shards", "slabs"},
     "quiet": {"buffers", "versions"},
-    "place": {"vectors", "shards", "versions"},
+    "place": {"vectors", "shards", "versions", "notices"},
     "problems": set(),
-    "optim": {"checks", "buffers", "radii", "vectors", "noise", "quiet", "place", "shards", "distributed"},
-    "curvature": {"checks", "radii", "vectors", "noise", "quiet", "place", "extras", "shards", "distributed"},
+    "optim": {"checks", "notices", "buffers", "radii", "vectors", "noise", "quiet", "place", "shards", "distributed"},
+    "curvature": {
+        *("checks", "notices", "radii", "vectors", "noise", "quiet", "place", "extras", "shards", "distributed")
+    },
     "bounds": {"checks"},
-    "integrations": {"quiet", "extras", "optim"},
+    "integrations": {"notices", "quiet", "extras", "optim"},
     "lab": {"checks", "vectors", "noise", "quiet", "extras", "optim", "curvature", "problems", "integrations"},
     "__init__": {"vectors", "optim", "curvature", "problems", "bounds"},
     "__main__": {"lab"},

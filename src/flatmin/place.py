@@ -13,7 +13,6 @@ happened in between. Two ways, one choice:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -21,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flatmin.notices import warn
 from flatmin.shards import is_sharded, parts
 from flatmin.vectors import Displacement, Vector
 from flatmin.versions import unversioned
@@ -62,11 +62,10 @@ def warn_if_away(params: Iterable[Tensor], what: str) -> None:
         return
     asked = {id(p) for p in params}
     if any(id(p) in asked for place in _announced.values() if place._moved for p in place._params):
-        warnings.warn(
+        warn(
             f"{what} inside the body of a probes() loop: the weights are displaced there, so it is not about your "
             "model. Move it after the loop.",
             RuntimeWarning,
-            stacklevel=4,
         )
 
 

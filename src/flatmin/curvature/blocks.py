@@ -15,7 +15,6 @@ so the last is no eigenvalue, and grows with the number of layers that one count
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +28,7 @@ from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import Operator
 from flatmin.curvature.results import EigenResult, Measurement
 from flatmin.noise import draw_like
+from flatmin.notices import warn
 from flatmin.vectors import Vector
 
 STABLE = 3  # steps over which the value must stay
@@ -122,7 +122,7 @@ def layerwise_rayleigh_sum(
         converged = len(recent) > STABLE and max(recent) - min(recent) <= tol * abs(values[-1])
     if not converged:
         message = f"layerwise_rayleigh_sum is not converged after {len(values)} products. Raise max_products or tol."
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        warn(message, RuntimeWarning)
     return RayleighSum(
         value=values[-1],
         stderr=abs(values[-1] - values[-2]) if len(values) > 1 else math.inf,

@@ -23,7 +23,6 @@ found, until nothing as large comes.
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,6 +37,7 @@ from flatmin.curvature.operators import HessianOperator, Operator
 from flatmin.curvature.results import EigenResult
 from flatmin.curvature.space import NUDGE, Space, filled, flatten, shaped
 from flatmin.noise import mix_seeds
+from flatmin.notices import warn
 from flatmin.vectors import Vector
 
 MIN_PRODUCTS = 8  # before that a start that is nearly orthogonal to the wanted vector shows nothing of it
@@ -108,11 +108,10 @@ def top_eigenvalues(
         pairs, converged, more = _with_copies(pairs, operator, search, max_products - products, max_basis, seed)
         products += more
     if not converged:
-        warnings.warn(
+        warn(
             f"top_eigenvalues is not converged after {products} products: residuals {[p.residual for p in pairs]} for "
             f"values {[p.value for p in pairs]}. Raise max_products or tol.",
             RuntimeWarning,
-            stacklevel=3,
         )
     return EigenResult(
         value=pairs[0].value,

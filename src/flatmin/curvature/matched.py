@@ -9,7 +9,6 @@ and after a spike say, counts as it was passed last.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -20,6 +19,7 @@ from scipy.special import stdtr
 from flatmin.curvature.report import FlatnessReport
 from flatmin.curvature.results import Estimate
 from flatmin.curvature.tracker import Tracker, TrackPoint
+from flatmin.notices import warn
 
 ONE_POINT = (
     "a Tracker with a single point, of its first update: it says nothing of what came of the training. Give it more "
@@ -145,7 +145,7 @@ def _curve(measured: Curve) -> list[_Point]:
     if isinstance(measured, Tracker):
         measured = measured.points
         if len(measured) == 1:
-            warnings.warn(ONE_POINT, UserWarning, stacklevel=4)
+            warn(ONE_POINT)
     items: Sequence[Any] = measured if isinstance(measured, Sequence) else [measured]
     if not items:
         raise ValueError("there are no measurements to compare.")

@@ -15,7 +15,6 @@ that the loss does not use, or uses linearly, contributes zeros.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -38,6 +37,7 @@ from flatmin.curvature.objective import Objective
 from flatmin.curvature.pairing import Pairing
 from flatmin.curvature.swapped import Swapped, worthwhile
 from flatmin.noise import draw_like, mix_seeds
+from flatmin.notices import warn
 from flatmin.shards import local, summed_apart
 from flatmin.vectors import Vector
 
@@ -240,12 +240,11 @@ def _try(objective: Objective, way: Way, seed: int) -> Way:
 
 def _warn_if_kinked(way: Way) -> None:
     if way.name != "autograd" and way.cross_check is not None and way.cross_check > KINKED:
-        warnings.warn(
+        warn(
             f"{NAMES[way.name]} of other lengths are off by {way.cross_check:.1g} on one batch: the loss has kinks "
             "near the weights, or single precision is too coarse. What is measured is as uncertain as that, and no "
             "standard error covers it. A loss that can be differentiated twice, or float64, mends it.",
             RuntimeWarning,
-            stacklevel=3,
         )
 
 

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ from torch import distributed
 from flatmin.curvature.arguments import reduction_of
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.results import Estimate
+from flatmin.notices import warn
 from flatmin.shards import local
 
 Result = TypeVar("Result")
@@ -117,7 +117,7 @@ def _name(criterion: Any) -> str:
 def _loud(result: Result, name: str) -> Result:
     """A result that is not converged says so again: who goes on may not have seen it the first time."""
     if getattr(result, "converged", True) is False:
-        warnings.warn(f"{name}, as it was kept, has not converged: {result}.", RuntimeWarning, stacklevel=4)
+        warn(f"{name}, as it was kept, has not converged: {result}.", RuntimeWarning)
     return result
 
 

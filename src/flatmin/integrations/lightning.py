@@ -13,7 +13,6 @@ Lightning unscales, clips and steps, once.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from flatmin.extras import need
 from flatmin.integrations.unwrap import flat_optimizer
+from flatmin.notices import warn
 from flatmin.optim.averaging import Averager
 from flatmin.optim.window import Window
 
@@ -195,11 +195,9 @@ class AveragingCallback(Callback):
 
     def _miss(self, where: Any) -> None:
         self.averager = None
-        warnings.warn(
+        warn(
             f"the checkpoint {where} has no average (was it saved with save_weights_only=True, or without "
             "AveragingCallback?): its weights are evaluated as they are.",
-            UserWarning,
-            stacklevel=2,
         )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

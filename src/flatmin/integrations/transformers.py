@@ -10,7 +10,6 @@ Trainer unscales, clips and steps, as always.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.optim import Optimizer
 
 from flatmin.extras import need
 from flatmin.integrations.unwrap import flat_optimizer
+from flatmin.notices import warn
 from flatmin.optim.averaging import Averager
 from flatmin.optim.window import Window
 
@@ -158,11 +158,9 @@ class FlatMixin:
             _load(self.averager, path)
             return
         self.averager = None
-        warnings.warn(
+        warn(
             f"there is no average beside the best model in {path.parent} (save_only_model=True?): it is evaluated as "
             "it is.",
-            UserWarning,
-            stacklevel=2,
         )
 
 

@@ -8,7 +8,6 @@ entry, so those of shards (FSDP2) are shards, and nothing is exchanged for them.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from flatmin.buffers import Buffers
 from flatmin.distributed import reshard
+from flatmin.notices import warn
 from flatmin.optim.iterates import Kind, first_step, next_share
 from flatmin.optim.names import Known, matched
 from flatmin.optim.norms import Forward, Norms
@@ -135,7 +135,7 @@ class Averager:
         self._check_outside("update()")
         warn_if_away(self._model.parameters(), "an average is updated")
         if self._length is not None and self._num_updates >= self._length:
-            warnings.warn(LONGER.format(num_steps=self._length, first=self._first), RuntimeWarning, stacklevel=2)
+            warn(LONGER.format(num_steps=self._length, first=self._first), RuntimeWarning)
             self._length = None  # said once
         self._norms.note()
         step = self._num_updates + 1
@@ -161,7 +161,7 @@ class Averager:
         """
         if not (self._warned or self._sharded) and self._num_averaged and self._norms.stale:
             self._warned = True
-            warnings.warn(STALE, RuntimeWarning, stacklevel=2)
+            warn(STALE, RuntimeWarning)
         return self._worn()
 
     @contextmanager

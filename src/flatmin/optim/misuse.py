@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import inspect
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.nn import Module
 from torch.optim import LBFGS, Optimizer
 
 from flatmin.checks import check_whole
+from flatmin.notices import warn
 from flatmin.optim.options import EngineOptions
 
 NOTHING_TO_STEP = """step() before any gradient. Either pass a closure,
@@ -124,11 +124,9 @@ def check_base(base: object, name: str) -> Optimizer:
     for group in base.param_groups:
         check_minimises(name, group)
     if any(word in type(base).__name__.lower() for word in ("lion", "sign")):
-        warnings.warn(
+        warn(
             f"{name} around {type(base).__name__}: an update by signs alone keeps little of a perturbed gradient. "
             "Reports for sign-based optimizers found no gain.",
-            UserWarning,
-            stacklevel=4,
         )
     if hasattr(base, "gradients_per_step"):
         raise ValueError(
@@ -146,22 +144,18 @@ def check_minimises(name: str, group: Mapping[str, Any]) -> None:
 
 def warn_leftover(name: str, option: str, found: object, given: object) -> None:
     """Says that the base optimizer has been wrapped before, by which its groups have options already."""
-    warnings.warn(
+    warn(
         f"the base optimizer's groups have {option}={found} from an earlier wrapper or a checkpoint: {name} goes on "
         f"with that, and not with {option}={given}. Make a new base optimizer for each wrapper, or set "
         f"group[{option!r}].",
-        UserWarning,
-        stacklevel=5,
     )
 
 
 def warn_other_method(name: str, radius_name: str, radius: object) -> None:
     """Says that a checkpoint is of a method with another radius."""
-    warnings.warn(
+    warn(
         f"the checkpoint is another method's: it has no {radius_name}, so {name} goes on with its own, "
         f"{radius_name}={radius}.",
-        UserWarning,
-        stacklevel=4,
     )
 
 
@@ -263,11 +257,10 @@ def check_options(unknown: Iterable[str], cls: type, radius_name: str) -> None:
 
 def warn_skipped(name: str, step: int, culprit: str, count: int, radius_name: str) -> None:
     """Says that a step was skipped, and why."""
-    warnings.warn(
+    warn(
         f"{name} skipped step {step}: the {culprit} is not finite. The weights are unchanged ({count} skipped so far). "
         f"If the data is finite, a lower learning rate or {radius_name} usually mends it.",
         RuntimeWarning,
-        stacklevel=5,
     )
 
 

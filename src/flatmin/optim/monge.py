@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Unpack
 
 from torch.optim import Optimizer
 
+from flatmin.notices import warn
 from flatmin.optim.engine import FlatOptimizer
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
@@ -111,10 +111,9 @@ class MongeSAM(FlatOptimizer):
         n = float(g.size())
         if VANISHING < n < math.inf:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"MongeSAM: the gradient norm is {n:.3g}, so its radius is rho / {math.hypot(1, n):.3g} and the method "
                 "is nearly its base optimizer. Is the loss a sum, or scaled? Use a mean, and pass a GradScaler as "
                 "scaler=.",
                 RuntimeWarning,
-                stacklevel=2,
             )

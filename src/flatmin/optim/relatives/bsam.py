@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Unpack
 
 from torch.optim import SGD, Optimizer
 
 from flatmin.checks import check_number, check_positive, check_whole
+from flatmin.notices import warn
 from flatmin.optim.engine import FlatOptimizer
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
@@ -129,11 +129,9 @@ class BSAM(FlatOptimizer):
         self.betas, self.initial = betas, initial
         super().__init__(base, rho, seed=seed, **options)
         if not isinstance(base, SGD) or any(g.get("momentum") or g.get("weight_decay") for g in base.param_groups):
-            warnings.warn(
+            warn(
                 "BSAM has a momentum, a preconditioner and a prior of its own: its base should be SGD without momentum "
                 "and weight decay.",
-                UserWarning,
-                stacklevel=2,
             )
 
     def rule(self) -> Rule:
