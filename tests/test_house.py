@@ -111,6 +111,11 @@ def test_a_file_is_one_room(path):
     assert len(path.read_text().splitlines()) <= 350
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_warnings_go_through_one_function(path):
+    assert room_of(path) == "notices" or "warnings.warn(" not in path.read_text()
+
+
 def test_every_room_has_a_rule():
     assert {room_of(path) for path in FILES} == set(MAY_IMPORT)
 

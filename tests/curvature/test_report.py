@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 from typing import Any
 
 import pytest
@@ -61,6 +62,13 @@ def test_each_eigenvalue_stands_in_one_place_and_one_that_was_not_found_says_so(
     assert rows["lambda_2"] == (str(second), "")
     cut = dataclasses.replace(report, top_eigenvalue=dataclasses.replace(report.top_eigenvalue, converged=False))
     assert {name: note for name, _, note in cut.rows()}["lambda_max"].endswith("products, not to the error asked for")
+
+
+def test_the_repr_leaves_out_what_there_are_hundreds_of():
+    model, x, y = make("tanh")
+    whole = full(model, x, y)
+    assert "converged=True" in repr(whole)
+    assert not re.search(r"samples=\(|nodes=|weights=", repr(whole))
 
 
 def test_a_report_is_read_back(report):

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from flatmin.lab.compare import Compare, Report
-from flatmin.lab.display import format_cell, print_table
+from flatmin.lab.display import Live, format_cell, print_table
 from flatmin.lab.records import RunRecord
 from flatmin.lab.summary import COLUMNS, summarize
 
@@ -105,3 +105,10 @@ def test_markup_in_a_message_is_only_text(capsys):
     config = {"task": "digits", "num_seeds": 1, "budget": "steps", "amount": 1}
     print_table({**config, "methods": {"base": entry}, "best": {}, "versus": {}})
     assert "diverged: at [0/1] [/red]" in capsys.readouterr().out
+
+
+def test_an_interrupted_comparison_says_that_it_is_ending(capsys):
+    with Live(4, 1, "runs/digits") as live:
+        live.update("sam-seed0", 3, 10, 0.5)
+        live.stopping()
+    assert "stopping" in capsys.readouterr().out

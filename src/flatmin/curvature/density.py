@@ -17,7 +17,7 @@ The mean over probes is the estimate, their spread its error. Two things are don
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -51,8 +51,8 @@ class DensityResult(Measurement):
         zero: eigenvalues of this size and below are rounding.
     """
 
-    nodes: tuple[tuple[float, ...], ...]
-    weights: tuple[tuple[float, ...], ...]
+    nodes: tuple[tuple[float, ...], ...] = field(repr=False)
+    weights: tuple[tuple[float, ...], ...] = field(repr=False)
     eigenvalues: tuple[float, ...]
     num_params: int
     zero: float

@@ -82,7 +82,7 @@ class TraceResult(Measurement):
     """
 
     per_layer: Mapping[str, Estimate] = field(default_factory=dict)
-    samples: tuple[float, ...] = ()
+    samples: tuple[float, ...] = field(default=(), repr=False)
     num_gradients: float = 0.0
     num_params: int = 0
     converged: bool = True
@@ -147,6 +147,7 @@ class EigenResult(Measurement):
         """The eigenvalues in order, with their residuals as bars. Returns the matplotlib Axes."""
         ax = need("matplotlib.pyplot", "lab").subplots()[1] if ax is None else ax
         ax.errorbar(range(1, len(self.values) + 1), self.values, yerr=self.residuals, fmt="o", capsize=3)
+        ax.locator_params(axis="x", integer=True)
         ax.set_xlabel("rank")
         ax.set_ylabel("eigenvalue")
         return ax

@@ -61,7 +61,7 @@ class SharpnessResult(Measurement):
     curvature_per_rise: float
     clean_loss: float
     per_layer: Mapping[str, Estimate] = field(default_factory=dict)
-    samples: tuple[float, ...] = ()
+    samples: tuple[float, ...] = field(default=(), repr=False)
     num_losses: int = 0
     converged: bool = True
 

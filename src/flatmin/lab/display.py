@@ -52,6 +52,11 @@ class Live:
             self._progress.remove_task(self._runs.pop(name))
         self._progress.advance(self._all)
 
+    def stopping(self) -> None:
+        """Says why it is not over yet: a worker hears of the end at the next step of its run."""
+        self._progress.update(self._all, note="stopping")
+        self._progress.refresh()
+
     def __enter__(self) -> Live:
         self._progress.start()
         return self

@@ -36,6 +36,10 @@ class Watcher(Protocol):
         """A run is finished."""
         ...
 
+    def stopping(self) -> None:
+        """Those under way are ending."""
+        ...
+
 
 def run_all(runs: Sequence[tuple[RunSpec, Path]], jobs: int, watcher: Watcher) -> None:
     """Trains every spec into its folder.
@@ -60,6 +64,7 @@ def run_all(runs: Sequence[tuple[RunSpec, Path]], jobs: int, watcher: Watcher) -
             _watch(futures, messages, watcher)
         except BaseException:
             stop.set()
+            watcher.stopping()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
