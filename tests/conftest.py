@@ -1,6 +1,9 @@
 """One thread per test process: two processes on two cores, and the same sums every time."""
 
+import os
 import sys
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before numpy is there: its threads wait by turning, and keep a core busy
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # the CPU's alone: torch.manual_seed formats a stack for each other device
 
 
 @pytest.fixture(autouse=True)
