@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import flatmin
 from flatmin import problems
 from flatmin.noise import filter_norms
 from tests.curvature.nets import NETS, criterion, dense_hessian, make
+from tests.interrupts import InterruptAt
 
 SEEDS = 40
 
@@ -178,21 +180,7 @@ def test_to_a_relative_error():
     assert flatmin.noise_stability(objective, 0.01, num_draws=4).samples == unmet.samples[:4]
 
 
-class InterruptAt:
-    """Raises KeyboardInterrupt at the n-th line that runs in the measuring code, as a signal might."""
-
-    def __init__(self, line):
-        self.remaining = line
-
-    def __call__(self, frame, event, arg):
-        name = frame.f_globals.get("__name__", "")
-        if not name.startswith(("flatmin.curvature.sharpness", "flatmin.curvature.ascent", "flatmin.place")):
-            return None
-        if event == "line":
-            self.remaining -= 1
-            if self.remaining == 0:
-                raise KeyboardInterrupt
-        return self
+MEASURING = ("flatmin.curvature.sharpness", "flatmin.curvature.ascent", "flatmin.place")
 
 
 @pytest.mark.parametrize(
@@ -201,22 +189,14 @@ class InterruptAt:
     ids=["noise", "ascent"],
 )
 def test_an_interrupt_at_any_line_leaves_the_weights(measure):
-    import sys
-
     objective, _ = setting("relu")
     before = [p.detach().clone() for p in objective.params]
     pointers = [p.data_ptr() for p in objective.params]
     line, interrupted = 1, True
     while interrupted:
-        tracer, old = InterruptAt(line), sys.gettrace()
-        try:
-            sys.settrace(tracer)
+        with suppress(KeyboardInterrupt), InterruptAt(line, MEASURING):
             measure(objective)
             interrupted = False
-        except KeyboardInterrupt:
-            pass
-        finally:
-            sys.settrace(old)
         assert all(torch.equal(p, b) for p, b in zip(objective.params, before, strict=True)), f"line {line}"
         line += 7
     assert line > 100

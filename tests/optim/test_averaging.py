@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import flatmin
 from flatmin import problems
-from tests.contracts.test_2_restored import InterruptAt
+from tests.interrupts import InterruptAt
 
 # Most of these are about weights, and evaluate nothing.
 pytestmark = pytest.mark.filterwarnings("ignore:the statistics of batch norm are those of the weights in training")
