@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flatmin
 from flatmin import problems
-from tests.curvature.nets import NETS, criterion, dense_hessian, make
+from flatmin.curvature import estimators
+from flatmin.curvature.operators import HessianOperator
+from flatmin.curvature.products import choose_way
+from tests.curvature.nets import NETS, DenseHessian, criterion, dense_hessian, make
 
 SEEDS = 200
 
@@ -19,6 +23,34 @@ def setting(name):
     model, x, y = make(name)
     objective = flatmin.Objective(model, criterion, [(x[:10], y[:10]), (x[10:20], y[10:20]), (x[20:], y[20:])])
     return objective, dense_hessian(model, lambda: criterion(model(x), y))
+
+
+@pytest.fixture
+def repeated(monkeypatch):
+    """The traces of many seeds, with products that are made of the dense Hessians of the batches.
+
+    Double backward gives the same numbers, as is checked for three of the seeds, and would take most of the time.
+    """
+
+    def traces(objective, seeds, **options):
+        model = objective.model
+        matrices = [dense_hessian(model, lambda x=x, y=y: criterion(model(x), y)) for x, y in objective.data]
+        way = replace(choose_way(objective), swaps=False)  # nothing is differentiated
+
+        def opened(_, batch, index):
+            batch.evaluate()
+            return DenseHessian(matrices[index])
+
+        few = [flatmin.trace(objective, seed=seed, **options) for seed in range(3)]
+        monkeypatch.setattr(HessianOperator, "_open", opened)
+        monkeypatch.setattr(estimators, "choose_way", lambda *_, **__: way)
+        results = [flatmin.trace(objective, seed=seed, **options) for seed in range(seeds)]
+        for a, b in zip(few, results, strict=False):
+            assert a.samples == pytest.approx(b.samples, rel=1e-8)
+            assert a.value == pytest.approx(b.value, rel=1e-8)
+        return results
+
+    return traces
 
 
 def layer_traces(objective, hessian):
@@ -31,10 +63,10 @@ def layer_traces(objective, hessian):
 
 
 @pytest.mark.parametrize("name", list(NETS))
-def test_unbiased_and_its_interval_covers_at_the_stated_rate(name):
+def test_unbiased_and_its_interval_covers_at_the_stated_rate(name, repeated):
     objective, hessian = setting(name)
     truth = float(hessian.trace())
-    results = [flatmin.trace(objective, max_products=12, method="hutchinson", seed=seed) for seed in range(SEEDS)]
+    results = repeated(objective, SEEDS, max_products=12, method="hutchinson")
     values = np.array([r.value for r in results])
     assert abs(values.mean() - truth) < 3 * values.std() / math.sqrt(SEEDS)
     covered = np.mean([low <= truth <= high for low, high in (r.interval(0.9) for r in results)])
@@ -45,10 +77,10 @@ def test_unbiased_and_its_interval_covers_at_the_stated_rate(name):
 
 
 @pytest.mark.parametrize("name", ["relu", "conv"])
-def test_layers_add_up_and_are_unbiased(name):
+def test_layers_add_up_and_are_unbiased(name, repeated):
     objective, hessian = setting(name)
     truth = layer_traces(objective, hessian)
-    results = [flatmin.trace(objective, max_products=8, method="hutchinson", seed=seed) for seed in range(SEEDS)]
+    results = repeated(objective, SEEDS, max_products=8, method="hutchinson")
     for r in results[:5]:
         assert sum(part.value for part in r.per_layer.values()) == pytest.approx(r.value, rel=1e-10)
     for layer, expected in truth.items():
@@ -144,10 +176,10 @@ ESTIMATES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "name", "products", "rates"), ESTIMATES)
-def test_the_other_methods_are_unbiased_and_their_intervals_cover(method, name, products, rates):
+def test_the_other_methods_are_unbiased_and_their_intervals_cover(method, name, products, rates, repeated):
     objective, hessian = setting(name)
     truth = float(hessian.trace())
-    results = [flatmin.trace(objective, max_products=products, method=method, seed=seed) for seed in range(SHORT)]
+    results = repeated(objective, SHORT, max_products=products, method=method)
     values = np.array([r.value for r in results])
     assert abs(values.mean() - truth) < 3 * values.std() / math.sqrt(SHORT)
     covered = np.mean([low <= truth <= high for low, high in (r.interval(0.9) for r in results)])
