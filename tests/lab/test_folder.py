@@ -132,8 +132,9 @@ def test_workers_end_with_their_parent(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("jobs", ["1", "2"])
-@pytest.mark.parametrize("to_all", [False, True], ids=["parent", "group"])
+@pytest.mark.parametrize(
+    ("jobs", "to_all"), [("1", False), ("2", False), ("2", True)], ids=["alone", "parent", "group"]
+)
 def test_sigterm_stops_as_ctrl_c_does(tmp_path, jobs, to_all):
     process = begin(tmp_path, jobs)
     (os.killpg if to_all else os.kill)(process.pid, signal.SIGTERM)
