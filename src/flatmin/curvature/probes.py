@@ -116,13 +116,12 @@ class Budget:
         """Whether the relative error asked for is reached (true if none was)."""
         return self.rtol is None or bool(cautious(samples) <= self.rtol * abs(constant + samples.mean()))
 
-    def left(self, samples: np.ndarray, constant: float = 0.0, since: float | None = None) -> int:
+    def left(self, samples: np.ndarray, constant: float = 0.0) -> int:
         """How many more probes are expected to be needed and can be had.
 
         Args:
             samples: the probes so far, (probes,).
             constant: what is known exactly and added to their mean.
-            since: when they were begun (monotonic seconds); with the estimator if not given.
         """
         done = len(samples)
         left = self.max_products - done
@@ -132,9 +131,8 @@ class Budget:
             goal = self.rtol * max(abs(constant + samples.mean()), 1e-300)
             left = min(left, max(math.ceil(min((cautious(samples) / goal) ** 2 * done, 1e9)) - done, 2))
         if self.max_seconds is not None:
-            now = time.monotonic()
-            each = (now - (self._start if since is None else since)) / done
-            left = min(left, int((self.max_seconds - (now - self._start)) / each))
+            elapsed = time.monotonic() - self._start
+            left = min(left, int((self.max_seconds - elapsed) / (elapsed / done)))
         return max(self._together(left), 0)
 
     def used(self, done: int, more: int) -> float:
@@ -150,15 +148,10 @@ class Budget:
         self.max_products = max(self.max_products - products, 1)
 
 
-def run(draw: Draw, budget: Budget, samples: np.ndarray | None = None, constant: float = 0.0) -> np.ndarray:
-    """Rounds of probes until the budget says enough: (probes, parameters)."""
-    since = time.monotonic()
-    if samples is None:
-        samples = draw(0, min(PILOT, budget.max_products)).cpu().numpy()
-    else:
-        since = None
+def run(draw: Draw, budget: Budget, samples: np.ndarray, constant: float = 0.0) -> np.ndarray:
+    """The probes `samples` (probes, parameters), and rounds of further ones until the budget says enough."""
     # At most double: the pilot's variance is itself uncertain.
-    while size := min(budget.left(samples.sum(1), constant, since), max(len(samples), PILOT)):
+    while size := min(budget.left(samples.sum(1), constant), max(len(samples), PILOT)):
         samples = np.concatenate([samples, draw(len(samples), size).cpu().numpy()])
     return samples
 
