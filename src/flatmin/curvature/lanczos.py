@@ -98,7 +98,8 @@ class Lanczos:
 
     def ritz(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ritz values in ascending order, their residuals, and their coordinates (size, size), one a column."""
-        theta, s = np.linalg.eigh(self._t)
+        # By torch, which keeps to its number of threads: numpy's own wait by turning when other processes need the cores.
+        theta, s = (part.numpy() for part in torch.linalg.eigh(torch.from_numpy(self._t)))
         return theta, np.abs(self._coupling @ s), s
 
     def ahead(self) -> np.ndarray:
@@ -108,7 +109,8 @@ class Lanczos:
         five. Where the values converge, they are nearer to the eigenvalues than the Ritz values by a factor of about
         ten.
         """
-        return np.linalg.eigvalsh(self._bordered(float(np.mean(self._diagonal[-RECENT:]))))
+        bordered = self._bordered(float(np.mean(self._diagonal[-RECENT:])))
+        return torch.linalg.eigvalsh(torch.from_numpy(bordered)).numpy()
 
     def vectors(self, coordinates: np.ndarray) -> Rows:
         """The Ritz vectors with these coordinates (size, k), as rows."""
