@@ -71,10 +71,12 @@ class InterruptAtANewPlace(Interrupt):
 
     Attributes:
         raised: whether there was one.
+        waits: while true, nothing is interrupted.
     """
 
-    def __init__(self, model: nn.Module, places: Places):
+    def __init__(self, model: nn.Module, places: Places, *, waits: bool = False):
         super().__init__()
+        self.waits = waits
         self._places = places
         self._passed: set[int] = set()
         self._place = self._evaluation = 0
@@ -100,7 +102,7 @@ class InterruptAtANewPlace(Interrupt):
     def _arrive(self) -> None:
         here = self._place, self._evaluation, self._place not in self._passed
         self._passed.add(self._place)
-        if here not in self._places.met:
+        if not self.waits and here not in self._places.met:
             self._places.met.add(here)
             self.raised = True
             raise KeyboardInterrupt

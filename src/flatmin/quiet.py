@@ -68,22 +68,22 @@ def undisturbed(model: nn.Module, *, eval_mode: bool = True) -> Iterator[None]:
     states = random_state({p.device for module in modules for p in module._parameters.values() if p is not None})
     buffers, renormalised = Buffers(modules), _renormalised(modules)
     try:
-        if eval_mode and any(training for _, training in modes):
-            model.eval()
-        yield
-    finally:
         try:
+            if eval_mode and any(training for _, training in modes):
+                model.eval()
+            yield
+        finally:
             for module, training in modes:  # parents first, so that a child has the last word on itself
                 if module.training != training:
                     module.train(training)
-        finally:
-            buffers.put_back()
-            with unversioned([weight for weight, _ in renormalised]):
-                for weight, value in renormalised:
-                    weight.detach().copy_(value)
-            set_random_state(states)
-            for module, training in modes:
-                module.training = training
+    finally:
+        buffers.put_back()
+        with unversioned([weight for weight, _ in renormalised]):
+            for weight, value in renormalised:
+                weight.detach().copy_(value)
+        set_random_state(states)
+        for module, training in modes:
+            module.training = training
 
 
 def _renormalised(modules: Iterable[nn.Module]) -> list[tuple[Tensor, Tensor]]:

@@ -66,6 +66,26 @@ def test_a_parameter_without_a_gradient_in_a_later_probe_is_restored(method, mon
     assert_same(dict(case.model.named_parameters()), before)
 
 
+def failing(case, form, failing_call, fail):
+    """A step whose body calls `fail` at its n-th evaluation."""
+    calls = 0
+
+    def body():
+        nonlocal calls
+        calls += 1
+        loss = case.closure() if form == "closure" else case.loss()
+        if calls == failing_call:
+            fail()
+        if form == "loop":
+            loss.backward()
+        return loss
+
+    if form == "closure":
+        case.optimizer.step(body)
+    for _ in case.optimizer.probes():
+        body()
+
+
 @each_method
 @pytest.mark.parametrize("failing_call", [1, 2])
 @pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
@@ -75,27 +95,12 @@ def test_weights_are_restored_when_the_body_raises(method, failing_call, error, 
     if failing_call > case.optimizer.gradients_per_step:
         pytest.skip("the rule asks for one gradient only")
     before = {k: v.detach().clone() for k, v in case.model.named_parameters()}
-    calls = 0
 
-    def body():
-        nonlocal calls
-        calls += 1
-        loss = case.closure() if form == "closure" else case.loss()
-        if calls == failing_call:
-            raise error
-        if form == "loop":
-            loss.backward()
-        return loss
-
-    def run():
-        if form == "closure":
-            case.optimizer.step(body)
-        for _ in case.optimizer.probes():
-            body()
+    def fail():
+        raise error
 
     with pytest.raises(error):
-        run()
-    assert calls == failing_call
+        failing(case, form, failing_call, fail)
     assert_same(dict(case.model.named_parameters()), before)
     case.step()  # and the optimizer is usable again
     assert case.optimizer.num_steps == 1
@@ -124,6 +129,37 @@ def test_a_real_interrupt_signal_leaves_whole_weights(method):
     with pytest.raises(KeyboardInterrupt):
         case.optimizer.step(closure)
     assert_same(dict(case.model.named_parameters()), before)
+
+
+@each_method
+@pytest.mark.parametrize("form", ["closure", "loop"])
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # it may strike while a loop is collected
+def test_an_interrupt_while_an_error_is_handled_leaves_whole_weights(method, form, places_on_the_way_home):
+    places = places_on_the_way_home[form]
+    last = min(2, int(Case(method).optimizer.gradients_per_step))
+    interrupted = True
+    while interrupted:
+        case = Case(method, batch_size=4)
+        before = {k: v.detach().clone() for k, v in case.model.named_parameters()}
+        interrupt = InterruptAtANewPlace(case.model, places, waits=True)
+
+        def fail(interrupt=interrupt):
+            interrupt.waits = False
+            raise Boom
+
+        with suppress(KeyboardInterrupt, Boom), interrupt:
+            failing(case, form, last, fail)
+        interrupted = interrupt.raised
+        assert_same(dict(case.model.named_parameters()), before)
+    assert len(places.met) > 10
+
+
+@pytest.fixture(scope="module")
+def places_on_the_way_home():
+    """As `places`, after an error in the body."""
+    return {"closure": Places(), "loop": Places()}
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ class Lanczos:
 
     def ritz(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ritz values in ascending order, their residuals, and their coordinates (size, size), one a column."""
-        # By torch, which keeps to its number of threads: numpy's own wait by turning when other processes need the cores.
+        # By torch, which keeps to its number of threads: numpy's wait by turning, and keep a core from other processes.
         theta, s = (part.numpy() for part in torch.linalg.eigh(torch.from_numpy(self._t)))
         return theta, np.abs(self._coupling @ s), s
 

@@ -89,42 +89,42 @@ class Session(Ending):
         requests = Requests(self.rule() if active else plain())
         elsewhere: list[tuple[list[Tensor], Vector]] = []
         try:
-            if stage == "loop":
-                place.announce()
-            if len(_LOOPING) > self._is_looping:
-                self._set_aside_elsewhere(params, elsewhere)
-            probe = requests.next(None)
-            while probe is not None:
-                self._go_to(probe, place, collector)
-                if others is not None:
-                    others.probe(self._exchanges(probe) and not collector.is_part(probe, requests.ahead))
-                quiet.probe()
-                yield probe
-                quiet.settle()
-                if others is not None:
-                    others.settle()
-                self._check_evaluated(probe)
-                if self.reads_weights:
-                    place.move(None)
-                probe = requests.next(collector.after(probe))
-            place.home()
-            overflow = self._install(collector, requests.direction)
-            if share is not None:
-                collector.combine(share, earlier)
-            self._rule_saw_gradients |= collector.handed_out and active
-            self._stage = "idle" if stage == "closure" else "ready"
-        except RuntimeError as error:
-            explain(error)
-            raise
-        finally:
             try:
+                if stage == "loop":
+                    place.announce()
+                if len(_LOOPING) > self._is_looping:
+                    self._set_aside_elsewhere(params, elsewhere)
+                probe = requests.next(None)
+                while probe is not None:
+                    self._go_to(probe, place, collector)
+                    if others is not None:
+                        others.probe(self._exchanges(probe) and not collector.is_part(probe, requests.ahead))
+                    quiet.probe()
+                    yield probe
+                    quiet.settle()
+                    if others is not None:
+                        others.settle()
+                    self._check_evaluated(probe)
+                    if self.reads_weights:
+                        place.move(None)
+                    probe = requests.next(collector.after(probe))
+                place.home()
+                overflow = self._install(collector, requests.direction)
+                if share is not None:
+                    collector.combine(share, earlier)
+                self._rule_saw_gradients |= collector.handed_out and active
+                self._stage = "idle" if stage == "closure" else "ready"
+            except RuntimeError as error:
+                explain(error)
+                raise
+            finally:
                 quiet.settle()  # before the weights come home: a buffer may lie in the memory of one
                 place.home()
                 if others is not None:
                     others.settle()
-            finally:  # an interrupt may have cut the first one off
-                place.home()
-                quiet.end()
+        finally:  # an interrupt may have cut the first one off, or come before it
+            place.home()
+            quiet.end()
             if earlier is not None and self._stage == "loop":  # left half-way: earlier micro-batches stay
                 _install(params, earlier)
                 self._stage = "ready"
