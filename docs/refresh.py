@@ -26,6 +26,8 @@ from flatmin.lab.display import differences_table, markdown_table
 from tests.contracts.combinations import table as combinations_table
 
 ROOT = Path(__file__).parent.parent
+RECORDS = ROOT / "docs" / "records"
+KEYS = ("lr", "weight_decay", "radius")
 PAGES = (
     "results.md",
     "methods.md",
@@ -57,10 +59,30 @@ def methods_table() -> str:
     return "\n".join(rows)
 
 
+def tuned_table(now: dict[str, Any], earlier: dict[str, Any]) -> str:
+    """What was chosen each time, and what the earlier choice is worth now: lr, radius, mean validation loss."""
+    rows = [
+        "| method | chosen: lr, radius | validation loss | chosen earlier | its validation loss now |",
+        "|---|---|---:|---|---:|",
+    ]
+    for method, best in now["best"].items():
+        before = earlier["best"][method]
+        same = [t for t in now["trials"][method] if all(t[key] == before[key] for key in KEYS)]
+        losses = f"{best['validation_loss']:.4f}", f"{same[0]['validation_loss']:.4f}"
+        rows.append(f"| {method} | {_setting(best)} | {losses[0]} | {_setting(before)} | {losses[1]} |")
+    return "\n".join(rows)
+
+
+def _setting(trial: dict[str, Any]) -> str:
+    return ", ".join(f"{trial[key]:g}" for key in ("lr", "radius") if trial[key] is not None)
+
+
 def main() -> None:
     """Replaces what stands between `<!-- name -->` and `<!-- /name -->`."""
-    summary = json.loads((ROOT / "docs" / "records" / "digits" / "summary.json").read_text())
-    halves = json.loads((ROOT / "docs" / "records" / "halves" / "summary.json").read_text())
+    summary, halves, earlier = (
+        json.loads((RECORDS / name / "summary.json").read_text()) for name in ("digits", "halves", "earlier")
+    )
+    tunings = [json.loads((RECORDS / name / "tuning.json").read_text()) for name in ("digits", "earlier")]
     peers = json.loads((ROOT / "benchmarks" / "results" / "step_peers.json").read_text())
     cost = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())
     split = json.loads((ROOT / "benchmarks" / "results" / "split_batch.json").read_text())
@@ -71,6 +93,9 @@ def main() -> None:
         "demo": markdown_table(summary),
         "differences": differences_table(summary),
         "halves": markdown_table(halves),
+        "earlier": markdown_table(earlier),
+        "earlier-differences": differences_table(earlier),
+        "tuned": tuned_table(*tunings),
         "cost": cost_table(cost),
         "peers": peers_table(peers),
         "methods": methods_table(),

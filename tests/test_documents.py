@@ -74,7 +74,7 @@ def committed_summary(name="digits"):
     return json.loads((RECORDS.parent / name / "summary.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["digits", "halves"])
+@pytest.mark.parametrize("name", ["digits", "halves", "earlier"])
 def test_the_committed_summaries_are_computed_from_the_committed_records(name):
     summary = committed_summary(name)
     methods = tuple(summary["methods"])
