@@ -78,7 +78,8 @@ def test_the_report_shows_the_intervals_of_the_differences(finished):
 
 def test_the_report_says_what_each_method_used(tmp_path, monkeypatch):
     task = get_task("digits")
-    changed = {**task.settings, "bsam": Settings(lr=0.1), "sam": Settings(lr=0.1, weight_decay=0.001)}
+    usual = Settings(lr=0.1, weight_decay=0.001)
+    changed = {"base": usual, "bsam": Settings(lr=0.1), "sam": usual, "nso": dataclasses.replace(usual, radius=0.02)}
     monkeypatch.setitem(tasks_module._TASKS, "digits", dataclasses.replace(task, settings=changed))
     report = compare(tmp_path, methods=("base", "sam", "bsam", "nso+swa"), num_seeds=1).run()
     path = tmp_path / "runs" / "small" / "records" / "bsam-seed0.jsonl"
