@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from flatmin.extras import need
 from flatmin.lab.records import RunRecord
@@ -146,4 +146,4 @@ def _interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean = values.mean(0)
     if n < 2:
         return mean, np.zeros_like(mean)
-    return mean, stats.t.ppf(0.975, n - 1) * values.std(0, ddof=1) / np.sqrt(n)
+    return mean, stdtrit(n - 1, 0.975) * values.std(0, ddof=1) / np.sqrt(n)
