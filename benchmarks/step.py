@@ -131,7 +131,8 @@ def main() -> None:
     parser.add_argument("--case", default="", help="only the networks whose name begins so; the others are kept")
     arguments = parser.parse_args()
     names = [w.name for w in (*WORKLOADS, *LARGE_BATCHES) if w.name.startswith(arguments.case)]
-    before = json.loads(arguments.out.read_text()) if arguments.case else {"workloads": {}}
+    adds = arguments.case and arguments.out.exists()
+    before = json.loads(arguments.out.read_text()) if adds else {"workloads": {}}
     # Each in a process of its own: what earlier ones have left in the allocator changes the times of later ones.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as process:
         found = process.map(measured, names, itertools.repeat(arguments.rounds))

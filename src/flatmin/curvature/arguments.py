@@ -36,12 +36,16 @@ OPERATOR = (
 
 
 def of_objective(function: Callable[Given, Result]) -> Callable[Given, Result]:
-    """Makes a function, or an `__init__`, whose first argument is an Objective say so to whoever passes another thing.
+    """Lets a function, or an `__init__`, whose first argument is an Objective say so to who passes another thing."""
+    return _checked(function, takes_operators=False)
 
-    That is a model; or an operator, where the annotation does not allow one.
-    """
-    takes_operators = "Operator" in str(function.__annotations__["objective"])
 
+def of_operator(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """The same, where the first argument is an Objective or an operator."""
+    return _checked(function, takes_operators=True)
+
+
+def _checked(function: Callable[Given, Result], *, takes_operators: bool) -> Callable[Given, Result]:
     @wraps(function)
     def checked(*args: Given.args, **kwargs: Given.kwargs) -> Result:
         name, given = function.__name__, args

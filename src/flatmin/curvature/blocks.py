@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from flatmin.checks import check_positive, check_whole
-from flatmin.curvature.arguments import of_objective
+from flatmin.curvature.arguments import of_objective, of_operator
 from flatmin.curvature.eigen import as_operator, top_eigenvalues
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import Operator
@@ -76,7 +76,7 @@ def block_eigenvalues(objective: Objective, k: int = 1, **options: Any) -> dict[
     return {name: top_eigenvalues(part, min(k, part.num_params), **options) for name, part in parts.items()}
 
 
-@of_objective
+@of_operator
 def layerwise_rayleigh_sum(
     objective: Objective | Operator, *, tol: float = 1e-3, max_products: int = 100, seed: int = 0
 ) -> RayleighSum:

@@ -24,7 +24,7 @@ import numpy as np
 from scipy.special import ndtr
 
 from flatmin.checks import check_whole
-from flatmin.curvature.arguments import of_objective
+from flatmin.curvature.arguments import of_operator
 from flatmin.curvature.eigen import as_operator
 from flatmin.curvature.lanczos import Lanczos, Rows
 from flatmin.curvature.objective import Objective
@@ -153,7 +153,7 @@ class DensityResult(Measurement):
         return ax
 
 
-@of_objective
+@of_operator
 def spectral_density(
     objective: Objective | Operator, *, num_probes: int = 10, num_steps: int = 40, seed: int = 0
 ) -> DensityResult:

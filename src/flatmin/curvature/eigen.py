@@ -30,7 +30,7 @@ import numpy as np
 from torch import Tensor
 
 from flatmin.checks import check_choice, check_positive, check_whole
-from flatmin.curvature.arguments import check_vector, of_objective
+from flatmin.curvature.arguments import check_vector, of_operator
 from flatmin.curvature.lanczos import Lanczos, Rows
 from flatmin.curvature.objective import Objective
 from flatmin.curvature.operators import HessianOperator, Operator
@@ -46,7 +46,7 @@ FALLS, FALL = 4, 0.7  # products over which its residual must fall, each time by
 TINY = 0.1  # ... unless it is so small a part of what is allowed
 
 
-@of_objective
+@of_operator
 def top_eigenvalues(
     objective: Objective | Operator,
     k: int = 1,
