@@ -19,9 +19,9 @@ from benchmarks.step_peers import markdown as peers_table
 from benchmarks.stopping import NOW, rules_table, starts_table
 from docs.flatness import RECORD as FLATNESS
 from docs.flatness_pictures import PICTURES, draw, flatness_tables
-from docs.refresh import methods_table
+from docs.refresh import methods_table, tuned_table
 from flatmin.lab.compare import Compare
-from flatmin.lab.display import markdown_table
+from flatmin.lab.display import differences_table, markdown_table
 from flatmin.lab.summary import summarize
 from flatmin.lab.tasks import get_task
 from tests.contracts import combinations
@@ -113,6 +113,15 @@ def test_the_table_of_peers_is_the_committed_result():
 
 def test_the_table_of_half_batches_at_equal_cost_is_computed_from_the_records():
     assert markdown_table(committed_summary("halves")) in (ROOT / "docs" / "results.md").read_text()
+
+
+def test_the_tables_of_both_experiments_are_computed_from_the_records():
+    text = (ROOT / "docs" / "results.md").read_text()
+    for name in ("digits", "earlier"):
+        assert markdown_table(committed_summary(name)) in text
+        assert differences_table(committed_summary(name)) in text
+    tunings = [json.loads((RECORDS.parent / name / "tuning.json").read_text()) for name in ("digits", "earlier")]
+    assert tuned_table(*tunings) in text
 
 
 def test_the_table_of_methods_is_computed_from_the_registry():

@@ -95,7 +95,8 @@ def ascent_sharpness(
     rises, one_step = [], math.nan
     for start in range(num_starts):
         from_gradient = first is not None
-        e, first = ascent.random(mix_seeds(seed, start)) if first is None else first, None
+        e = ascent.random(mix_seeds(seed, start)) if first is None else first
+        first = None  # later starts are random, and it is a copy of the parameters
         begin, end = ascent.climb(e, num_steps)
         rises.append(end - clean)
         if from_gradient:

@@ -51,7 +51,7 @@ class RunRecord:
 
     @property
     def measured(self) -> bool:
-        """Whether it was to be measured how flat it ended: of a trial of `flatmin tune` it was not."""
+        """Whether its flatness was to be measured; that of a trial of `flatmin tune` is not."""
         return self.header.get("measured", True)
 
 
