@@ -20,7 +20,7 @@ from benchmarks.stopping import NOW, rules_table, starts_table
 from docs.flatness import RECORD as FLATNESS
 from docs.flatness_pictures import PICTURES, draw, flatness_tables
 from docs.refresh import methods_table, tuned_table
-from flatmin.lab.compare import Compare
+from flatmin.lab.compare import read_runs
 from flatmin.lab.display import differences_table, markdown_table
 from flatmin.lab.summary import summarize
 from flatmin.lab.tasks import get_task
@@ -77,8 +77,7 @@ def committed_summary(name="digits"):
 @pytest.mark.parametrize("name", ["digits", "halves", "earlier"])
 def test_the_committed_summaries_are_computed_from_the_committed_records(name):
     summary = committed_summary(name)
-    methods = tuple(summary["methods"])
-    runs = Compare(methods=methods, num_seeds=summary["num_seeds"], name=name, out=RECORDS.parent).runs()
+    runs = read_runs(RECORDS.parent / name, summary | {"methods": list(summary["methods"])})
     again = json.loads(json.dumps(summarize(runs)))
     assert again == {key: summary[key] for key in again}
 

@@ -89,11 +89,10 @@ def test_import_directions(path):
     check_imports(path, room_of(path))
 
 
-@pytest.mark.parametrize(("room", "said"), [("optim", "@register("), ("lab", "DIABETES = Task(")])
-def test_the_files_to_copy_follow_the_rule_too(room, said, tmp_path):
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", CONTRIBUTING.read_text(), re.S) if said in block]
+def test_the_file_to_copy_follows_the_rule_too(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", CONTRIBUTING.read_text(), re.S)
     (tmp_path / "copied.py").write_text(code)
-    check_imports(tmp_path / "copied.py", room)
+    check_imports(tmp_path / "copied.py", "optim")
 
 
 def check_imports(path, room):

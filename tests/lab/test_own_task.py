@@ -227,7 +227,7 @@ def test_a_digest_leaves_the_random_state_and_does_not_depend_on_it():
 
 def test_a_task_without_settings_says_how_to_find_some(own, tmp_path):
     own(settings={})
-    with pytest.raises(ValueError, match=r"It has none yet. Find some with flatmin tune --task own --methods base sam"):
+    with pytest.raises(ValueError, match=r"It has none yet. Find some for it with flatmin tune --methods base sam"):
         compare(tmp_path, methods=("sam",)).run()
 
 

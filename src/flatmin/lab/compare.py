@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from flatmin.lab.display import Live, print_table
-from flatmin.lab.folder import FORMAT, check_counts, check_name, locked, prepare, read_config, unfinished
+from flatmin.lab.folder import FORMAT, check_counts, locked, prepare, read_config, unfinished
 from flatmin.lab.parts import settings_of, split_name
 from flatmin.lab.pool import IF_STOPPED, run_all
 from flatmin.lab.records import RunRecord, read_run, write_json
 from flatmin.lab.report import write_report
 from flatmin.lab.summary import mixed_versions, summarize
-from flatmin.lab.tasks import get_task
-from flatmin.lab.train import RunSpec
+from flatmin.lab.tasks import Task, get_task
+from flatmin.lab.tasks.task import check_folder
+from flatmin.lab.train import RunSpec, run_name
+from flatmin.lab.tune import read_tuning
 
 
 @dataclass(kw_only=True)
@@ -27,7 +30,7 @@ class Compare:
     """
 
     task: str = "digits"
-    """Data, model and loss, by name (see: flatmin tasks)."""
+    """Data, model and loss: a name (see: flatmin tasks), or a Python file that makes one Task."""
     methods: tuple[str, ...] = ("base", "sam", "nso-one-point", "nso")
     """Methods, by name (see: flatmin methods), alone or with parts: sam+swa, nso+mixup. The first is the control."""
     num_seeds: int = 10
@@ -36,6 +39,8 @@ class Compare:
     """What is equal: mini-batch gradients (a two-gradient method takes half the steps), or steps."""
     num_gradients: int | None = None
     """The budget: gradients per run, or steps with --budget steps. Default: the task's."""
+    tuned: Path | None = None
+    """tuning.json of flatmin tune: its winners are the settings, and its budget is the default. Default: the task's."""
     name: str | None = None
     """Name of the folder in --out. Default: the task's."""
     out: Path = Path("runs")
@@ -50,12 +55,13 @@ class Compare:
             raise ValueError("--methods is empty: name at least one, the first is the control.")
         if len(set(self.methods)) < len(self.methods):
             raise ValueError(f"--methods names a method twice: {' '.join(self.methods)}.")
-        check_name(self.task if self.name is None else self.name)
+        if self.name is not None:
+            check_folder("--name", self.name)
 
     @property
     def folder(self) -> Path:
         """Where this comparison is kept."""
-        return self.out / (self.task if self.name is None else self.name)
+        return self.out / (get_task(self.task).name if self.name is None else self.name)
 
     def specs(self) -> list[RunSpec]:
         """All runs, method by method within a seed, so that an interrupted comparison is balanced.
@@ -63,26 +69,24 @@ class Compare:
         Raises:
             ValueError: for an unknown task or method, or one without settings for this task.
         """
-        task = get_task(self.task)
-        amount = self.num_gradients or task.num_gradients
+        task, amount = self._task(), self._amount()
         specs = []
         for seed in range(self.num_seeds):
             for name in self.methods:
                 method, settings = split_name(name)[0], settings_of(task, name)
                 steps = amount if self.budget == "steps" else method.num_steps(amount)
-                specs.append(RunSpec(task=task.name, method=name, seed=seed, num_steps=steps, settings=settings))
+                specs.append(RunSpec(task=self.task, method=name, seed=seed, num_steps=steps, settings=settings))
         return specs
 
     def config(self) -> dict[str, Any]:
         """What decides the numbers, as plain data."""
-        amount = self.num_gradients or get_task(self.task).num_gradients
         return {
             "format": FORMAT,
-            "task": self.task,
+            "task": self._task().name,
             "methods": list(self.methods),
             "num_seeds": self.num_seeds,
             "budget": self.budget,
-            "amount": amount,
+            "amount": self._amount(),
         }
 
     def run(self) -> Path:
@@ -92,6 +96,14 @@ class Compare:
         with locked(self.folder):
             known = prepare(self.folder)
             return (self._joined_with(known) if known else self)._run()
+
+    def _task(self) -> Task:
+        """The task, with its own settings or those that were tuned."""
+        task = get_task(self.task)
+        return task if self.tuned is None else read_tuning(self.tuned, task)
+
+    def _amount(self) -> int:
+        return self.num_gradients or self._task().num_gradients
 
     def _joined_with(self, before: dict[str, Any]) -> Compare:
         """This comparison and the one that is there; the control stays the same."""
@@ -112,34 +124,12 @@ class Compare:
         specs = self.specs()
         records = self.folder / "records"
         todo = unfinished((spec, records) for spec in specs)
-        write_json(self.folder / "comparison.json", self.config())
+        config = self.config()
+        config["about"] = about(self._task(), config)
+        write_json(self.folder / "comparison.json", config)
         with Live(len(specs), len(specs) - len(todo), str(self.folder)) as live:
             run_all(todo, self.jobs, live)
-        return self.conclude()
-
-    def conclude(self) -> Path:
-        """Summarises the finished runs, prints the table, writes summary.json and report.html."""
-        runs = self.runs()
-        summary = {**self.config(), **summarize(runs), "mixed_versions": mixed_versions(runs)}
-        write_json(self.folder / "summary.json", summary)
-        report = write_report(self.folder / "report.html", summary, runs)
-        print_table(summary)
-        print(f"report: {report}")
-        return report
-
-    def runs(self) -> dict[str, list[RunRecord]]:
-        """The finished runs of this comparison, by method."""
-        found: dict[str, list[RunRecord]] = {name: [] for name in self.methods}
-        paths = {spec: self.folder / "records" / f"{spec.name}.jsonl" for spec in self.specs()}
-        missing = [path for path in paths.values() if not path.exists()]
-        if missing:
-            raise ValueError(
-                f"{len(missing)} of {len(paths)} runs of {self.folder} are not finished. Continue it with flatmin "
-                f"compare --name {self.folder.name}, and the options that it was begun with."
-            )
-        for spec, path in paths.items():
-            found[spec.method].append(read_run(path))
-        return found
+        return conclude(self.folder, config)
 
 
 @dataclass(kw_only=True)
@@ -153,19 +143,53 @@ class Report:
 
     def run(self) -> Path:
         """Reads the comparison's configuration and writes summary.json and report.html."""
-        check_name(self.name)
-        if not (self.out / self.name).is_dir():
+        check_folder("--name", self.name)
+        folder = self.out / self.name
+        if not folder.is_dir():
             there = sorted(path.parent.name for path in self.out.glob("*/comparison.json"))
             raise ValueError(
                 f"there is no comparison {self.name!r} in {self.out}. There is: {', '.join(there) or 'none'}."
             )
-        config = read_config(self.out / self.name)
-        return Compare(
-            task=config["task"],
-            methods=tuple(config["methods"]),
-            num_seeds=config["num_seeds"],
-            budget=config["budget"],
-            num_gradients=config["amount"],
-            name=self.name,
-            out=self.out,
-        ).conclude()
+        config = read_config(folder)
+        if "about" not in config:  # as it was when tasks had to be flatmin's own
+            config["about"] = about(get_task(config["task"]), config)
+        return conclude(folder, config)
+
+
+def about(task: Task, config: Mapping[str, Any]) -> dict[str, str]:
+    """What a report says of the task, so that it can be written where the task cannot be read."""
+    tuning = f"{task.tuning.rstrip('.')}."
+    if config["amount"] != task.num_gradients:
+        tuning += (
+            f" That was at a budget of {task.num_gradients} gradients; here it is {config['amount']} "
+            f"{config['budget']}, for which nothing was tuned."
+        )
+    return {"summary": task.summary, "source": task.source, "licence": task.licence, "tuning": tuning}
+
+
+def conclude(folder: Path, config: Mapping[str, Any]) -> Path:
+    """Summarises the finished runs, prints the table, writes summary.json and report.html; returns its path."""
+    runs = read_runs(folder, config)
+    summary = {**config, **summarize(runs), "mixed_versions": mixed_versions(runs)}
+    write_json(folder / "summary.json", summary)
+    report = write_report(folder / "report.html", summary, runs)
+    print_table(summary)
+    print(f"report: {report}")
+    return report
+
+
+def read_runs(folder: Path, config: Mapping[str, Any]) -> dict[str, list[RunRecord]]:
+    """The finished runs of a comparison, by method.
+
+    Raises:
+        ValueError: if some are missing.
+    """
+    names = {method: [run_name(method, seed) for seed in range(config["num_seeds"])] for method in config["methods"]}
+    paths = {method: [folder / "records" / f"{name}.jsonl" for name in runs] for method, runs in names.items()}
+    missing = [path for runs in paths.values() for path in runs if not path.exists()]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {config['num_seeds'] * len(paths)} runs of {folder} are not finished. Continue it with "
+            f"flatmin compare --name {folder.name}, and the options that it was begun with."
+        )
+    return {method: [read_run(path) for path in runs] for method, runs in paths.items()}

@@ -30,12 +30,6 @@ def check_counts(**counts: int | None) -> None:
             check_whole(f"--{name.replace('_', '-')}", count, 1)
 
 
-def check_name(name: str) -> None:
-    """Refuses a name that would leave the folder of comparisons."""
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise ValueError(f"--name is the name of a folder inside --out, got {name!r}.")
-
-
 def prepare(folder: Path) -> dict[str, Any] | None:
     """Makes the folder, or makes sure that it is a comparison's; returns the configuration that is there."""
     found = None
@@ -87,12 +81,12 @@ def unfinished(runs: Iterable[tuple[RunSpec, Path]]) -> list[tuple[RunSpec, Path
                 raise ValueError(_other(path, f"with {other} {key} ({found.get(key)}, not {wanted[key]})"))
         if (before := header.get("task")) is not None:
             this = spec.task, spec.seed
+            task = get_task(spec.task)
             if this not in tasks:
-                task = get_task(spec.task)
-                tasks[this] = fingerprint(task, task.load(spec.seed))
+                tasks[this] = fingerprint(task, task.splits(spec.seed))
             now, before = tasks[this], {"base": FIRST_BASE, **before}
             if changed := [part for part in now if before.get(part) != now[part]]:
-                raise ValueError(_other(path, f"of the task {spec.task} with another {' and '.join(changed)}"))
+                raise ValueError(_other(path, f"of the task {task.name} with another {' and '.join(changed)}"))
     return todo
 
 

@@ -14,7 +14,7 @@ from flatmin.lab.train import RunSpec, train
 
 @dataclass(kw_only=True)
 class Train:
-    """Train one run: a method on a task, with the settings that the task names, and measure how flat it ended.
+    """Train one run: a method on a task, with the task's settings or --tuned ones, and measure how flat it ended.
 
     A plain run takes one process on the CPU. Started by `accelerate launch -m flatmin train ...` or `torchrun
     --nproc-per-node 2 -m flatmin train ...` it runs on Accelerate: on GPUs, in bf16 or fp16, on several processes. They
@@ -23,13 +23,15 @@ class Train:
     """
 
     task: str = "digits"
-    """Data, model and loss, by name (see: flatmin tasks)."""
+    """Data, model and loss: a name (see: flatmin tasks), or a Python file that makes one Task."""
     method: str = "nso"
     """Method, by name (see: flatmin methods), alone or with parts: sam+swa."""
     seed: int = 0
     """Fixes the training samples, the initial weights and the batch order."""
     num_gradients: int | None = None
     """Mini-batch gradients to spend. Default: the task's."""
+    tuned: Path | None = None
+    """tuning.json of flatmin tune: its winners are the settings, and its budget is the default. Default: the task's."""
     out: Path = Path("runs/train")
     """Where the record and the weights are written: <method>-seed<seed>.jsonl and .safetensors."""
 
@@ -41,7 +43,13 @@ class Train:
         Raises:
             ValueError: for an unknown task or method, or one without settings for this task.
         """
-        (spec,) = Compare(task=self.task, methods=(self.method,), num_seeds=1, num_gradients=self.num_gradients).specs()
+        (spec,) = Compare(
+            task=self.task,
+            methods=(self.method,),
+            num_seeds=1,
+            num_gradients=self.num_gradients,
+            tuned=self.tuned,
+        ).specs()
         return replace(spec, seed=self.seed)
 
     def run(self) -> None:

@@ -80,8 +80,8 @@ def settings_of(task: Task, name: str) -> Settings:
         both = " ".join(dict.fromkeys(("base", method.name)))
         there = f"It has them for: {', '.join(task.settings)}." if task.settings else "It has none yet."
         raise ValueError(
-            f"task {task.name!r} has no settings for method {method.name!r}. {there} Find some with flatmin tune "
-            f"--task {task.name} --methods {both}, and copy what it prints into the task's settings."
+            f"task {task.name!r} has no settings for method {method.name!r}. {there} Find some for it with "
+            f"flatmin tune --methods {both}, and give them to compare by --tuned, or copy them into its settings."
         )
     return replace(task.settings[method.name], parts=parts)
 

@@ -21,7 +21,7 @@ from flatmin.lab.fingerprint import fingerprint
 from flatmin.lab.parts import Evaluation, Training, check_used, split_name
 from flatmin.lab.processes import Alone
 from flatmin.lab.records import RunWriter, Unwritten, environment
-from flatmin.lab.tasks import Settings, Splits, get_task
+from flatmin.lab.tasks import Settings, Splits, Task, get_task
 
 NUM_PROGRESS = 20  # progress records per run
 
@@ -34,6 +34,7 @@ class RunSpec:
     """Everything that decides a run's numbers.
 
     Attributes:
+        task: its name, or the file that it is in (its record has the name).
         measured: whether its flatness is measured at the end, which decides none of the others.
 
     Raises:
@@ -53,15 +54,26 @@ class RunSpec:
     @property
     def name(self) -> str:
         """The run's file name."""
-        return f"{self.method}-seed{self.seed}"
+        return run_name(self.method, self.seed)
+
+    @property
+    def title(self) -> str:
+        """How messages call it."""
+        return f"{self.method} on {get_task(self.task).name}, seed {self.seed}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in the header of its record."""
         data = dataclasses.asdict(self)
+        data["task"] = get_task(self.task).name
         del data["measured"]
         if not data["settings"]["parts"]:  # as it was before there were any
             del data["settings"]["parts"]
         return data
+
+
+def run_name(method: str, seed: int) -> str:
+    """The name of the run's files, without their endings."""
+    return f"{method}-seed{seed}"
 
 
 class Diverged(Exception):
@@ -80,7 +92,7 @@ def train(spec: RunSpec, folder: Path, report: Progress = lambda *_: None, proce
     torch.set_num_threads(1)
     try:
         task = get_task(spec.task)
-        splits = task.load(spec.seed)
+        splits = task.splits(spec.seed)
         header = {"spec": spec.to_dict(), "task": fingerprint(task, splits), **environment(), **processes.about()}
         if not spec.measured:
             header["measured"] = False
@@ -160,8 +172,9 @@ def build_optimizer(spec: RunSpec, model: nn.Module, num_data: int) -> Optimizer
     if method.replaces_momentum:
         base = SGD(model.parameters(), lr=settings.lr)
     else:
-        base = get_task(spec.task).build_base(model, settings)
-        _check_base(spec, base)
+        task = get_task(spec.task)
+        base = task.build_base(model, settings)
+        _check_base(spec, task, base)
     options: dict[str, Any] = {}
     if settings.radius is not None and method.radius_name is not None:
         options[method.radius_name] = settings.radius
@@ -172,12 +185,12 @@ def build_optimizer(spec: RunSpec, model: nn.Module, num_data: int) -> Optimizer
     return method.build(base, **options)
 
 
-def _check_base(spec: RunSpec, base: Optimizer) -> None:
+def _check_base(spec: RunSpec, task: Task, base: Optimizer) -> None:
     for name in ("lr", "weight_decay"):
         found, wanted = [group.get(name, 0.0) for group in base.param_groups], getattr(spec.settings, name)
         if wanted not in found:  # another group may be without weight decay, say
             raise ValueError(
-                f"build_base of task {spec.task!r} made {type(base).__name__} with {name}={found[0]:g}, where the "
+                f"build_base of task {task.name!r} made {type(base).__name__} with {name}={found[0]:g}, where the "
                 f"settings of {spec.method} say {wanted:g}: it is to take both lr and weight_decay from them."
             )
 
@@ -240,8 +253,7 @@ def _flatness(spec: RunSpec, model: nn.Module, criterion: nn.Module, splits: Spl
             if not math.isfinite(value):
                 raise ValueError(f"the {name} is {value}")
     except ValueError as error:
-        where = f"{spec.method} on {spec.task}, seed {spec.seed}"
-        raise Diverged(f"{where}: trained, but its flatness could not be measured: {error}") from error
+        raise Diverged(f"{spec.title}: trained, but its flatness could not be measured: {error}") from error
     return report.to_dict()
 
 
@@ -249,6 +261,5 @@ def _divergence(spec: RunSpec, what: str) -> str:
     radius = split_name(spec.method)[0].radius_name
     settings = f"lr={spec.settings.lr:g}" + (f", {radius}={spec.settings.radius:g}" if radius else "")
     return (
-        f"{spec.method} on {spec.task}, seed {spec.seed}: {what} ({settings}). A lower learning rate"
-        f"{f' or {radius}' if radius else ''} usually mends it."
+        f"{spec.title}: {what} ({settings}). A lower learning rate{f' or {radius}' if radius else ''} usually mends it."
     )

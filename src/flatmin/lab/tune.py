@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,10 +22,11 @@ from flatmin.lab.folder import check_counts, locked, unfinished
 from flatmin.lab.parts import split_name
 from flatmin.lab.pool import IF_STOPPED, run_all
 from flatmin.lab.records import environment, make_writable, read_run, write_json
-from flatmin.lab.tasks import Settings, get_task
+from flatmin.lab.tasks import Settings, Task, get_task
 from flatmin.lab.train import RunSpec
 
 FIRST_SEED = 1000
+NAME = "tuning.json"
 
 
 @dataclass(kw_only=True)
@@ -32,12 +35,12 @@ class Tune:
 
     The control is tuned over learning rate x weight decay, the other methods over learning rate x radius at the
     control's best weight decay (at none for bSAM, which has a prior in its place). Interrupted, or with a larger grid,
-    it continues where it stopped. What it finds is written to tuning.json and printed as it stands in a task's
-    `settings`, from which `compare` takes them.
+    it continues where it stopped. What it finds is written to tuning.json, from which `compare --tuned` takes it, and
+    printed as it stands in a task's `settings`.
     """
 
     task: str = "digits"
-    """Data, model and loss, by name."""
+    """Data, model and loss: a name (see: flatmin tasks), or a Python file that makes one Task."""
     methods: tuple[str, ...] = ("base", "sam", "nso-one-point", "nso")
     """Methods, by name; the first is the control."""
     lr: tuple[float, ...] = (0.03, 0.1, 0.2, 0.4)
@@ -74,7 +77,7 @@ class Tune:
     @property
     def folder(self) -> Path:
         """Where the runs are kept."""
-        return Path("runs") / f"tuning-{self.task}" if self.out is None else self.out
+        return Path("runs") / f"tuning-{get_task(self.task).name}" if self.out is None else self.out
 
     def _check(self) -> None:
         get_task(self.task)
@@ -108,9 +111,22 @@ class Tune:
             print(_as_settings(method, self.best[method]))
             for remark in self._at_the_edge(method):
                 print(remark)
-        record = {"task": self.task, "num_seeds": self.num_seeds, "num_gradients": self._budget, **environment()}
-        write_json(self.folder / "tuning.json", {**record, "best": self.best, "trials": trials})
-        print(f"all trials: {self.folder / 'tuning.json'}")
+        record = {
+            "task": get_task(self.task).name,
+            "num_seeds": self.num_seeds,
+            "num_gradients": self._budget,
+            **environment(),
+        }
+        path = self.folder / NAME
+        dropped = _methods_in(path) - trials.keys()
+        write_json(path, {**record, "best": self.best, "trials": trials})
+        print(f"all trials: {path}. To compare with these settings:")
+        print(f"flatmin compare --task {self.task} --methods {' '.join(self.methods)} --tuned {self.folder}")
+        if dropped:
+            print(
+                f"It had winners for {', '.join(sorted(dropped))} before, which were not tuned now: name all methods "
+                "to have them all; finished runs are not done again."
+            )
 
     @property
     def _budget(self) -> int:
@@ -169,10 +185,51 @@ class Tune:
         return [_outcome(settings, trial) for settings, trial in zip(candidates, trials, strict=True)]
 
 
+def read_tuning(path: Path, task: Task) -> Task:
+    """The task with the winners of `flatmin tune` as its settings, and the budget that they were chosen at as its own.
+
+    Args:
+        path: tuning.json, or the folder that it is in.
+        task: which must have the name of the tuned one.
+
+    Raises:
+        ValueError: for a file that is not there, is no tuning.json, or is another task's.
+    """
+    file = path / NAME if path.is_dir() else path
+    try:
+        tuning = json.loads(file.read_text(encoding="utf-8"))
+        settings = {method: _settings_of(best) for method, best in tuning["best"].items()}
+        name, seeds, budget = tuning["task"], tuning["num_seeds"], tuning["num_gradients"]
+        counts = {len(trials) for trials in tuning["trials"].values()}
+    except OSError as error:
+        raise ValueError(f"--tuned {path}: {error.strerror or 'it cannot be read'}. flatmin tune writes it.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not a tuning.json that flatmin tune wrote, or it is damaged.") from error
+    if name != task.name:
+        raise ValueError(f"{file} is of the task {name}, not {task.name}.")
+    how = (
+        f"Chosen by validation loss on {seeds} other seed{'s' if seeds != 1 else ''}, "
+        f"{' or '.join(map(str, sorted(counts)))} settings for each method (flatmin tune); the test set was not used."
+    )
+    return dataclasses.replace(task, settings=settings, tuning=how, num_gradients=budget)
+
+
+def _settings_of(best: Mapping[str, Any]) -> Settings:
+    return Settings(**{field.name: best[field.name] for field in dataclasses.fields(Settings)})
+
+
 def _label(settings: Settings) -> str:
     """The name of a trial's folder: the same settings have the same, on whatever grid."""
     radius = "" if settings.radius is None else f"-radius{settings.radius:g}"
     return f"lr{settings.lr:g}-decay{settings.weight_decay:g}{radius}"
+
+
+def _methods_in(path: Path) -> set[str]:
+    """Of an earlier tuning.json, if there is one."""
+    try:
+        return set(json.loads(path.read_text(encoding="utf-8"))["best"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def _as_settings(method: str, best: dict[str, Any]) -> str:

@@ -14,7 +14,6 @@ from flatmin.lab.parts import split_name
 from flatmin.lab.records import RunRecord, write_text
 from flatmin.lab.report import charts
 from flatmin.lab.summary import LEVEL, shown
-from flatmin.lab.tasks import get_task
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 TITLES = {
@@ -34,7 +33,7 @@ def write_report(path: Path, summary: dict[str, Any], runs: Mapping[str, Sequenc
     first = next((r for records in runs.values() for r in records), None)
     html = template.render(
         summary=summary,
-        task=get_task(summary["task"]),
+        about=summary["about"],
         rows=_rows(summary),
         differences=_differences(summary),
         SIGNS=SIGNS,

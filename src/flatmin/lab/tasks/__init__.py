@@ -1,11 +1,13 @@
-"""Tasks by name. To add one, write a module with a `Task` and list it here."""
+"""Tasks by name or by file. To add one to flatmin itself, write a module with a `Task` and list it here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 from flatmin.lab.tasks.digits import DIGITS
+from flatmin.lab.tasks.own import read_task
 from flatmin.lab.tasks.task import Settings, Splits, Task
 from flatmin.optim.registry import unknown
 
@@ -18,9 +20,15 @@ def tasks() -> Mapping[str, Task]:
 
 
 def get_task(name: str) -> Task:
-    """The task of that name; an unknown one raises a `ValueError` with the known names and the nearest."""
+    """The task of that name, or the one in the Python file `name`.
+
+    Raises:
+        ValueError: for an unknown name, with the known ones and the nearest; for a file without one task.
+    """
+    if name.endswith(".py"):
+        return read_task(Path(name), _TASKS.values())
     if name not in _TASKS:
-        raise ValueError(unknown("task", name, _TASKS))
+        raise ValueError(f"{unknown('task', name, _TASKS)} One of your own is a file: --task {name}.py.")
     return _TASKS[name]
 
 

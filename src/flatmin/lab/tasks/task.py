@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from flatmin.checks import check_number, check_positive
+from flatmin.checks import check_number, check_positive, check_whole
 
 Pair = tuple[Tensor, Tensor]
 
@@ -62,7 +63,7 @@ class Task:
     """Data + model + loss, by name.
 
     Attributes:
-        name: as the command line spells it.
+        name: as the command line spells it, and the folder of its comparison.
         summary: one line.
         source: where the data comes from.
         licence: of the data.
@@ -76,17 +77,54 @@ class Task:
         tuning: how the settings were chosen: one sentence, which the report repeats.
         build_base: (model, settings) -> the base optimizer, with the learning rate and weight decay of the settings.
             The schedule is a cosine to zero, whatever the base.
+
+    Raises:
+        ValueError: for a name that is no name of a folder, a batch or a budget below 1, or settings that are none.
     """
 
     name: str
     summary: str
-    source: str
-    licence: str
+    source: str = "not said"
+    licence: str = "licence not said"
     load: Callable[[int], Splits]
     build_model: Callable[[], nn.Module]
     criterion: nn.Module
     batch_size: int
     num_gradients: int
-    settings: Mapping[str, Settings]
-    tuning: str
+    settings: Mapping[str, Settings] = field(default_factory=dict)
+    tuning: str = "Not tuned."
     build_base: Callable[[nn.Module, Settings], Optimizer] = sgd
+
+    def __post_init__(self) -> None:
+        check_folder("the name of a task", self.name)
+        check_whole("batch_size", self.batch_size, 1)
+        check_whole("num_gradients", self.num_gradients, 1)
+        for method, settings in self.settings.items():
+            if not isinstance(settings, Settings):
+                raise ValueError(f"settings[{method!r}] must be Settings(lr=...), got {settings!r}.")
+
+    def splits(self, seed: int) -> Splits:
+        """What `load` gives, looked at.
+
+        Raises:
+            ValueError: if it is not three pairs of tensors, or inputs and targets are not equally many.
+        """
+        splits, where = self.load(seed), f"load of task {self.name!r}:"
+        if len(splits) != len(Splits._fields):
+            raise ValueError(f"{where} it must return train, validation and test, got {len(splits)} parts.")
+        for name, pair in zip(Splits._fields, splits, strict=True):
+            if not (len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)):
+                kinds = ", ".join(type(part).__name__ for part in pair)
+                raise ValueError(f"{where} {name} must be two tensors, inputs and targets, got {kinds}.")
+            num_inputs, num_targets = map(len, pair)
+            if not num_inputs == num_targets > 0:
+                raise ValueError(
+                    f"{where} {name} must have a target for each input, got {num_inputs} and {num_targets}."
+                )
+        return Splits(*splits)
+
+
+def check_folder(what: str, name: str) -> None:
+    """Refuses a name that would lead out of the folder in which it is made."""
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise ValueError(f"{what} is the name of a folder inside --out, got {name!r}.")

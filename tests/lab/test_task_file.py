@@ -1,0 +1,202 @@
+"""A task in a file of the user's own: what the command line takes, and what it says of a file that is not right."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from flatmin.lab import Settings
+from flatmin.lab.cli import main
+from flatmin.lab.compare import Compare
+from flatmin.lab.records import read_run
+from flatmin.lab.tasks import get_task
+from flatmin.lab.tune import read_tuning
+
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "compare.md"
+SHOWN = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)[0]
+TUNING = ["--lr", "0.01", "0.1", "--weight-decay", "0", "--rho", "0.1", "--num-seeds", "1", "--num-gradients", "20"]
+METHODS = ["--methods", "base", "sam"]
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """An empty folder to work in, and what an import leaves in this process undone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in ("beside", "flatmin_task_mine"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def mine(place):
+    file = place / "mine.py"
+    file.write_text(SHOWN)
+    return file
+
+
+def tune(*more):
+    assert main(["tune", "--task", "mine.py", *METHODS, *TUNING, "--jobs", "1", *more]) == 0
+
+
+def test_the_file_of_the_page_is_tuned_and_compared(mine, place, capsys):
+    tune()
+    said = capsys.readouterr().out.splitlines()
+    hint = next(line for line in said if line.startswith("flatmin compare"))
+    assert main([*hint.split()[1:], "--num-seeds", "2"]) == 0  # two runs at a time, in processes of their own
+    best = json.loads((place / "runs" / "tuning-diabetes" / "tuning.json").read_text())["best"]
+    for method in ("base", "sam"):
+        header = read_run(place / "runs" / "diabetes" / "records" / f"{method}-seed1.jsonl").header
+        assert header["spec"]["task"] == "diabetes"  # wherever the file is
+        assert header["spec"]["settings"]["lr"] == best[method]["lr"]
+        assert header["spec"]["num_steps"] == {"base": 20, "sam": 10}[method]  # the budget of the tuning
+    report = (place / "runs" / "diabetes" / "report.html").read_text()
+    assert "Chosen by validation loss on 1 other seed, 2 settings for each method" in report
+    assert "Efron et al. 2004" in report
+    assert "That was at a budget" not in report
+
+
+def test_one_run(mine, capsys):
+    tune()
+    mine.rename("elsewhere.py")
+    arguments = ["train", "--task", "elsewhere.py", "--method", "sam", "--tuned", "runs/tuning-diabetes/tuning.json"]
+    assert main(arguments) == 0
+    assert "sam-seed0: step 10 of 10" in capsys.readouterr().out
+    assert main(["train", "--task", "elsewhere.py", "--method", "nso", "--tuned", "runs/tuning-diabetes"]) == 2
+    error = capsys.readouterr().err
+    assert "no settings for method 'nso'. It has them for: base, sam. Find some for it with flatmin tune" in error
+
+
+def test_the_report_needs_no_task(mine, place):
+    tune()
+    assert main(["compare", "--task", "mine.py", *METHODS, "--tuned", "runs/tuning-diabetes", "--num-seeds", "2"]) == 0
+    report = place / "runs" / "diabetes" / "report.html"
+    before = report.read_text()
+    report.unlink()
+    mine.unlink()
+    assert main(["report", "--name", "diabetes"]) == 0
+    assert report.read_text() == before
+
+
+def test_the_report_of_a_folder_from_before_it_held_what_the_task_is(place):
+    arguments = ["--num-seeds", "2", "--num-gradients", "20", "--methods", "base", "sam", "--jobs", "1"]
+    assert main(["compare", *arguments]) == 0
+    report, config = place / "runs" / "digits" / "report.html", place / "runs" / "digits" / "comparison.json"
+    before = report.read_text()
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "about"}))
+    assert main(["report"]) == 0
+    assert report.read_text() == before
+    assert "That was at a budget of 2000 gradients; here it is 20 gradients" in before
+
+
+def test_another_budget_than_the_tuned_one_is_said(mine):
+    tune()
+    options = {"task": "mine.py", "methods": ("base",), "tuned": Path("runs/tuning-diabetes"), "num_seeds": 2}
+    report = Compare(**options, num_gradients=30, jobs=1).run().read_text()
+    assert "at a budget of 20 gradients; here it is 30 gradients, for which nothing was tuned" in report
+
+
+def test_a_file_that_was_edited_is_read_again(mine):
+    assert get_task("mine.py").batch_size == 20
+    mine.write_text(SHOWN.replace("batch_size=20", "batch_size=10,  # edited"))
+    assert get_task(str(mine)).batch_size == 10
+    assert get_task("mine.py") is get_task(str(mine))
+
+
+def test_what_lies_beside_it_can_be_imported(mine, place):
+    (place / "beside.py").write_text("SIZE = 7\n")
+    mine.write_text("from beside import SIZE\n" + SHOWN.replace("batch_size=20", "batch_size=SIZE"))
+    assert get_task("mine.py").batch_size == 7
+
+
+def test_a_task_may_be_another_one_changed(mine):
+    mine.write_text(
+        "from dataclasses import replace\nfrom flatmin.lab.tasks.digits import DIGITS\n"
+        "TASK = replace(DIGITS, name='bigger-batches', batch_size=50)\nSAME = TASK\n"
+    )
+    assert get_task("mine.py").name == "bigger-batches"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (SHOWN + "TASK.settings['sam'] = nothing\n", r"mine\.py, line \d+: NameError: name 'nothing' is not defined"),
+        ("import nothing_like_it\n", r"mine\.py, line 1: ModuleNotFoundError: No module named 'nothing_like_it'"),
+        ("x = (\n", r"mine\.py: SyntaxError: .* \(mine\.py, line 1\)"),
+        ("import sys\n\nsys.exit(3)\n", r"mine\.py, line 3: SystemExit: 3"),
+        ("", r"is to make one task, as in TASK = Task\(name=..., ...\); it makes 0\."),
+        (SHOWN + "TWO = Task(**{**vars(TASK), 'name': 'two'})\n", r"it makes 2 \(diabetes, two\)"),
+        (SHOWN.replace('"diabetes"', '"digits"'), r"has the name of one that flatmin comes with, 'digits'"),
+        (SHOWN.replace('"diabetes"', '"a/b"'), r"the name of a task is the name of a folder inside --out, got 'a/b'"),
+        (SHOWN.replace("batch_size=20", "batch_size=0"), r"line \d+: ValueError: batch_size must be at least 1"),
+        (
+            SHOWN.replace("num_gradients", "settings={'sam': {'lr': 0.1}},\n    num_gradients"),
+            r"settings\['sam'\] must be Settings\(lr=...\), got \{'lr': 0.1\}",
+        ),
+    ],
+)
+def test_a_file_that_is_not_right_is_one_line(mine, capsys, text, message):
+    mine.write_text(text)
+    for command in ("compare", "tune", "train"):
+        assert main([command, "--task", "mine.py"]) == 2
+        error = capsys.readouterr().err
+        assert re.search(message, error)
+        assert len(error.splitlines()) == 1
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("(x, y), (x, y)", "it must return train, validation and test, got 2 parts"),
+        ("(x, y), (x, y), (x, y, y)", "test must be two tensors, inputs and targets, got Tensor, Tensor, Tensor"),
+        ("(x, y), (x.tolist(), y), (x, y)", "validation must be two tensors, inputs and targets, got list, Tensor"),
+        ("(x, y[1:]), (x, y), (x, y)", "train must have a target for each input, got 442 and 441"),
+        ("(x, y), (x[:0], y[:0]), (x, y)", "validation must have a target for each input, got 0 and 0"),
+    ],
+)
+def test_data_that_is_not_right_is_one_line(mine, capsys, returned, message):
+    mine.write_text(SHOWN.replace("return Splits(*((x[part], y[part]) for part in rows))", f"return {returned}"))
+    assert main(["tune", "--task", "mine.py", *METHODS, *TUNING, "--jobs", "1"]) == 2
+    error = capsys.readouterr().err
+    assert f"load of task 'diabetes': {message}" in error
+
+
+def test_no_such_file(capsys):
+    assert main(["compare", "--task", "nowhere/my.py"]) == 2
+    assert "there is no file nowhere/my.py to read a task from" in capsys.readouterr().err
+
+
+def test_winners_become_the_settings(mine):
+    tune()
+    task = read_tuning(Path("runs/tuning-diabetes"), get_task("mine.py"))
+    assert task.settings.keys() == {"base", "sam"}
+    assert task.settings["sam"] == Settings(lr=task.settings["sam"].lr, radius=0.1)
+    assert task.num_gradients == 20
+
+
+def test_winners_that_another_call_of_tune_leaves_out_are_named(mine, capsys):
+    tune()
+    assert "before" not in capsys.readouterr().out
+    tune("--methods", "base")
+    assert "It had winners for sam before, which were not tuned now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda file: file.unlink(), r"No such file or directory. flatmin tune writes it"),
+        (lambda file: file.write_text("{"), "is not a tuning.json that flatmin tune wrote, or it is damaged"),
+        (lambda file: file.write_text('{"best": {}}'), "is not a tuning.json that flatmin tune wrote"),
+        (lambda file: file.write_text(file.read_text().replace('"diabetes"', '"other"')), "is of the task other, not"),
+        (lambda file: file.write_text(file.read_text().replace('"lr": 0', '"lr": -1')), "is not a tuning.json"),
+    ],
+)
+def test_a_tuning_that_is_not_right_is_one_line(mine, capsys, change, message):
+    tune()
+    change(Path("runs/tuning-diabetes/tuning.json"))
+    capsys.readouterr()
+    assert main(["compare", "--task", "mine.py", "--tuned", "runs/tuning-diabetes"]) == 2
+    assert re.search(message, capsys.readouterr().err)
