@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from importlib import metadata
 
 import pytest
@@ -153,3 +154,13 @@ def test_a_reader_that_has_gone_is_no_error(arguments):
     os.close(writing)
     assert done.returncode == 141
     assert done.stderr == ""
+
+
+def test_a_warning_is_one_line(monkeypatch, capsys):
+    before = warnings.formatwarning
+    monkeypatch.setattr(
+        Tasks, "run", lambda _: print(warnings.formatwarning("mind it", UserWarning, "file.py", 7), end="")
+    )
+    assert main(["tasks"]) == 0
+    assert capsys.readouterr().out == "flatmin: warning: mind it\n"
+    assert warnings.formatwarning is before

@@ -20,9 +20,13 @@ from flatmin.lab.tune import Tune
 
 
 def splits(seed: int) -> Splits:
-    x = torch.randn(60, 3, generator=torch.Generator().manual_seed(seed))
-    y = x[:, :1] * x[:, 1:2]
-    return Splits(*zip(x.split(20), y.split(20), strict=True))
+    train, validation = product(2 * seed), product(2 * seed + 1)
+    return Splits(train, validation, product(1_000_000))
+
+
+def product(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(seed))
+    return x, x[:, :1] * x[:, 1:2]
 
 
 def network(width: int = 8) -> nn.Module:
@@ -106,7 +110,7 @@ def test_what_needs_labels_says_so(own, tmp_path, part):
         ({"build_model": lambda: network(9)}, "model"),
         ({"build_model": lambda: nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))}, "model"),
         ({"criterion": nn.HuberLoss()}, "loss"),
-        ({"criterion": nn.MSELoss(reduction="sum")}, "loss"),
+        ({"criterion": nn.SmoothL1Loss(beta=2.0)}, "loss"),
         ({"load": lambda seed: splits(seed + 1)}, "data"),
         ({"batch_size": 5}, "batch size"),
         ({"batch_size": 5, "criterion": nn.L1Loss()}, "loss and batch size"),
@@ -227,7 +231,7 @@ def test_a_digest_leaves_the_random_state_and_does_not_depend_on_it():
 
 def test_a_task_without_settings_says_how_to_find_some(own, tmp_path):
     own(settings={})
-    with pytest.raises(ValueError, match=r"It has none yet. Find some for it with flatmin tune --methods base sam"):
+    with pytest.raises(ValueError, match=r"It has none yet. Find some with flatmin tune --task own --methods base sam"):
         compare(tmp_path, methods=("sam",)).run()
 
 

@@ -1,6 +1,7 @@
 """Methods joined with label smoothing, mixup, distances and averages, by name."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def surroundings(model, parts, criterion=None, **changes):
         ("samm+swa", r"unknown method 'samm'. Did you mean 'sam'\?"),
         ("sam+swa+swa", "names a part twice"),
         ("sam+swa+ema", "has two averages: name one of swa, tail-average, ema"),
-        ("looksam+swa", "no settings for method 'looksam'"),
+        ("looksam+swa", "no settings for looksam"),
     ],
 )
 def test_names_that_mean_nothing(name, message):
@@ -49,11 +50,12 @@ def test_names_that_mean_nothing(name, message):
         Compare(methods=("base", name)).specs()
 
 
-def test_where_settings_come_from_is_a_command_that_works():
-    bare = dataclasses.replace(get_task("digits"), settings={})
-    for name, both in (("base", "base"), ("sam", "base sam")):
-        with pytest.raises(ValueError, match=f"--methods {both}, and copy"):
-            settings_of(bare, name)
+def test_where_settings_come_from_is_a_command_that_works(monkeypatch):
+    monkeypatch.setitem(tasks_module._TASKS, "digits", dataclasses.replace(get_task("digits"), settings={}))
+    for names, all_names in ((("base",), "base"), (("sam", "nso+swa"), "base sam nso+swa")):
+        command = re.escape(f"flatmin tune --task digits --methods {all_names}, and")
+        with pytest.raises(ValueError, match=f"no settings for {re.escape(', '.join(names))}. .*{command}"):
+            Compare(methods=names).specs()
 
 
 def test_a_part_has_its_usual_strength_beside_the_settings_of_the_rule():

@@ -46,13 +46,13 @@ def test_the_file_of_the_page_is_tuned_and_compared(mine, place, capsys):
     said = capsys.readouterr().out.splitlines()
     hint = next(line for line in said if line.startswith("flatmin compare"))
     assert main([*hint.split()[1:], "--num-seeds", "2"]) == 0  # two runs at a time, in processes of their own
-    best = json.loads((place / "runs" / "tuning-diabetes" / "tuning.json").read_text())["best"]
+    best = json.loads((place / "runs" / "tuning-patients" / "tuning.json").read_text())["best"]
     for method in ("base", "sam"):
-        header = read_run(place / "runs" / "diabetes" / "records" / f"{method}-seed1.jsonl").header
-        assert header["spec"]["task"] == "diabetes"  # wherever the file is
+        header = read_run(place / "runs" / "patients" / "records" / f"{method}-seed1.jsonl").header
+        assert header["spec"]["task"] == "patients"  # wherever the file is
         assert header["spec"]["settings"]["lr"] == best[method]["lr"]
         assert header["spec"]["num_steps"] == {"base": 20, "sam": 10}[method]  # the budget of the tuning
-    report = (place / "runs" / "diabetes" / "report.html").read_text()
+    report = (place / "runs" / "patients" / "report.html").read_text()
     assert "Chosen by validation loss on 1 other seed, 2 settings for each method" in report
     assert "Efron et al. 2004" in report
     assert "That was at a budget" not in report
@@ -61,22 +61,23 @@ def test_the_file_of_the_page_is_tuned_and_compared(mine, place, capsys):
 def test_one_run(mine, capsys):
     tune()
     mine.rename("elsewhere.py")
-    arguments = ["train", "--task", "elsewhere.py", "--method", "sam", "--tuned", "runs/tuning-diabetes/tuning.json"]
+    arguments = ["train", "--task", "elsewhere.py", "--method", "sam", "--tuned", "runs/tuning-patients/tuning.json"]
     assert main(arguments) == 0
     assert "sam-seed0: step 10 of 10" in capsys.readouterr().out
-    assert main(["train", "--task", "elsewhere.py", "--method", "nso", "--tuned", "runs/tuning-diabetes"]) == 2
+    assert main(["train", "--task", "elsewhere.py", "--method", "nso", "--tuned", "runs/tuning-patients"]) == 2
     error = capsys.readouterr().err
-    assert "no settings for method 'nso'. It has them for: base, sam. Find some for it with flatmin tune" in error
+    command = "flatmin tune --task elsewhere.py --methods base nso"
+    assert f"task patients has no settings for nso. It has them for: base, sam. Find some with {command}, and" in error
 
 
 def test_the_report_needs_no_task(mine, place):
     tune()
-    assert main(["compare", "--task", "mine.py", *METHODS, "--tuned", "runs/tuning-diabetes", "--num-seeds", "2"]) == 0
-    report = place / "runs" / "diabetes" / "report.html"
+    assert main(["compare", "--task", "mine.py", *METHODS, "--tuned", "runs/tuning-patients", "--num-seeds", "2"]) == 0
+    report = place / "runs" / "patients" / "report.html"
     before = report.read_text()
     report.unlink()
     mine.unlink()
-    assert main(["report", "--name", "diabetes"]) == 0
+    assert main(["report", "--name", "patients"]) == 0
     assert report.read_text() == before
 
 
@@ -93,7 +94,7 @@ def test_the_report_of_a_folder_from_before_it_held_what_the_task_is(place):
 
 def test_another_budget_than_the_tuned_one_is_said(mine):
     tune()
-    options = {"task": "mine.py", "methods": ("base",), "tuned": Path("runs/tuning-diabetes"), "num_seeds": 2}
+    options = {"task": "mine.py", "methods": ("base",), "tuned": Path("runs/tuning-patients"), "num_seeds": 2}
     report = Compare(**options, num_gradients=30, jobs=1).run().read_text()
     assert "at a budget of 20 gradients; here it is 30 gradients, for which nothing was tuned" in report
 
@@ -127,9 +128,9 @@ def test_a_task_may_be_another_one_changed(mine):
         ("x = (\n", r"mine\.py: SyntaxError: .* \(mine\.py, line 1\)"),
         ("import sys\n\nsys.exit(3)\n", r"mine\.py, line 3: SystemExit: 3"),
         ("", r"is to make one task, as in TASK = Task\(name=..., ...\); it makes 0\."),
-        (SHOWN + "TWO = Task(**{**vars(TASK), 'name': 'two'})\n", r"it makes 2 \(diabetes, two\)"),
-        (SHOWN.replace('"diabetes"', '"digits"'), r"has the name of one that flatmin comes with, 'digits'"),
-        (SHOWN.replace('"diabetes"', '"a/b"'), r"the name of a task is the name of a folder inside --out, got 'a/b'"),
+        (SHOWN + "TWO = Task(**{**vars(TASK), 'name': 'two'})\n", r"it makes 2 \(patients, two\)"),
+        (SHOWN.replace('"patients"', '"digits"'), r"has the name of one that flatmin comes with, 'digits'"),
+        (SHOWN.replace('"patients"', '"a/b"'), r"the name of a task is the name of a folder inside --out, got 'a/b'"),
         (SHOWN.replace("batch_size=20", "batch_size=0"), r"line \d+: ValueError: batch_size must be at least 1"),
         (
             SHOWN.replace("num_gradients", "settings={'sam': {'lr': 0.1}},\n    num_gradients"),
@@ -154,14 +155,14 @@ def test_a_file_that_is_not_right_is_one_line(mine, capsys, text, message):
         ("(x, y), (x, y), (x, y, y)", "test must be two tensors, inputs and targets, got Tensor, Tensor, Tensor"),
         ("(x, y), (x.tolist(), y), (x, y)", "validation must be two tensors, inputs and targets, got list, Tensor"),
         ("(x, y[1:]), (x, y), (x, y)", "train must have a target for each input, got 442 and 441"),
-        ("(x, y), (x[:0], y[:0]), (x, y)", "validation must have a target for each input, got 0 and 0"),
+        ("(x, y), (x[:0], y[:0]), (x, y)", "validation is empty"),
     ],
 )
 def test_data_that_is_not_right_is_one_line(mine, capsys, returned, message):
     mine.write_text(SHOWN.replace("return Splits(*((x[part], y[part]) for part in rows))", f"return {returned}"))
     assert main(["tune", "--task", "mine.py", *METHODS, *TUNING, "--jobs", "1"]) == 2
     error = capsys.readouterr().err
-    assert f"load of task 'diabetes': {message}" in error
+    assert f"load of task 'patients': {message}" in error
 
 
 def test_no_such_file(capsys):
@@ -171,7 +172,7 @@ def test_no_such_file(capsys):
 
 def test_winners_become_the_settings(mine):
     tune()
-    task = read_tuning(Path("runs/tuning-diabetes"), get_task("mine.py"))
+    task = read_tuning(Path("runs/tuning-patients"), get_task("mine.py"))
     assert task.settings.keys() == {"base", "sam"}
     assert task.settings["sam"] == Settings(lr=task.settings["sam"].lr, radius=0.1)
     assert task.num_gradients == 20
@@ -190,13 +191,13 @@ def test_winners_that_another_call_of_tune_leaves_out_are_named(mine, capsys):
         (lambda file: file.unlink(), r"No such file or directory. flatmin tune writes it"),
         (lambda file: file.write_text("{"), "is not a tuning.json that flatmin tune wrote, or it is damaged"),
         (lambda file: file.write_text('{"best": {}}'), "is not a tuning.json that flatmin tune wrote"),
-        (lambda file: file.write_text(file.read_text().replace('"diabetes"', '"other"')), "is of the task other, not"),
+        (lambda file: file.write_text(file.read_text().replace('"patients"', '"other"')), "is of the task other, not"),
         (lambda file: file.write_text(file.read_text().replace('"lr": 0', '"lr": -1')), "is not a tuning.json"),
     ],
 )
 def test_a_tuning_that_is_not_right_is_one_line(mine, capsys, change, message):
     tune()
-    change(Path("runs/tuning-diabetes/tuning.json"))
+    change(Path("runs/tuning-patients/tuning.json"))
     capsys.readouterr()
-    assert main(["compare", "--task", "mine.py", "--tuned", "runs/tuning-diabetes"]) == 2
+    assert main(["compare", "--task", "mine.py", "--tuned", "runs/tuning-patients"]) == 2
     assert re.search(message, capsys.readouterr().err)

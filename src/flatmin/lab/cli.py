@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     command: Any = None
     try:
-        with _stoppable():
+        with _stoppable(), _plain_warnings():
             command = _parsed(sys.argv[1:] if arguments is None else arguments)
             command.run()
             sys.stdout.flush()
@@ -96,6 +97,7 @@ def _parsed(arguments: Sequence[str]) -> Any:
     if list(arguments) == ["--version"]:
         return Version()
     tyro = need("tyro", "lab")
+    from flatmin.lab.claims.reproduce import Reproduce
     from flatmin.lab.compare import Compare, Report
     from flatmin.lab.launch import Train
     from flatmin.lab.tune import Tune
@@ -105,6 +107,7 @@ def _parsed(arguments: Sequence[str]) -> Any:
         | Annotated[Train, tyro.conf.subcommand("train")]
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Tune, tyro.conf.subcommand("tune")]
+        | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
         | Annotated[Tasks, tyro.conf.subcommand("tasks")]
         | Annotated[Methods, tyro.conf.subcommand("methods")]
     )
@@ -120,6 +123,17 @@ def _stopped(how: str, command: Any, status: int) -> int:
 def _end(message: str, status: int) -> int:
     print(f"flatmin: {message}", file=sys.stderr)
     return status
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Inside, a warning is one line: which line of Python gave it is of no use at a command line."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"flatmin: warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 @contextmanager

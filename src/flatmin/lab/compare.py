@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any, ClassVar, Literal
 
 from flatmin.lab.display import Live, print_table
 from flatmin.lab.folder import FORMAT, check_counts, locked, prepare, read_config, unfinished
-from flatmin.lab.parts import settings_of, split_name
-from flatmin.lab.pool import IF_STOPPED, run_all
+from flatmin.lab.parts import has_settings, settings_of, split_name
+from flatmin.lab.pool import IF_STOPPED, check_importing, run_all
 from flatmin.lab.records import RunRecord, read_run, write_json
 from flatmin.lab.report import write_report
 from flatmin.lab.summary import mixed_versions, summarize
 from flatmin.lab.tasks import Task, get_task
+from flatmin.lab.tasks.check import check_task
 from flatmin.lab.tasks.task import check_folder
 from flatmin.lab.train import RunSpec, run_name
 from flatmin.lab.tune import read_tuning
@@ -70,6 +72,8 @@ class Compare:
             ValueError: for an unknown task or method, or one without settings for this task.
         """
         task, amount = self._task(), self._amount()
+        if missing := [name for name in self.methods if not has_settings(task, name)]:
+            raise ValueError(self._no_settings(task, missing))
         specs = []
         for seed in range(self.num_seeds):
             for name in self.methods:
@@ -91,7 +95,9 @@ class Compare:
 
     def run(self) -> Path:
         """Does what is left to do, prints the table, writes the report; returns the report's path."""
-        self.specs()  # unknown names are refused before anything is written
+        self.specs()  # unknown names are refused before anything is written, and a task that would mislead
+        check_importing()
+        check_task(get_task(self.task))
         prepare(self.folder)  # a folder that is not ours is refused before it is locked
         with locked(self.folder):
             known = prepare(self.folder)
@@ -101,6 +107,15 @@ class Compare:
         """The task, with its own settings or those that were tuned."""
         task = get_task(self.task)
         return task if self.tuned is None else read_tuning(self.tuned, task)
+
+    def _no_settings(self, task: Task, missing: list[str]) -> str:
+        names = dict.fromkeys(["base", *self.methods])  # all: a tuning has what was named with it
+        there = f"It has them for: {', '.join(task.settings)}." if task.settings else "It has none yet."
+        command = ["flatmin", "tune", "--task", self.task, "--methods", *names]
+        return (
+            f"task {task.name} has no settings for {', '.join(missing)}. {there} Find some with {shlex.join(command)}, "
+            "and give them to compare by --tuned, or copy them into the task's settings."
+        )
 
     def _amount(self) -> int:
         return self.num_gradients or self._task().num_gradients

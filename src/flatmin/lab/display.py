@@ -115,7 +115,8 @@ def print_table(summary: dict[str, Any], console: Console | None = None) -> None
     """The comparison, one method a row: mean and 95% interval over seeds; in as many tables as the width asks for."""
     console = console or Console()
     names, signs = list(summary["methods"]), PLAIN if console.options.ascii_only else SIGNS
-    about = f"mean {signs['interval']} 95% interval over {summary['num_seeds']} seeds"
+    seeds = f"{summary['num_seeds']} seed{'s' if summary['num_seeds'] != 1 else ''}"
+    about = f"mean {signs['interval']} 95% interval over {seeds}"
     console.print(f"{escape(summary['task'])}: {about}", highlight=False)
     columns = _columns(summary, signs)
     while columns:

@@ -9,6 +9,8 @@ from typing import ClassVar
 from flatmin.lab.compare import Compare
 from flatmin.lab.processes import launched
 from flatmin.lab.records import read_run
+from flatmin.lab.tasks import get_task
+from flatmin.lab.tasks.check import check_task
 from flatmin.lab.train import RunSpec, train
 
 
@@ -32,8 +34,8 @@ class Train:
     """Mini-batch gradients to spend. Default: the task's."""
     tuned: Path | None = None
     """tuning.json of flatmin tune: its winners are the settings, and its budget is the default. Default: the task's."""
-    out: Path = Path("runs/train")
-    """Where the record and the weights are written: <method>-seed<seed>.jsonl and .safetensors."""
+    out: Path | None = None
+    """Where <method>-seed<seed>.jsonl and .safetensors are written. Default: runs/train-<task>."""
 
     if_stopped: ClassVar[str] = "Of a run that is not finished nothing is used; the same command begins it again."
 
@@ -54,14 +56,16 @@ class Train:
 
     def run(self) -> None:
         """Trains, prints progress, and in the end what came out."""
-        spec, processes = self.spec(), launched()
-        path = self.out / f"{spec.name}.jsonl"
+        spec, task, processes = self.spec(), get_task(self.task), launched()
+        out = Path("runs") / f"train-{task.name}" if self.out is None else self.out
+        path = out / f"{spec.name}.jsonl"
         if path.exists():  # on every process, so that none waits for another
             raise ValueError(f"{path} is finished, and a finished run is never overwritten. Choose another --out.")
-        self.out.mkdir(parents=True, exist_ok=True)
+        check_task(task, self.seed)
+        out.mkdir(parents=True, exist_ok=True)
         if processes.is_first and processes.about():
             print(", ".join(f"{name} {value}" for name, value in processes.about().items()))
-        train(spec, self.out, _report if processes.is_first else lambda *_: None, processes)
+        train(spec, out, _report if processes.is_first else lambda *_: None, processes)
         if processes.is_first:
             result = read_run(path).result
             flatness = {k: part["value"] for k, part in result.get("flatness", {}).items() if k != "loss"}

@@ -68,22 +68,21 @@ def check_used(name: str, settings: Settings) -> None:
 
 
 def settings_of(task: Task, name: str) -> Settings:
-    """The task's settings for `rule+part+part`; those of the rule, with the parts' usual strengths, if it has none.
-
-    Raises:
-        ValueError: if the task has none for the rule either.
-    """
-    method, parts = split_name(name)
+    """The task's settings for `rule+part+part`; those of the rule, with the parts' usual strengths, if it has none."""
     if name in task.settings:
         return task.settings[name]
-    if method.name not in task.settings:
-        both = " ".join(dict.fromkeys(("base", method.name)))
-        there = f"It has them for: {', '.join(task.settings)}." if task.settings else "It has none yet."
-        raise ValueError(
-            f"task {task.name!r} has no settings for method {method.name!r}. {there} Find some for it with "
-            f"flatmin tune --methods {both}, and give them to compare by --tuned, or copy them into its settings."
-        )
+    method, parts = split_name(name)
     return replace(task.settings[method.name], parts=parts)
+
+
+def has_settings(task: Task, name: str) -> bool:
+    """Whether the task has settings for `rule+part+part`, or for the rule.
+
+    Raises:
+        ValueError: for an unknown rule or part.
+    """
+    method, _ = split_name(name)
+    return name in task.settings or method.name in task.settings
 
 
 class Training:

@@ -80,6 +80,15 @@ def _watch(futures: dict[Future[None], str], messages: Any, watcher: Watcher) ->
                 watcher.done(left.pop(future))
 
 
+def check_importing() -> None:
+    """Refuses to begin while a worker imports the script that began it: it would begin everything again."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise ValueError(
+            "this script starts runs as soon as it is imported, and the processes that train import it. Put the call "
+            'below `if __name__ == "__main__":`, or use jobs=1.'
+        )
+
+
 @contextmanager
 def _ignoring_interrupts() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():

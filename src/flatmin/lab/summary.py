@@ -162,7 +162,8 @@ def _describe(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": _number(mean), "half_width": _number(half), "values": [float(v) for v in values]}
 
 
-def _by_seed(records: Sequence[RunRecord], column: Column) -> dict[int, float]:
+def by_seed(records: Records, column: Column) -> dict[int, float]:
+    """The values of the finished runs."""
     return {r.header["spec"]["seed"]: column.of(r) for r in records if r.finished}
 
 
@@ -178,35 +179,35 @@ def _best(runs: Runs, column: Column, versus: Mapping[str, Mapping[str, Any]]) -
 
 def _beats_all(runs: Runs, name: str, column: Column) -> bool:
     """Whether it is better than every other on common seeds, significantly. At most one method is."""
-    pairs = {other: (runs[name], runs[other]) for other in runs if other != name}
-    return all(entry["mark"] == "better" for entry in _tested(pairs, column).values())
+    pairs = {other: (runs[name], runs[other], column) for other in runs if other != name}
+    return all(entry["mark"] == "better" for entry in tested(pairs).values())
 
 
 def _versus(runs: Runs, column: Column) -> dict[str, dict[str, Any]]:
     (control, *others) = runs
-    return _tested({name: (runs[name], runs[control]) for name in others}, column)
+    return tested({name: (runs[name], runs[control], column) for name in others})
 
 
-def _tested(pairs: Mapping[str, tuple[Records, Records]], column: Column) -> dict[str, dict[str, Any]]:
+def tested(pairs: Mapping[str, tuple[Records, Records, Column]]) -> dict[str, dict[str, Any]]:
     """One family of paired tests, Holm-corrected: of each pair the first less the second, by seeds, and its mark."""
     found = {}
-    for name, (one, other) in pairs.items():
-        a, b = _by_seed(one, column), _by_seed(other, column)
+    for name, (one, other, column) in pairs.items():
+        a, b = by_seed(one, column), by_seed(other, column)
         paired = _describe([a[s] - b[s] for s in sorted(a.keys() & b.keys())])
         found[name] = {"difference": paired["mean"], "half_width": paired["half_width"], "p": paired_p_value(a, b)}
-    tested = [name for name in pairs if found[name]["p"] is not None]
-    for name, p in zip(tested, holm([found[name]["p"] for name in tested]), strict=True):
+    judged = [name for name in pairs if found[name]["p"] is not None]
+    for name, p in zip(judged, holm([found[name]["p"] for name in judged]), strict=True):
         found[name]["p"] = p
-    for name, (one, other) in pairs.items():
+    for name, (one, other, column) in pairs.items():
         found[name]["mark"] = _mark(found[name], column, one, other)
     return found
 
 
-def _mark(tested: Mapping[str, Any], column: Column, one: Records, other: Records) -> str | None:
+def _mark(entry: Mapping[str, Any], column: Column, one: Records, other: Records) -> str | None:
     """Whether `one` is better or worse, or that is confounded; `None` where the seeds do not tell them apart."""
-    if tested["p"] is None or tested["p"] >= LEVEL:
+    if entry["p"] is None or entry["p"] >= LEVEL:
         return None
-    is_better = tested["difference"] * column.better > 0
+    is_better = entry["difference"] * column.better > 0
     if column.contains_loss and (_fits_worse(one, other) if is_better else _fits_worse(other, one)):
         return "confounded"
     return "better" if is_better else "worse"
@@ -217,7 +218,7 @@ def _fits_worse(one: Records, other: Records) -> bool:
 
     Uncorrected, since a correction would let more marks stand.
     """
-    a, b = _by_seed(one, TRAINING_LOSS), _by_seed(other, TRAINING_LOSS)
+    a, b = by_seed(one, TRAINING_LOSS), by_seed(other, TRAINING_LOSS)
     if sum(a[s] - b[s] for s in a.keys() & b.keys()) <= 0:
         return False
     p = paired_p_value(a, b)  # None: higher by the same on every seed

@@ -226,7 +226,8 @@ def _scores(model: nn.Module, criterion: nn.Module, splits: Splits) -> dict[str,
         outputs = model(inputs)
         scores[f"{name}_loss"] = float(criterion(outputs, labels))
         if not labels.is_floating_point():
-            scores[f"{name}_accuracy"] = float((outputs.argmax(1) == labels).double().mean())
+            counted = labels != getattr(criterion, "ignore_index", -100)  # those that the loss counts
+            scores[f"{name}_accuracy"] = float((outputs.argmax(1) == labels)[counted].double().mean())
     model.train()
     return {**scores, "gap": scores["test_loss"] - scores["train_loss"]}
 

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +19,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from flatmin.lab.display import Live
+from flatmin.lab.fingerprint import fingerprint
 from flatmin.lab.folder import check_counts, locked, unfinished
 from flatmin.lab.parts import split_name
-from flatmin.lab.pool import IF_STOPPED, run_all
+from flatmin.lab.pool import IF_STOPPED, check_importing, run_all
 from flatmin.lab.records import environment, make_writable, read_run, write_json
 from flatmin.lab.tasks import Settings, Task, get_task
+from flatmin.lab.tasks.check import check_task
 from flatmin.lab.train import RunSpec
 
 FIRST_SEED = 1000
@@ -70,6 +73,8 @@ class Tune:
                 of range or twice, or another process at work in the folder; nothing is trained then.
         """
         self._check()
+        check_importing()
+        check_task(get_task(self.task), FIRST_SEED)
         make_writable(self.folder)
         with locked(self.folder):
             self._run()
@@ -107,12 +112,14 @@ class Tune:
         trials: dict[str, list[dict[str, Any]]] = {}
         for method in self.methods:
             trials[method] = self._tune(method)
-            self.best[method] = min(trials[method], key=lambda t: t["validation_loss"])
+            self.best[method] = _best(method, trials[method])
             print(_as_settings(method, self.best[method]))
             for remark in self._at_the_edge(method):
                 print(remark)
+        task = get_task(self.task)
         record = {
-            "task": get_task(self.task).name,
+            "task": task.name,
+            "fingerprint": fingerprint(task, task.splits(FIRST_SEED)),
             "num_seeds": self.num_seeds,
             "num_gradients": self._budget,
             **environment(),
@@ -120,8 +127,8 @@ class Tune:
         path = self.folder / NAME
         dropped = _methods_in(path) - trials.keys()
         write_json(path, {**record, "best": self.best, "trials": trials})
-        print(f"all trials: {path}. To compare with these settings:")
-        print(f"flatmin compare --task {self.task} --methods {' '.join(self.methods)} --tuned {self.folder}")
+        command = ["flatmin", "compare", "--task", self.task, "--methods", *self.methods, "--tuned", str(self.folder)]
+        print(f"all trials: {path}. To compare with these settings:\n{shlex.join(command)}")
         if dropped:
             print(
                 f"It had winners for {', '.join(sorted(dropped))} before, which were not tuned now: name all methods "
@@ -195,6 +202,7 @@ def read_tuning(path: Path, task: Task) -> Task:
     Raises:
         ValueError: for a file that is not there, is no tuning.json, or is another task's.
     """
+    path = path.expanduser()
     file = path / NAME if path.is_dir() else path
     try:
         tuning = json.loads(file.read_text(encoding="utf-8"))
@@ -207,15 +215,40 @@ def read_tuning(path: Path, task: Task) -> Task:
         raise ValueError(f"{file} is not a tuning.json that flatmin tune wrote, or it is damaged.") from error
     if name != task.name:
         raise ValueError(f"{file} is of the task {name}, not {task.name}.")
+    if before := tuning.get("fingerprint"):
+        now = fingerprint(task, task.splits(FIRST_SEED))
+        if changed := [part for part in now if before.get(part) != now[part]]:
+            raise ValueError(f"{file} is of the task {name} with another {' and '.join(changed)}. Tune this one.")
     how = (
         f"Chosen by validation loss on {seeds} other seed{'s' if seeds != 1 else ''}, "
         f"{' or '.join(map(str, sorted(counts)))} settings for each method (flatmin tune); the test set was not used."
     )
+    if edges := [
+        f"{method} ({', '.join(at)})" for method, trials in tuning["trials"].items() if (at := _edges(trials))
+    ]:
+        how += f" The best is at the edge of the grid for {', '.join(edges)}."
     return dataclasses.replace(task, settings=settings, tuning=how, num_gradients=budget)
+
+
+def _edges(trials: list[dict[str, Any]]) -> list[str]:
+    """In what the best trial is the smallest or largest that was tried, and not 0."""
+    best = min(trials, key=lambda trial: trial["validation_loss"])
+    tried = {key: {trial[key] for trial in trials} for key in ("lr", "weight_decay", "radius")}
+    at_edge = {
+        key: best[key] for key, found in tried.items() if len(found) > 1 and best[key] in (min(found), max(found))
+    }
+    return [key for key, value in at_edge.items() if value]
 
 
 def _settings_of(best: Mapping[str, Any]) -> Settings:
     return Settings(**{field.name: best[field.name] for field in dataclasses.fields(Settings)})
+
+
+def _best(method: str, trials: list[dict[str, Any]]) -> dict[str, Any]:
+    best = min(trials, key=lambda trial: trial["validation_loss"])
+    if not math.isfinite(best["validation_loss"]):
+        raise ValueError(f"no setting of {method} trained: in each trial a run diverged. Try lower --lr.")
+    return best
 
 
 def _label(settings: Settings) -> str:

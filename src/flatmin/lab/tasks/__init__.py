@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from flatmin.lab.tasks.bad_start import BAD_START
 from flatmin.lab.tasks.digits import DIGITS
 from flatmin.lab.tasks.own import read_task
+from flatmin.lab.tasks.tables import CANCER, DIABETES
 from flatmin.lab.tasks.task import Settings, Splits, Task
 from flatmin.optim.registry import unknown
 
-_TASKS = {task.name: task for task in (DIGITS,)}
+_TASKS = {task.name: task for task in (DIGITS, CANCER, DIABETES, BAD_START)}
 
 
 def tasks() -> Mapping[str, Task]:
@@ -19,12 +21,15 @@ def tasks() -> Mapping[str, Task]:
     return MappingProxyType(_TASKS)
 
 
-def get_task(name: str) -> Task:
+def get_task(name: str | Path) -> Task:
     """The task of that name, or the one in the Python file `name`.
 
     Raises:
         ValueError: for an unknown name, with the known ones and the nearest; for a file without one task.
     """
+    if not isinstance(name, (str, Path)):
+        raise ValueError(f"task must be a name, or the path of a Python file with one, got {type(name).__name__}.")
+    name = str(name)
     if name.endswith(".py"):
         return read_task(Path(name), _TASKS.values())
     if name not in _TASKS:

@@ -117,7 +117,9 @@ class Task:
                 kinds = ", ".join(type(part).__name__ for part in pair)
                 raise ValueError(f"{where} {name} must be two tensors, inputs and targets, got {kinds}.")
             num_inputs, num_targets = map(len, pair)
-            if not num_inputs == num_targets > 0:
+            if num_inputs == num_targets == 0:
+                raise ValueError(f"{where} {name} is empty.")
+            if num_inputs != num_targets:
                 raise ValueError(
                     f"{where} {name} must have a target for each input, got {num_inputs} and {num_targets}."
                 )

@@ -1,0 +1,114 @@
+"""The claims of the five papers that small networks and real data can speak to."""
+
+from __future__ import annotations
+
+from flatmin.lab.claims.claim import SCORE, Claim
+
+REAL = ("digits", "cancer", "diabetes")
+NSO = "Zhang, Li, Ju, TMLR 2024 (noise stability optimization)"
+ESCAPE = "Ahn, Jadbabaie, Sra, ICML 2024 (RSP and SAP)"
+FROM_BAD = (
+    "The bad minimum is one that also fits 300 digits with wrong labels. As in the paper all methods have one small "
+    "learning rate; the radius is chosen by validation loss."
+)
+
+_ALL = (
+    Claim(
+        name="nso-lower-trace",
+        paper=NSO,
+        statement="NSO ends at a lower Hessian trace than SAM (15.8% lower, over six image data sets)",
+        better="nso",
+        than="sam",
+        column="trace",
+        tasks=REAL,
+    ),
+    Claim(
+        name="nso-lower-eigenvalue",
+        paper=NSO,
+        statement="NSO ends at a lower largest Hessian eigenvalue than SAM (9.7% lower)",
+        here="The paper's code adds up one Rayleigh quotient per layer; here it is the largest eigenvalue itself.",
+        better="nso",
+        than="sam",
+        column="lambda_max",
+        tasks=REAL,
+    ),
+    Claim(
+        name="nso-generalises",
+        paper=NSO,
+        statement="NSO generalises better than training without perturbation",
+        better="nso",
+        than="base",
+        column=SCORE,
+        tasks=REAL,
+    ),
+    Claim(
+        name="nso-beats-sam",
+        paper=NSO,
+        statement="NSO generalises better than SAM",
+        better="nso",
+        than="sam",
+        column=SCORE,
+        tasks=REAL,
+    ),
+    Claim(
+        name="two-points-beat-one",
+        paper=NSO,
+        statement="Averaging the gradients at W + U and W - U generalises better than the gradient at W + U alone",
+        better="nso",
+        than="nso-one-point",
+        column=SCORE,
+        tasks=REAL,
+    ),
+    Claim(
+        name="rsp-escapes",
+        paper=ESCAPE,
+        statement="From a minimum that generalises badly RSP finds one that generalises better than SGD does",
+        here=FROM_BAD,
+        better="rsp",
+        than="base",
+        column=SCORE,
+        tasks=("bad-start",),
+    ),
+    Claim(
+        name="sap-escapes",
+        paper=ESCAPE,
+        statement="From a minimum that generalises badly SAP finds one that generalises better than SGD does",
+        here=FROM_BAD,
+        better="sap",
+        than="base",
+        column=SCORE,
+        tasks=("bad-start",),
+    ),
+    Claim(
+        name="sap-escapes-sooner",
+        paper=ESCAPE,
+        statement="SAP escapes sooner than RSP",
+        here=FROM_BAD,
+        better="sap",
+        than="rsp",
+        column=SCORE,
+        tasks=("bad-start",),
+    ),
+    Claim(
+        name="msam-stands-large-radii",
+        paper="Jacobsen, Arvanitidis 2025 (Monge SAM)",
+        statement="Monge SAM still trains well at radii at which SAM does not",
+        here="Both at eight times the radius that is best for SAM, with SAM's best learning rate and weight decay.",
+        better="monge-sam",
+        than="sam",
+        column=SCORE,
+        tasks=("digits-far", "cancer-far", "diabetes-far"),
+    ),
+    Claim(
+        name="averaging-generalises",
+        paper="Nitanda, Kikuchi, Maeda, Wu, AISTATS 2024 (averaged SGD)",
+        statement="The average of SGD's iterates at a large constant step generalises better than SGD",
+        here="The average of the last quarter, against SGD whose step falls to zero along a cosine.",
+        better="base+tail-average",
+        than="base",
+        column=SCORE,
+        tasks=REAL,
+    ),
+)
+
+CLAIMS = {claim.name: claim for claim in _ALL}
