@@ -225,3 +225,21 @@ def test_a_factor_first_used_in_inference_mode_serves_outside():
     (Vector([weight]) * 0.8125).tensors[0].sum().backward()  # type: ignore[union-attr]
     assert weight.grad is not None
     assert weight.grad.tolist() == [0.8125, 0.8125]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-44, 1e-41, 1e-38, 1e-30, 1e-3])
+@pytest.mark.parametrize("rho", [0.05, 50.0])
+def test_a_step_along_a_tiny_gradient_has_its_radius(dtype, size, rho):
+    """rho / |g| is beyond fp32 where |g| is a denormal number, as that of a sample that is fitted perfectly."""
+    g = Vector(
+        [torch.tensor([3.0, 0.0], dtype=torch.float64).mul(size).to(dtype), torch.tensor([4.0 * size], dtype=dtype)]
+    )
+    params = [torch.zeros(2, dtype=dtype), torch.zeros(1, dtype=dtype)]
+    step = Radii([rho, rho]).ascent(g)
+    step.add_to(params)
+    moved = torch.cat(params).double()
+    exact = torch.cat([t.double() for t in g.present])
+    # Of the entries as they are, which are rounded where they are denormal.
+    assert torch.allclose(moved, rho * exact / exact.norm(), rtol=1e-6)
+    assert step.isfinite()

@@ -17,6 +17,9 @@ from torch import Tensor
 from flatmin.vectors import Vector
 
 
+LIFT = 2.0**96  # a power of two: tiny entries times it are exact
+
+
 def _inverse(norm: Any) -> Any:
     return 1.0 / norm
 
@@ -77,6 +80,8 @@ class Radii:
             scale = torch.nan_to_num(scale, nan=0.0, posinf=0.0, neginf=0.0)
             return Step(self._scale(moved, scale), [1.0] * len(self.values))
         scale = factor(size) if math.isfinite(size) and size > 0 else 0.0
+        if scale > LIFT:  # times a radius it may be beyond fp32, while what it multiplies is tiny
+            moved, scale = moved * LIFT, scale / LIFT if math.isfinite(scale) else 0.0
         return Step(moved, [scale * r for r in self.values])
 
     def _scale(self, moved: Vector, factor: float | Tensor) -> Vector:
