@@ -16,7 +16,6 @@ from torch import Tensor
 
 from flatmin.vectors import Vector
 
-
 LIFT = 2.0**96  # a power of two: tiny entries times it are exact
 
 

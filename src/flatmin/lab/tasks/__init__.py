@@ -8,12 +8,14 @@ from types import MappingProxyType
 
 from flatmin.lab.tasks.bad_start import BAD_START
 from flatmin.lab.tasks.digits import DIGITS
+from flatmin.lab.tasks.far import far
 from flatmin.lab.tasks.own import read_task
 from flatmin.lab.tasks.tables import CANCER, DIABETES
 from flatmin.lab.tasks.task import Settings, Splits, Task
 from flatmin.optim.registry import unknown
 
-_TASKS = {task.name: task for task in (DIGITS, CANCER, DIABETES, BAD_START)}
+_ALL = (DIGITS, CANCER, DIABETES, BAD_START, *map(far, (DIGITS, CANCER, DIABETES)))
+_TASKS = {task.name: task for task in _ALL}
 
 
 def tasks() -> Mapping[str, Task]:

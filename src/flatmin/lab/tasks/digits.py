@@ -52,6 +52,7 @@ DIGITS = Task(
         "sam": Settings(lr=0.1, weight_decay=1e-3, radius=0.2),
         "nso-one-point": Settings(lr=0.1, weight_decay=1e-3, radius=0.08),
         "nso": Settings(lr=0.2, weight_decay=1e-3, radius=0.04),
+        "base+tail-average": Settings(lr=0.1, weight_decay=1e-3, parts={"tail-average": 0.75}),
         "nso-split": Settings(lr=0.2, weight_decay=1e-3, radius=0.02),
     },
     tuning="Chosen by validation loss on 5 other seeds, 16 settings for each method (flatmin tune); "
