@@ -57,6 +57,6 @@ BAD_START = Task(
         "rsp": Settings(lr=0.01, weight_decay=1e-5, radius=25.6),
         "sap": Settings(lr=0.01, weight_decay=1e-5, radius=0.1),
     },
-    tuning="One small learning rate for all; of 5 radii, and of 5 weight decays that hardly matter, the best by validation "
-    "loss on 5 other seeds (flatmin tune); the test set was not used.",
+    tuning="One small learning rate for all; of 5 radii, and of 5 weight decays that hardly matter, the best by "
+    "validation loss on 5 other seeds (flatmin tune); the test set was not used.",
 )
