@@ -95,7 +95,7 @@ def format_cell(cell: dict[str, Any]) -> str:
     return _interval(cell["mean"], cell["half_width"])
 
 
-def format_difference(versus: dict[str, Any]) -> str:
+def format_difference(versus: Mapping[str, Any]) -> str:
     """`+0.26 ±0.44`, or a dash where no seed has both."""
     if versus["difference"] is None:
         return "-"

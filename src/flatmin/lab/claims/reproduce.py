@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from flatmin.lab.claims.claim import Claim, judge
 from flatmin.lab.claims.of_papers import CLAIMS
 from flatmin.lab.compare import Compare, read_runs
-from flatmin.lab.display import format_difference
+from flatmin.lab.display import PLAIN, format_difference
 from flatmin.lab.folder import check_counts, read_config
 from flatmin.lab.pool import IF_STOPPED
 from flatmin.lab.records import environment, write_json
@@ -75,31 +74,19 @@ def needed(task: str, claims: list[Claim]) -> tuple[str, ...]:
     return tuple(sorted(methods, key=lambda method: method != "base"))
 
 
-def print_claims(found: dict[str, Any], console: Console | None = None) -> None:
-    """The verdicts, one row for each claim and task."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for title in ("claim", "task", "in", "difference", "p", "verdict"):
-        table.add_column(title, justify="right" if title in ("difference", "p") else "left")
-    for name, judged in found.items():
-        for number, (task, entry) in enumerate(judged["tasks"].items()):
-            first = (name, judged["verdict"]) if number == 0 else ("", "")
-            p = "-" if entry["p"] is None else f"{entry['p']:.2g}"
-            table.add_row(first[0], task, TITLES[entry["column"]], format_difference(entry), p, first[1])
-    (console or Console()).print(table)
-
-
-def markdown(found: dict[str, Any]) -> str:
-    """The verdicts as a Markdown table, one row for each claim."""
-    lines = ["| claim | here | verdict |", "|---|---|---|"]
+def print_claims(found: Mapping[str, Any], console: Console | None = None) -> None:
+    """The verdicts, each with its claim and what came out on each task: the difference, its 95% interval, p."""
+    console = console or Console()
     for name, judged in found.items():
         claim = CLAIMS[name]
-        parts = [
-            f"{task}: {TITLES[entry['column']]} {format_difference(entry)}{_p(entry['p'])}"
-            for task, entry in judged["tasks"].items()
-        ]
-        lines.append(f"| {claim.statement} | {'; '.join(parts)} | **{judged['verdict']}** |")
-    return "\n".join(lines)
+        console.print(f"[bold]{name}[/]: {judged['verdict']}\n  {claim.statement}.", highlight=False)
+        console.print(f"  {claim.better} less {claim.than}:", highlight=False)
+        for task, entry in judged["tasks"].items():
+            found = outcome(entry).replace("±", PLAIN["interval"] if console.options.ascii_only else "±")
+            console.print(f"    {task:14} {found}", highlight=False)
 
 
-def _p(p: float | None) -> str:
-    return "" if p is None else f" (p = {p:.2g})"
+def outcome(entry: Mapping[str, Any]) -> str:
+    """`Hessian trace +0.62 ±0.12, p = 4.6e-09`."""
+    p = "not tested" if entry["p"] is None else f"p = {entry['p']:.2g}"
+    return f"{TITLES[entry['column']]} {format_difference(entry)}, {p}"

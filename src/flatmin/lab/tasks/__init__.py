@@ -7,14 +7,15 @@ from pathlib import Path
 from types import MappingProxyType
 
 from flatmin.lab.tasks.bad_start import BAD_START
+from flatmin.lab.tasks.beyond import beyond
 from flatmin.lab.tasks.digits import DIGITS
-from flatmin.lab.tasks.far import far
 from flatmin.lab.tasks.own import read_task
 from flatmin.lab.tasks.tables import CANCER, DIABETES
 from flatmin.lab.tasks.task import Settings, Splits, Task
 from flatmin.optim.registry import unknown
 
-_ALL = (DIGITS, CANCER, DIABETES, BAD_START, *map(far, (DIGITS, CANCER, DIABETES)))
+_BEYOND = tuple(beyond(task, factor) for factor in (3, 8) for task in (DIGITS, CANCER, DIABETES))
+_ALL = (DIGITS, CANCER, DIABETES, BAD_START, *_BEYOND)
 _TASKS = {task.name: task for task in _ALL}
 
 
