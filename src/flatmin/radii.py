@@ -63,7 +63,7 @@ class Radii:
         return self._scale(moved, moved.inverse_norm())
 
     def ascent(self, vector: Vector, factor: Callable[[Any], Any] = _inverse) -> Step:
-        """The displacement `r factor(|v|) v`, which holds `v` and no multiple of it.
+        """The displacement `r factor(|v|) v`, which holds `v` and no multiple of it (but of a denormal one).
 
         Args:
             vector: v, usually a gradient.

@@ -61,6 +61,13 @@ class Broadcast(nn.Module):
         return ((outputs - targets) ** 2).mean()
 
 
+class Ignoring(nn.Module):
+    """A loss that leaves out 255 without saying so."""
+
+    def forward(self, outputs, targets):
+        return outputs.square().mean()
+
+
 REFUSED = {
     "chance": (
         task(load=lambda seed: splits(int(torch.randint(1000, ())))),
@@ -97,15 +104,32 @@ REFUSED = {
         with_targets(
             lambda x: value(x).long().unsqueeze(1), build_model=lambda: nn.Linear(3, 1), criterion=Broadcast()
         ),
-        r"integer targets are class labels.* got \(20, 1\) for \(20, 1\)",
+        r"integer targets are class labels.* got \(20, 1\) int64 for \(20, 1\) float32",
     ),
     "labels of one class": (
         with_targets(lambda x: value(x).long(), build_model=lambda: nn.Linear(3, 1), criterion=Broadcast()),
-        r"integer targets are class labels.* got \(20,\) for \(20, 1\)",
+        r"integer targets are class labels.* got \(20,\) int64 for \(20, 1\) float32",
     ),
     "batch of one": (
         task(build_model=lambda: nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), batch_size=19),
-        r"batches of 19 leave one of 20 training samples over",
+        r"fail on a batch of 1 training samples .*ValueError: Expected more than 1 value per channel",
+    ),
+    "batches of one": (
+        task(build_model=lambda: nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), batch_size=1),
+        "fail on a batch of 1 training samples",
+    ),
+    "lazy": (task(build_model=lambda: nn.LazyLinear(2)), "a model with lazy layers"),
+    "two values for one target": (
+        with_targets(lambda x: x[:, :1], build_model=lambda: nn.Linear(3, 2), criterion=nn.MSELoss()),
+        r"outputs \(20, 2\) and targets \(20, 1\) are of other shapes",
+    ),
+    "loss not finite": (
+        with_targets(lambda x: x[:, :2].abs() * 1e38, criterion=nn.MSELoss()),
+        "the loss of train is inf before training",
+    ),
+    "label out of range, loss of its own": (
+        with_targets(lambda x: torch.full((20,), 255), criterion=Ignoring()),
+        r"there are labels outside of 0 .. 1, .* that are not the loss's ignore_index",
     ),
 }
 
@@ -124,6 +148,44 @@ class Dice(nn.Module):
         return 1 - (outputs[:, :1].sigmoid() * targets).mean()
 
 
+class TwoHeads(nn.Module):
+    """Outputs that are no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Linear(3, 1), nn.Linear(3, 1)])
+
+    def forward(self, x):
+        return tuple(head(x) for head in self.heads)
+
+
+class FirstHead(nn.Module):
+    def forward(self, outputs, targets):
+        return (outputs[0] - targets).square().mean() + 0.1 * outputs[1].square().mean()
+
+
+class Images(nn.Module):
+    def forward(self, x):
+        return x.view(-1, 3, 2, 2)
+
+
+class Pixels(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3))[:, :2]
+
+
+class Averaging(nn.CrossEntropyLoss):
+    """A loss with a state."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, input, target):
+        self.seen += 1
+        return super().forward(input, target)
+
+
 @pytest.mark.parametrize(
     "right",
     [
@@ -132,6 +194,9 @@ class Dice(nn.Module):
         task(build_model=lambda: nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))),
         task(batch_size=19),  # nothing here needs two samples
         with_targets(lambda x: torch.where(x[:, 0] > 1, -100, 1)),
+        with_targets(lambda x: x[:, :1], build_model=TwoHeads, criterion=FirstHead()),
+        task(build_model=lambda: nn.Sequential(nn.Linear(3, 12), Images(), nn.BatchNorm2d(3), Pixels()), batch_size=19),
+        task(criterion=Averaging()),
         with_targets(value, build_model=lambda: nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)), criterion=nn.MSELoss()),
         with_targets(lambda x: (x[:, :2] > 0).float(), criterion=nn.BCEWithLogitsLoss()),
         with_targets(lambda x: x[:, :1], criterion=Dice()),
@@ -154,6 +219,12 @@ def test_those_of_the_library_are_right_and_the_random_state_stays(name):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_loss_with_a_state_is_left_as_it_was():
+    given = task(criterion=Averaging())
+    check_task(given)
+    assert given.criterion.seen == 0  # type: ignore[union-attr]
+
+
 def test_inputs_that_are_in_two_parts_are_said():
     def leaks(parts):
         parts.test[0][:7] = parts.train[0][:7]
@@ -165,6 +236,9 @@ def test_inputs_that_are_in_two_parts_are_said():
     same = task(load=lambda seed: Splits(splits(seed).train, splits(seed).test, splits(seed).test))
     with pytest.warns(UserWarning, match="20 of 20 test inputs are also validation inputs"):
         check_task(same)
+    trained = task(load=lambda seed: Splits(splits(seed).train, splits(seed).train, splits(seed).test))
+    with pytest.warns(UserWarning, match="20 of 20 validation inputs are also train inputs"):
+        check_task(trained)
 
 
 def test_every_command_looks_before_it_trains(tmp_path, monkeypatch):

@@ -2,16 +2,19 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import flatmin.lab.pool as pool
 from flatmin.lab import Settings
 from flatmin.lab.cli import main
 from flatmin.lab.compare import Compare
 from flatmin.lab.records import read_run
 from flatmin.lab.tasks import get_task
+from flatmin.lab.tasks.own import forget
 from flatmin.lab.tune import read_tuning
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "compare.md"
@@ -23,6 +26,7 @@ METHODS = ["--methods", "base", "sam"]
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
     """An empty folder to work in, and what an import leaves in this process undone."""
+    forget()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     for name in ("beside", "flatmin_task_mine"):
@@ -99,11 +103,72 @@ def test_another_budget_than_the_tuned_one_is_said(mine):
     assert "at a budget of 20 gradients; here it is 30 gradients, for which nothing was tuned" in report
 
 
-def test_a_file_that_was_edited_is_read_again(mine):
-    assert get_task("mine.py").batch_size == 20
-    mine.write_text(SHOWN.replace("batch_size=20", "batch_size=10,  # edited"))
-    assert get_task(str(mine)).batch_size == 10
-    assert get_task("mine.py") is get_task(str(mine))
+def test_a_file_that_was_edited_is_read_again_by_the_next_command_and_not_before(mine, monkeypatch):
+    tune()
+    edited = SHOWN.replace("nn.ReLU()", "nn.Tanh()")
+    monkeypatch.setattr(pool, "train", lambda *a, f=pool.train: (mine.write_text(edited), f(*a)))
+    arguments = ["compare", "--task", "mine.py", *METHODS, "--tuned", "runs/tuning-patients", "--jobs", "1"]
+    assert main([*arguments, "--num-seeds", "2"]) == 0
+    assert "ReLU" in str(get_task("mine.py").build_model())
+    with pytest.raises(ValueError, match="is of the task patients with another model"):
+        Compare(task="mine.py", methods=("base",), tuned=Path("runs/tuning-patients")).run()
+    assert "Tanh" in str(get_task("mine.py").build_model())
+
+
+def test_runs_of_a_task_that_changed_in_between_make_no_report(mine, place, capsys):
+    tune()
+    arguments = ["compare", "--task", "mine.py", *METHODS, "--tuned", "runs/tuning-patients", "--jobs", "1"]
+    assert main([*arguments, "--num-seeds", "2"]) == 0
+    path = place / "runs" / "patients" / "records" / "sam-seed1.jsonl"
+    before = path.read_text()
+    digest = json.loads(before.splitlines()[0])["task"]
+    for part in ("model", "data"):
+        path.write_text(before.replace(digest[part], "0123456789abcdef"))
+        assert main(["report", "--name", "patients"]) == 2
+        assert f"has runs of the task with more than one {part}" in capsys.readouterr().err
+    path.write_text(before)
+    assert main(["report", "--name", "patients"]) == 0
+
+
+def test_of_several_tasks_the_one_named_TASK_counts(mine):
+    mine.write_text(SHOWN + "OLD = TASK\nTASK = Task(**{**vars(OLD), 'name': 'new'})\n")
+    assert get_task("mine.py").name == "new"
+
+
+def test_a_file_that_failed_leaves_no_module_behind(mine):
+    mine.write_text("nothing\n")
+    with pytest.raises(ValueError, match="line 1: NameError"):
+        get_task("mine.py")
+    assert "flatmin_task_mine" not in sys.modules
+
+
+def test_the_report_says_where_the_best_is_at_the_edge_and_trials_may_diverge(mine):
+    tune("--lr", "0.01", "1000000")
+    trials = json.loads(Path("runs/tuning-patients/tuning.json").read_text())["trials"]["base"]
+    assert trials[1]["validation_loss"] is None
+    told = read_tuning(Path("runs/tuning-patients"), get_task("mine.py")).tuning
+    assert "The best is at the edge" not in told  # one value of each is left
+    tune("--lr", "0.01", "0.02")
+    best = json.loads(Path("runs/tuning-patients/tuning.json").read_text())["best"]
+    assert best.keys() == {"base", "sam"}
+    told = read_tuning(Path("runs/tuning-patients"), get_task("mine.py")).tuning
+    assert "The best is at the edge of the grid for base (lr), sam (lr)." in told
+
+
+def test_where_every_trial_diverged_there_is_no_winner(mine, capsys):
+    assert main(["tune", "--task", "mine.py", *METHODS, *TUNING, "--jobs", "1", "--lr", "1e6", "1e7"]) == 2
+    assert "no setting of base trained: in each trial a run diverged" in capsys.readouterr().err
+    assert not Path("runs/tuning-patients/tuning.json").exists()
+
+
+def test_a_script_without_a_guard_is_told(mine, capfd):
+    script = (
+        "from flatmin.lab.compare import Compare\nCompare(methods=('base',), num_seeds=2, num_gradients=20).run()\n"
+    )
+    Path("script.py").write_text(script)
+    done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "starts runs as soon as it is imported" in done.stderr
 
 
 def test_what_lies_beside_it_can_be_imported(mine, place):
@@ -128,7 +193,10 @@ def test_a_task_may_be_another_one_changed(mine):
         ("x = (\n", r"mine\.py: SyntaxError: .* \(mine\.py, line 1\)"),
         ("import sys\n\nsys.exit(3)\n", r"mine\.py, line 3: SystemExit: 3"),
         ("", r"is to make one task, as in TASK = Task\(name=..., ...\); it makes 0\."),
-        (SHOWN + "TWO = Task(**{**vars(TASK), 'name': 'two'})\n", r"it makes 2 \(patients, two\)"),
+        (
+            SHOWN.replace("TASK =", "ONE =") + "TWO = Task(**{**vars(ONE), 'name': 'two'})\n",
+            r"it makes 2 \(patients, two\)",
+        ),
         (SHOWN.replace('"patients"', '"digits"'), r"has the name of one that flatmin comes with, 'digits'"),
         (SHOWN.replace('"patients"', '"a/b"'), r"the name of a task is the name of a folder inside --out, got 'a/b'"),
         (SHOWN.replace("batch_size=20", "batch_size=0"), r"line \d+: ValueError: batch_size must be at least 1"),
@@ -151,6 +219,7 @@ def test_a_file_that_is_not_right_is_one_line(mine, capsys, text, message):
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
+        ("None", "it must return train, validation and test, got NoneType"),
         ("(x, y), (x, y)", "it must return train, validation and test, got 2 parts"),
         ("(x, y), (x, y), (x, y, y)", "test must be two tensors, inputs and targets, got Tensor, Tensor, Tensor"),
         ("(x, y), (x.tolist(), y), (x, y)", "validation must be two tensors, inputs and targets, got list, Tensor"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +18,7 @@ from flatmin.lab.report import write_report
 from flatmin.lab.summary import mixed_versions, summarize
 from flatmin.lab.tasks import Task, get_task
 from flatmin.lab.tasks.check import check_task
+from flatmin.lab.tasks.own import forget
 from flatmin.lab.tasks.task import check_folder
 from flatmin.lab.train import RunSpec, run_name
 from flatmin.lab.tune import read_tuning
@@ -71,7 +73,7 @@ class Compare:
         Raises:
             ValueError: for an unknown task or method, or one without settings for this task.
         """
-        task, amount = self._task(), self._amount()
+        task, amount = self._task, self._amount()
         if missing := [name for name in self.methods if not has_settings(task, name)]:
             raise ValueError(self._no_settings(task, missing))
         specs = []
@@ -86,7 +88,7 @@ class Compare:
         """What decides the numbers, as plain data."""
         return {
             "format": FORMAT,
-            "task": self._task().name,
+            "task": self._task.name,
             "methods": list(self.methods),
             "num_seeds": self.num_seeds,
             "budget": self.budget,
@@ -95,6 +97,7 @@ class Compare:
 
     def run(self) -> Path:
         """Does what is left to do, prints the table, writes the report; returns the report's path."""
+        forget()
         self.specs()  # unknown names are refused before anything is written, and a task that would mislead
         check_importing()
         check_task(get_task(self.task))
@@ -103,6 +106,7 @@ class Compare:
             known = prepare(self.folder)
             return (self._joined_with(known) if known else self)._run()
 
+    @cached_property
     def _task(self) -> Task:
         """The task, with its own settings or those that were tuned."""
         task = get_task(self.task)
@@ -118,7 +122,7 @@ class Compare:
         )
 
     def _amount(self) -> int:
-        return self.num_gradients or self._task().num_gradients
+        return self.num_gradients or self._task.num_gradients
 
     def _joined_with(self, before: dict[str, Any]) -> Compare:
         """This comparison and the one that is there; the control stays the same."""
@@ -140,7 +144,7 @@ class Compare:
         records = self.folder / "records"
         todo = unfinished((spec, records) for spec in specs)
         config = self.config()
-        config["about"] = about(self._task(), config)
+        config["about"] = about(self._task, config)
         write_json(self.folder / "comparison.json", config)
         with Live(len(specs), len(specs) - len(todo), str(self.folder)) as live:
             run_all(todo, self.jobs, live)
@@ -207,4 +211,16 @@ def read_runs(folder: Path, config: Mapping[str, Any]) -> dict[str, list[RunReco
             f"{len(missing)} of {config['num_seeds'] * len(paths)} runs of {folder} are not finished. Continue it with "
             f"flatmin compare --name {folder.name}, and the options that it was begun with."
         )
-    return {method: [read_run(path) for path in runs] for method, runs in paths.items()}
+    found = {method: [read_run(path) for path in runs] for method, runs in paths.items()}
+    _check_alike(folder, [record.header for runs in found.values() for record in runs])
+    return found
+
+
+def _check_alike(folder: Path, headers: list[dict[str, Any]]) -> None:
+    """Refuses runs of a task that was edited while they were made: data may differ between seeds only."""
+    seen: dict[tuple[Any, ...], Any] = {}
+    for header in headers:
+        for part, digest in header.get("task", {}).items():
+            key = (part, header["spec"]["seed"]) if part == "data" else (part,)
+            if seen.setdefault(key, digest) != digest:
+                raise ValueError(f"{folder} has runs of the task with more than one {part}. Begin another --name.")

@@ -11,6 +11,7 @@ from flatmin.lab.processes import launched
 from flatmin.lab.records import read_run
 from flatmin.lab.tasks import get_task
 from flatmin.lab.tasks.check import check_task
+from flatmin.lab.tasks.own import forget
 from flatmin.lab.train import RunSpec, train
 
 
@@ -56,6 +57,7 @@ class Train:
 
     def run(self) -> None:
         """Trains, prints progress, and in the end what came out."""
+        forget()
         spec, task, processes = self.spec(), get_task(self.task), launched()
         out = Path("runs") / f"train-{task.name}" if self.out is None else self.out
         path = out / f"{spec.name}.jsonl"

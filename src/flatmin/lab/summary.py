@@ -103,7 +103,7 @@ def summarize(runs: Runs) -> dict[str, Any]:
             "num_runs": len(records),
             "num_diverged": sum(not r.finished for r in records),
             "messages": [r.result["message"] for r in records if not r.finished],
-            "columns": {c.key: _describe([c.of(r) for r in records if r.finished]) for c in columns},
+            "columns": {c.key: describe([c.of(r) for r in records if r.finished]) for c in columns},
             "trace_stderr": _rms([r.result["flatness"]["trace"]["stderr"] for r in records if r.finished]),
         }
         for name, records in runs.items()
@@ -155,7 +155,8 @@ def paired_p_value(a: Mapping[int, float], b: Mapping[int, float]) -> float | No
     return float(2 * stdtr(len(seeds) - 1, -abs(t)))
 
 
-def _describe(values: Sequence[float]) -> dict[str, Any]:
+def describe(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, half width of its 95% interval (`None` where there is none) and the values."""
     n = len(values)
     mean = float(np.mean(values)) if n else math.nan
     half = float(stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
@@ -179,35 +180,35 @@ def _best(runs: Runs, column: Column, versus: Mapping[str, Mapping[str, Any]]) -
 
 def _beats_all(runs: Runs, name: str, column: Column) -> bool:
     """Whether it is better than every other on common seeds, significantly. At most one method is."""
-    pairs = {other: (runs[name], runs[other], column) for other in runs if other != name}
-    return all(entry["mark"] == "better" for entry in tested(pairs).values())
+    pairs = {other: (runs[name], runs[other]) for other in runs if other != name}
+    return all(entry["mark"] == "better" for entry in _tested(pairs, column).values())
 
 
 def _versus(runs: Runs, column: Column) -> dict[str, dict[str, Any]]:
     (control, *others) = runs
-    return tested({name: (runs[name], runs[control], column) for name in others})
+    return _tested({name: (runs[name], runs[control]) for name in others}, column)
 
 
-def tested(pairs: Mapping[str, tuple[Records, Records, Column]]) -> dict[str, dict[str, Any]]:
+def _tested(pairs: Mapping[str, tuple[Records, Records]], column: Column) -> dict[str, dict[str, Any]]:
     """One family of paired tests, Holm-corrected: of each pair the first less the second, by seeds, and its mark."""
     found = {}
-    for name, (one, other, column) in pairs.items():
+    for name, (one, other) in pairs.items():
         a, b = by_seed(one, column), by_seed(other, column)
-        paired = _describe([a[s] - b[s] for s in sorted(a.keys() & b.keys())])
+        paired = describe([a[s] - b[s] for s in sorted(a.keys() & b.keys())])
         found[name] = {"difference": paired["mean"], "half_width": paired["half_width"], "p": paired_p_value(a, b)}
-    judged = [name for name in pairs if found[name]["p"] is not None]
-    for name, p in zip(judged, holm([found[name]["p"] for name in judged]), strict=True):
+    tested = [name for name in pairs if found[name]["p"] is not None]
+    for name, p in zip(tested, holm([found[name]["p"] for name in tested]), strict=True):
         found[name]["p"] = p
-    for name, (one, other, column) in pairs.items():
+    for name, (one, other) in pairs.items():
         found[name]["mark"] = _mark(found[name], column, one, other)
     return found
 
 
-def _mark(entry: Mapping[str, Any], column: Column, one: Records, other: Records) -> str | None:
+def _mark(tested: Mapping[str, Any], column: Column, one: Records, other: Records) -> str | None:
     """Whether `one` is better or worse, or that is confounded; `None` where the seeds do not tell them apart."""
-    if entry["p"] is None or entry["p"] >= LEVEL:
+    if tested["p"] is None or tested["p"] >= LEVEL:
         return None
-    is_better = entry["difference"] * column.better > 0
+    is_better = tested["difference"] * column.better > 0
     if column.contains_loss and (_fits_worse(one, other) if is_better else _fits_worse(other, one)):
         return "confounded"
     return "better" if is_better else "worse"

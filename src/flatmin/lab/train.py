@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
@@ -22,6 +23,7 @@ from flatmin.lab.parts import Evaluation, Training, check_used, split_name
 from flatmin.lab.processes import Alone
 from flatmin.lab.records import RunWriter, Unwritten, environment
 from flatmin.lab.tasks import Settings, Splits, Task, get_task
+from flatmin.lab.tasks.check import counted
 
 NUM_PROGRESS = 20  # progress records per run
 
@@ -109,9 +111,10 @@ def _train(
     splits = Splits(*((x.to(processes.device), y.to(processes.device)) for x, y in splits))
     torch.manual_seed(spec.seed)
     model = task.build_model().to(processes.device)
+    criterion = copy.deepcopy(task.criterion).to(processes.device)  # it may have a state
     optimizer = build_optimizer(spec, model, len(splits.train[1]))
     gradients_per_step = getattr(optimizer, "gradients_per_step", 1)
-    training = _training(spec, model, splits)
+    training = _training(spec, model, criterion, splits)
     evaluate, scheduler = training.evaluation(optimizer), training.schedule(optimizer, spec.num_steps)
     replica, stepper, scheduler = processes.prepare(model, optimizer, scheduler)
     every = max(1, spec.num_steps // NUM_PROGRESS)
@@ -128,15 +131,15 @@ def _train(
             if step % every == 0 or step == spec.num_steps:
                 training.refresh(_in_order(splits.train, task.batch_size))
                 with training.worn():
-                    scores = _scores(model, task.criterion, splits)
+                    scores = _scores(model, criterion, splits)
                 _check_scores(spec, step, scores)
                 writer.write({"type": "progress", "step": step, "gradients": step * gradients_per_step, **scores})
                 report(spec.name, step, spec.num_steps, loss)
         training.refresh(_in_order(splits.train, task.batch_size))
         with training.worn():
-            result = {"status": "finished", **_scores(model, task.criterion, splits)}
+            result = {"status": "finished", **_scores(model, criterion, splits)}
             if spec.measured:
-                result["flatness"] = _flatness(spec, model, task.criterion, splits)
+                result["flatness"] = _flatness(spec, model, criterion, splits)
     except Diverged as error:
         result = {"status": "diverged", "message": str(error)}
     if not processes.is_first:
@@ -147,12 +150,14 @@ def _train(
     return {**result, "seconds": seconds, "steps": step, "gradients": step * gradients_per_step}
 
 
-def _training(spec: RunSpec, model: nn.Module, splits: Splits) -> Training:
-    task, labels = get_task(spec.task), torch.cat([labels for _, labels in splits])
+def _training(spec: RunSpec, model: nn.Module, criterion: nn.Module, splits: Splits) -> Training:
+    task, labels = get_task(spec.task), torch.cat([labels.flatten() for _, labels in splits])
     classes = None if labels.is_floating_point() else int(labels.max()) + 1
+    if "mixup" in spec.settings.parts and classes and not all(counted(labels, criterion)):
+        raise ValueError(f"mixup mixes labels, and some of task {task.name} are ignored by the loss.")
     return Training(
         model,
-        task.criterion,
+        criterion,
         spec.settings.parts,
         num_steps=spec.num_steps,
         epoch=-(-len(splits.train[1]) // task.batch_size),
@@ -226,8 +231,8 @@ def _scores(model: nn.Module, criterion: nn.Module, splits: Splits) -> dict[str,
         outputs = model(inputs)
         scores[f"{name}_loss"] = float(criterion(outputs, labels))
         if not labels.is_floating_point():
-            counted = labels != getattr(criterion, "ignore_index", -100)  # those that the loss counts
-            scores[f"{name}_accuracy"] = float((outputs.argmax(1) == labels)[counted].double().mean())
+            hits = (outputs.argmax(1) == labels)[counted(labels, criterion)]
+            scores[f"{name}_accuracy"] = float(hits.double().mean())
     model.train()
     return {**scores, "gap": scores["test_loss"] - scores["train_loss"]}
 

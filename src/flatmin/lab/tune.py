@@ -26,6 +26,7 @@ from flatmin.lab.pool import IF_STOPPED, check_importing, run_all
 from flatmin.lab.records import environment, make_writable, read_run, write_json
 from flatmin.lab.tasks import Settings, Task, get_task
 from flatmin.lab.tasks.check import check_task
+from flatmin.lab.tasks.own import forget
 from flatmin.lab.train import RunSpec
 
 FIRST_SEED = 1000
@@ -72,6 +73,7 @@ class Tune:
             ValueError: for an unknown task or method, a control with a radius, unequal numbers of trials, a setting out
                 of range or twice, or another process at work in the folder; nothing is trained then.
         """
+        forget()
         self._check()
         check_importing()
         check_task(get_task(self.task), FIRST_SEED)
@@ -232,6 +234,7 @@ def read_tuning(path: Path, task: Task) -> Task:
 
 def _edges(trials: list[dict[str, Any]]) -> list[str]:
     """In what the best trial is the smallest or largest that was tried, and not 0."""
+    trials = [trial for trial in trials if trial["validation_loss"] is not None]  # others have diverged
     best = min(trials, key=lambda trial: trial["validation_loss"])
     tried = {key: {trial[key] for trial in trials} for key in ("lr", "weight_decay", "radius")}
     at_edge = {

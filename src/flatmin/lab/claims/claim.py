@@ -2,22 +2,24 @@
 
     claim           on each of its tasks one method is better than another, in one column
     test            both have run on the same seeds at equal gradient budget, with settings chosen alike: t-test on the
-                    differences, seed by seed; p-values corrected by Holm over the tasks of the claim
+                    differences, seed by seed (where a run diverged, sign test over seeds: it has lost); p-values
+                    corrected by Holm over the tasks of the claim
 
     supported       better (p < 0.05) on at least half of its tasks, and worse on none
     not supported   worse on at least half of them, and better on none
     inconclusive    anything else
 
-The rule was fixed before anything was run.
+The rule was fixed before anything was run, but for runs that diverge, when none had.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flatmin.lab.summary import COLUMNS, Column, Runs, by_seed, tested
+from flatmin.lab.summary import COLUMNS, LEVEL, Column, Runs, by_seed, describe, holm, paired_p_value
 
 SCORE = "score"  # the test accuracy, or the test loss where targets are no labels
 
@@ -55,20 +57,50 @@ def judge(claim: Claim, comparisons: Mapping[str, Runs]) -> dict[str, Any]:
         comparisons: task -> method -> runs, with those of the claim among them.
 
     Returns:
-        "verdict", and "tasks": task -> the column, the common seeds, both methods' values, and of their difference the
-        mean, the half width of its 95% interval, p (Holm) and mark ("better", "worse", or none).
+        "verdict", and "tasks": task -> the column, the seeds that both finished, both methods' values there, of their
+        difference the mean and the half width of its 95% interval, how many runs of each diverged, p (Holm), and the
+        mark: "better", "worse" or `None`.
     """
-    pairs = {}
-    for task in claim.tasks:
-        one, other = comparisons[task][claim.better], comparisons[task][claim.than]
-        pairs[task] = (one, other, _column(claim.column, [*one, *other]))
-    found = tested(pairs)
-    for task, (one, other, column) in pairs.items():
-        a, b = by_seed(one, column), by_seed(other, column)
-        seeds = sorted(a.keys() & b.keys())
-        values = {"better": [a[seed] for seed in seeds], "than": [b[seed] for seed in seeds]}
-        found[task] = {"column": column.key, "seeds": seeds, **values, **found[task]}
+    found = {task: _compared(claim, comparisons[task]) for task in claim.tasks}
+    for entry, p in zip(found.values(), holm([entry["p"] for entry in found.values()]), strict=True):
+        entry["p"] = p
+        if p >= LEVEL:
+            entry["mark"] = None
     return {"verdict": verdict([entry["mark"] for entry in found.values()]), "tasks": found}
+
+
+def _compared(claim: Claim, runs: Runs) -> dict[str, Any]:
+    one, other = runs[claim.better], runs[claim.than]
+    column = _column(claim.column, [*one, *other])
+    a, b = by_seed(one, column), by_seed(other, column)
+    seeds = sorted(a.keys() & b.keys())
+    difference = describe([a[seed] - b[seed] for seed in seeds])
+    diverged = [len(one) - len(a), len(other) - len(b)]
+    if any(diverged):
+        p, ahead = _sign_test(a, b, column.better)
+    else:
+        p, ahead = paired_p_value(a, b), (difference["mean"] or 0.0) * column.better > 0
+    return {
+        "column": column.key,
+        "seeds": seeds,
+        "better": [a[seed] for seed in seeds],
+        "than": [b[seed] for seed in seeds],
+        "difference": difference["mean"],
+        "half_width": difference["half_width"],
+        "diverged": diverged,
+        "p": math.nan if p is None else p,
+        "mark": "better" if ahead else "worse",
+    }
+
+
+def _sign_test(a: Mapping[int, float], b: Mapping[int, float], better: int) -> tuple[float, bool]:
+    """Two-sided p-value, and whether `a` wins more often: a run that diverged loses against one that did not."""
+    lost = -math.inf
+    pairs = [(better * a[s] if s in a else lost, better * b[s] if s in b else lost) for s in a.keys() | b.keys()]
+    wins, losses = sum(x > y for x, y in pairs), sum(x < y for x, y in pairs)
+    few = min(wins, losses)
+    tail = sum(math.comb(wins + losses, k) for k in range(few + 1)) / 2 ** (wins + losses)
+    return min(1.0, 2 * tail), wins > losses
 
 
 def verdict(marks: Sequence[str | None]) -> str:

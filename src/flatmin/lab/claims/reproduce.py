@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +18,8 @@ from flatmin.lab.folder import check_counts, read_config
 from flatmin.lab.pool import IF_STOPPED
 from flatmin.lab.records import environment, write_json
 from flatmin.lab.summary import COLUMNS
+from flatmin.lab.tasks import get_task
+from flatmin.lab.tasks.check import check_task
 from flatmin.optim.registry import unknown
 
 FORMAT = "flatmin-claims/1"
@@ -51,15 +54,26 @@ class Reproduce:
         check_counts(num_seeds=self.num_seeds, jobs=self.jobs)
         chosen = [_claim(name) for name in self.claims or CLAIMS]
         tasks = dict.fromkeys(task for claim in chosen for task in claim.tasks)
+        for task in tasks:  # all of them before the first is trained
+            check_task(get_task(task))
         for task in tasks:
             methods = needed(task, chosen)
             Compare(task=task, methods=methods, num_seeds=self.num_seeds, out=self.out, jobs=self.jobs).run()
         comparisons = {task: read_runs(self.out / task, read_config(self.out / task)) for task in tasks}
         found = {claim.name: judge(claim, comparisons) for claim in chosen}
         path = self.out / "claims.json"
-        write_json(path, {"format": FORMAT, "num_seeds": self.num_seeds, **environment(), "claims": found})
+        write_json(path, {"format": FORMAT, **environment(), "claims": {**_earlier(path), **found}})
         print_claims(found)
         print(f"claims: {path}")
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    """Claims that were judged before."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record["claims"] if isinstance(record, dict) and record.get("format") == FORMAT else {}
 
 
 def _claim(name: str) -> Claim:
@@ -68,16 +82,18 @@ def _claim(name: str) -> Claim:
     return CLAIMS[name]
 
 
-def needed(task: str, claims: list[Claim]) -> tuple[str, ...]:
-    """The methods that the claims compare on a task; the control first, if it is one of them."""
-    methods = dict.fromkeys(method for claim in claims if task in claim.tasks for method in (claim.than, claim.better))
-    return tuple(sorted(methods, key=lambda method: method != "base"))
+def needed(task: str, claims: Sequence[Claim]) -> tuple[str, ...]:
+    """The methods that the claims compare on a task, after the control of its table: base, where any claim needs it."""
+    here = [claim for claim in CLAIMS.values() if task in claim.tasks]
+    control = "base" if any("base" in (claim.than, claim.better) for claim in here) else here[0].than
+    methods = (method for claim in claims if task in claim.tasks for method in (claim.than, claim.better))
+    return tuple(dict.fromkeys((control, *methods)))
 
 
-def print_claims(found: Mapping[str, Any], console: Console | None = None) -> None:
+def print_claims(claims: Mapping[str, Any], console: Console | None = None) -> None:
     """The verdicts, each with its claim and what came out on each task: the difference, its 95% interval, p."""
     console = console or Console()
-    for name, judged in found.items():
+    for name, judged in claims.items():
         claim = CLAIMS[name]
         console.print(f"[bold]{name}[/]: {judged['verdict']}\n  {claim.statement}.", highlight=False)
         console.print(f"  {claim.better} less {claim.than}:", highlight=False)
@@ -88,5 +104,5 @@ def print_claims(found: Mapping[str, Any], console: Console | None = None) -> No
 
 def outcome(entry: Mapping[str, Any]) -> str:
     """`Hessian trace +0.62 ±0.12, p = 4.6e-09`."""
-    p = "not tested" if entry["p"] is None else f"p = {entry['p']:.2g}"
-    return f"{TITLES[entry['column']]} {format_difference(entry)}, {p}"
+    diverged = f", {' and '.join(map(str, entry['diverged']))} runs diverged" if any(entry["diverged"]) else ""
+    return f"{TITLES[entry['column']]} {format_difference(entry)}, p = {entry['p']:.2g}{diverged}"

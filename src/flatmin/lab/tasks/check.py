@@ -12,16 +12,19 @@ and not refused.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from flatmin.lab.tasks.task import Splits, Task
 from flatmin.notices import warn
 
 FEW = 64  # rows are enough to see how the loss behaves
+ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss)
 
 
 def check_task(task: Task, seed: int = 0) -> None:
@@ -74,76 +77,92 @@ def _check_model(task: Task, splits: Splits) -> None:
     for name, module in (("build_model must return", model), ("criterion must be", task.criterion)):
         if not isinstance(module, nn.Module):
             raise _Refused(f"{name} an nn.Module, got {type(module).__name__}.")
+    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        raise _Refused("build_model returned a model with lazy layers: run it once on some input there.")
     if {id(p) for p in model.parameters()} & {id(p) for p in other.parameters()}:
         raise _Refused(
             "build_model returned the same parameters twice, so that a run would go on where the last one ended. It "
             "must make a new model at each call."
         )
-    rest = len(splits.train[1]) % task.batch_size
-    if rest == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-        raise _Refused(
-            f"batches of {task.batch_size} leave one of {len(splits.train[1])} training samples over, and batch norm "
-            "needs two: take another batch_size."
-        )
+    criterion = copy.deepcopy(task.criterion)  # it may have a state
     model.eval()
     for name, (inputs, targets) in splits._asdict().items():
-        _check_loss(task.criterion, model, name, inputs[:FEW], targets[:FEW])
+        rows = torch.linspace(0, len(targets) - 1, min(FEW, len(targets))).long()
+        _check_loss(criterion, model, name, inputs[rows], targets[rows])
+    # The smallest batch of training: batch norm, for one, may need two samples.
+    last = len(splits.train[1]) % task.batch_size or task.batch_size
+    _evaluated(criterion, model.train(), f"a batch of {last} training samples", *(t[:last] for t in splits.train))
 
 
 @torch.no_grad()
-def _check_loss(criterion: nn.Module, model: nn.Module, name: str, inputs: Tensor, targets: Tensor) -> None:
+def _evaluated(criterion: nn.Module, model: nn.Module, what: str, inputs: Tensor, targets: Tensor) -> tuple[Any, Any]:
+    """Outputs and loss."""
     try:
-        with warnings.catch_warnings():  # torch warns of a broadcast; it is refused below
+        with warnings.catch_warnings():  # torch warns of a broadcast; `_check_values` refuses it
             warnings.simplefilter("ignore", UserWarning)
             outputs = model(inputs)
-            loss, twice = (
-                criterion(outputs, targets),
-                criterion(*(torch.cat([part, part]) for part in (outputs, targets))),
-            )
+            return outputs, criterion(outputs, targets)
     except Exception as error:
         kinds = f"inputs {_kind(inputs)}, targets {_kind(targets)}"
-        raise _Refused(f"model or loss fail on {name} ({kinds}): {type(error).__name__}: {error}") from error
+        raise _Refused(f"model or loss fail on {what} ({kinds}): {type(error).__name__}: {error}") from error
+
+
+def _check_loss(criterion: nn.Module, model: nn.Module, name: str, inputs: Tensor, targets: Tensor) -> None:
+    outputs, loss = _evaluated(criterion, model, name, inputs, targets)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise _Refused(f"the loss must be one number, the mean over the samples, got {_kind(loss)}.")
     if not torch.isfinite(loss):
         raise _Refused(f"the loss of {name} is {loss.item()} before training.")
+    _, twice = _evaluated(criterion, model, name, torch.cat([inputs, inputs]), torch.cat([targets, targets]))
     if torch.isclose(twice, 2 * loss, rtol=1e-3) and not torch.isclose(twice, loss, rtol=1e-3):
         raise _Refused(
             "the loss of samples that are there twice is twice as large: it must be their mean, not their sum."
         )
-    (_check_values if targets.is_floating_point() else _check_labels)(outputs, targets)
+    if targets.is_floating_point():
+        _check_values(criterion, outputs, targets)
+    else:
+        _check_labels(criterion, outputs, targets)
 
 
-def _check_values(outputs: Any, targets: Tensor) -> None:
+def _check_values(criterion: nn.Module, outputs: Any, targets: Tensor) -> None:
     if not isinstance(outputs, Tensor) or outputs.shape == targets.shape:
         return
     try:
         together = torch.broadcast_shapes(outputs.shape, targets.shape)
     except RuntimeError:
         return  # a loss of its own kind
-    if together not in (outputs.shape, targets.shape):
+    if isinstance(criterion, ELEMENTWISE) or together not in (outputs.shape, targets.shape):
         raise _Refused(
             f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} are of other shapes, and a loss would "
-            "pair each output with every target. Give them the same shape (targets.unsqueeze(1)?)."
+            "pair each output with several targets, or each target with several outputs. Give them the same shape "
+            "(targets.unsqueeze(1)?)."
         )
 
 
-def _check_labels(outputs: Any, targets: Tensor) -> None:
+def _check_labels(criterion: nn.Module, outputs: Any, targets: Tensor) -> None:
     fits = isinstance(outputs, Tensor) and outputs.ndim == targets.ndim + 1 and outputs.shape[1] > 1
     if not fits or outputs.shape[2:] != targets.shape[1:] or len(outputs) != len(targets):
-        shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise _Refused(
-            f"integer targets are class labels: (n, ...) for outputs (n, classes, ...) of two classes or more, got "
-            f"{tuple(targets.shape)} for {shape}. If they are no labels, make them floating-point."
+            f"integer targets are class labels: (n, ...) for outputs (n, classes, ...), two classes or more, in this "
+            f"order; got {_kind(targets)} for {_kind(outputs)}. If they are no labels, make them floating-point."
         )
+    known = targets[counted(targets, criterion)]
+    if ((known < 0) | (known >= outputs.shape[1])).any():
+        raise _Refused(
+            f"there are labels outside of 0 .. {outputs.shape[1] - 1}, the classes of the outputs, that are not the "
+            "loss's ignore_index."
+        )
+
+
+def counted(labels: Tensor, criterion: nn.Module) -> Tensor:
+    """Which labels the loss counts, and the accuracy: all but its `ignore_index`."""
+    return labels != getattr(criterion, "ignore_index", -100)
 
 
 def _kind(value: Any) -> str:
-    return (
-        f"{tuple(value.shape)} {value.dtype}".replace("torch.", "")
-        if isinstance(value, Tensor)
-        else type(value).__name__
-    )
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{tuple(value.shape)} {value.dtype}".replace("torch.", "")
 
 
 def _warn_of_copies(task: Task, splits: Splits) -> None:

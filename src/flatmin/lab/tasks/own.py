@@ -16,8 +16,9 @@ from flatmin.lab.tasks.task import Task
 def read_task(path: Path, known: Collection[Task]) -> Task:
     """The one task that the file makes, apart from the `known` ones, which it may have imported.
 
-    The file is run as Python runs a script: modules beside it can be imported. It is run once in a process, and again
-    after it was edited.
+    The file is run as Python runs a script: modules beside it can be imported. It is run once in a process, until
+    `forget`, so that an edit while runs are under way does not change the task between them. Of several tasks the one
+    that is named TASK counts.
 
     Raises:
         ValueError: if there is no such file, an error occurs in it (the message has its line), it makes no task or
@@ -26,7 +27,9 @@ def read_task(path: Path, known: Collection[Task]) -> Task:
     file = path.expanduser().resolve()
     if not file.is_file():
         raise ValueError(f"there is no file {path} to read a task from.")
-    found = {id(value): value for value in vars(_run(file, file.stat().st_mtime_ns)).values() if _is_own(value, known)}
+    made = vars(_run(file))
+    values = [made["TASK"]] if _is_own(made.get("TASK"), known) else made.values()
+    found = {id(value): value for value in values if _is_own(value, known)}
     if len(found) != 1:
         names = f" ({', '.join(task.name for task in found.values())})" if found else ""
         raise ValueError(f"{path} is to make one task, as in TASK = Task(name=..., ...); it makes {len(found)}{names}.")
@@ -42,8 +45,13 @@ def _is_own(value: object, known: Collection[Task]) -> bool:
     return isinstance(value, Task) and not any(value is task for task in known)
 
 
+def forget() -> None:
+    """The next task is read anew: a command begins so."""
+    _run.cache_clear()
+
+
 @lru_cache(maxsize=8)
-def _run(file: Path, _edited: int) -> ModuleType:
+def _run(file: Path) -> ModuleType:
     if str(file.parent) not in sys.path:
         sys.path.insert(0, str(file.parent))
     name = f"flatmin_task_{file.stem}"

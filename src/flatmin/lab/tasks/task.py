@@ -110,9 +110,11 @@ class Task:
             ValueError: if it is not three pairs of tensors, or inputs and targets are not equally many.
         """
         splits, where = self.load(seed), f"load of task {self.name!r}:"
-        if len(splits) != len(Splits._fields):
-            raise ValueError(f"{where} it must return train, validation and test, got {len(splits)} parts.")
+        if not isinstance(splits, (tuple, list)) or len(splits) != len(Splits._fields):
+            got = f"{len(splits)} parts" if isinstance(splits, (tuple, list)) else type(splits).__name__
+            raise ValueError(f"{where} it must return train, validation and test, got {got}.")
         for name, pair in zip(Splits._fields, splits, strict=True):
+            pair = pair if isinstance(pair, (tuple, list)) else (pair,)
             if not (len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)):
                 kinds = ", ".join(type(part).__name__ for part in pair)
                 raise ValueError(f"{where} {name} must be two tensors, inputs and targets, got {kinds}.")
