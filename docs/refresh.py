@@ -22,6 +22,8 @@ from benchmarks.stopping import RESULTS as STOPPING
 from benchmarks.stopping import rules_table, starts_table
 from docs.flatness import RECORD
 from docs.flatness_pictures import flatness_tables
+from flatmin.lab.claims import CLAIMS
+from flatmin.lab.claims.reproduce import outcome
 from flatmin.lab.display import differences_table, markdown_table
 from tests.contracts.combinations import table as combinations_table
 
@@ -30,6 +32,7 @@ RECORDS = ROOT / "docs" / "records"
 KEYS = ("lr", "weight_decay", "radius")
 PAGES = (
     "results.md",
+    "claims.md",
     "methods.md",
     "decisions/0013-stopping.md",
     *(f"concepts/{name}.md" for name in ("step", "scale", "flatness", "measuring")),
@@ -73,6 +76,18 @@ def tuned_table(now: dict[str, Any], earlier: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def claims_table(claims: dict[str, Any]) -> str:
+    """Claims by paper: what is claimed, what came out on each task, the verdict."""
+    rows = ["| | claim | methods | what came out | verdict |", "|---|---|---|---|---|"]
+    for name, judged in claims.items():
+        claim = CLAIMS[name]
+        found = [f"{task}: {outcome(entry)}" for task, entry in judged["tasks"].items()]
+        said = " ".join(filter(None, (f"{claim.paper}: {claim.statement}.", claim.here)))
+        methods = f"{claim.better} less {claim.than}"
+        rows.append(f"| `{name}` | {said} | {methods} | {'; '.join(found)} | **{judged['verdict']}** |")
+    return "\n".join(rows)
+
+
 def _setting(trial: dict[str, Any]) -> str:
     return ", ".join(f"{trial[key]:g}" for key in ("lr", "radius") if trial[key] is not None)
 
@@ -96,6 +111,7 @@ def main() -> None:
         "earlier": markdown_table(earlier),
         "earlier-differences": differences_table(earlier),
         "tuned": tuned_table(*tunings),
+        "claims": claims_table(json.loads((RECORDS / "claims" / "claims.json").read_text())["claims"]),
         "cost": cost_table(cost),
         "peers": peers_table(peers),
         "methods": methods_table(),
