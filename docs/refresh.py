@@ -23,8 +23,8 @@ from benchmarks.stopping import rules_table, starts_table
 from docs.flatness import RECORD
 from docs.flatness_pictures import flatness_tables
 from flatmin.lab.claims import CLAIMS
-from flatmin.lab.claims.reproduce import outcome
-from flatmin.lab.display import differences_table, markdown_table
+from flatmin.lab.claims.reproduce import TITLES
+from flatmin.lab.display import differences_table, format_difference, markdown_table
 from tests.contracts.combinations import table as combinations_table
 
 ROOT = Path(__file__).parent.parent
@@ -76,15 +76,25 @@ def tuned_table(now: dict[str, Any], earlier: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def claims_table(claims: dict[str, Any]) -> str:
-    """Claims by paper: what is claimed, what came out on each task, the verdict."""
-    rows = ["| | claim | methods | what came out | verdict |", "|---|---|---|---|---|"]
+def verdicts_table(claims: dict[str, Any]) -> str:
+    """What is claimed, by whom, and the verdict."""
+    rows = ["| claim | verdict |", "|---|---|"]
     for name, judged in claims.items():
         claim = CLAIMS[name]
-        found = [f"{task}: {outcome(entry)}" for task, entry in judged["tasks"].items()]
-        said = " ".join(filter(None, (f"{claim.paper}: {claim.statement}.", claim.here)))
-        methods = f"{claim.better} less {claim.than}"
-        rows.append(f"| `{name}` | {said} | {methods} | {'; '.join(found)} | **{judged['verdict']}** |")
+        said = f"{claim.statement} ({claim.paper})."
+        rows.append(f"| {' '.join(filter(None, (said, claim.here)))} `{name}` | **{judged['verdict']}** |")
+    return "\n".join(rows)
+
+
+def outcomes_table(claims: dict[str, Any]) -> str:
+    """What came out on each task."""
+    rows = ["| claim | task | of what | difference | p |", "|---|---|---|---:|---:|"]
+    for name, judged in claims.items():
+        claim = CLAIMS[name]
+        for number, (task, entry) in enumerate(judged["tasks"].items()):
+            first = f"{claim.better} less {claim.than}: `{name}`" if number == 0 else ""
+            difference = f"{format_difference(entry)} | {entry['p']:.2g}"
+            rows.append(f"| {first} | {task} | {TITLES[entry['column']]} | {difference} |")
     return "\n".join(rows)
 
 
@@ -98,6 +108,7 @@ def main() -> None:
         json.loads((RECORDS / name / "summary.json").read_text()) for name in ("digits", "halves", "earlier")
     )
     tunings = [json.loads((RECORDS / name / "tuning.json").read_text()) for name in ("digits", "earlier")]
+    claims = json.loads((RECORDS / "claims" / "claims.json").read_text())["claims"]
     peers = json.loads((ROOT / "benchmarks" / "results" / "step_peers.json").read_text())
     cost = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())
     split = json.loads((ROOT / "benchmarks" / "results" / "split_batch.json").read_text())
@@ -111,7 +122,8 @@ def main() -> None:
         "earlier": markdown_table(earlier),
         "earlier-differences": differences_table(earlier),
         "tuned": tuned_table(*tunings),
-        "claims": claims_table(json.loads((RECORDS / "claims" / "claims.json").read_text())["claims"]),
+        "verdicts": verdicts_table(claims),
+        "outcomes": outcomes_table(claims),
         "cost": cost_table(cost),
         "peers": peers_table(peers),
         "methods": methods_table(),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from flatmin.lab.claims.claim import SCORE, Claim
 
 REAL = ("digits", "cancer", "diabetes")
-NSO = "Zhang, Li, Ju, TMLR 2024 (noise stability optimization)"
-MONGE = "Jacobsen, Arvanitidis 2025 (Monge SAM)"
-ESCAPE = "Ahn, Jadbabaie, Sra, ICML 2024 (RSP and SAP)"
+NSO = "Zhang, Li, Ju, TMLR 2024"
+MONGE = "Jacobsen, Arvanitidis 2025"
+ESCAPE = "Ahn, Jadbabaie, Sra, ICML 2024"
 FROM_BAD = (
     "The bad minimum is one that also fits 300 digits with wrong labels. As in the paper all methods have one small "
     "learning rate; the radius is chosen by validation loss."
@@ -25,7 +25,7 @@ _ALL = (
         tasks=REAL,
     ),
     Claim(
-        name="nso-lower-trace",
+        name="nso-trace-below-sam",
         paper=NSO,
         statement="NSO ends at a lower Hessian trace than SAM (15.8% lower, over six image data sets)",
         here="At the end of training, whatever the training loss is there.",
@@ -35,7 +35,7 @@ _ALL = (
         tasks=REAL,
     ),
     Claim(
-        name="nso-lower-eigenvalue",
+        name="nso-eigenvalue-below-sam",
         paper=NSO,
         statement="NSO ends at a lower largest Hessian eigenvalue than SAM (9.7% lower)",
         here="The paper's code adds up one Rayleigh quotient per layer; here it is the largest eigenvalue itself.",
@@ -123,7 +123,7 @@ _ALL = (
     ),
     Claim(
         name="averaging-generalises",
-        paper="Nitanda, Kikuchi, Maeda, Wu, AISTATS 2024 (averaged SGD)",
+        paper="Nitanda, Kikuchi, Maeda, Wu, AISTATS 2024",
         statement="The average of SGD's iterates at a large constant step generalises better than SGD",
         here="The average of the last quarter, against SGD whose step falls to zero along a cosine.",
         better="base+tail-average",
