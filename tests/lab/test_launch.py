@@ -90,8 +90,10 @@ def test_one_process(tmp_path, capsys, environment):
 def test_a_run_that_diverges_says_so(tmp_path, capsys, monkeypatch, environment):
     given = RunSpec(task="digits", method="base", seed=0, num_steps=40, settings=Settings(lr=1e8))
     monkeypatch.setattr(Train, "spec", lambda _: given)
-    Train(out=tmp_path).run()
+    with pytest.raises(ValueError, match="base on digits, seed 0: "):
+        Train(out=tmp_path).run()  # so that the exit status says it, too
     assert "status diverged, message base on digits, seed 0: " in capsys.readouterr().out
+    assert not read_run(tmp_path / "base-seed0.jsonl").finished
 
 
 @pytest.mark.parametrize("size", [6, 7])

@@ -15,7 +15,7 @@ from flatmin.lab.compare import Compare
 from flatmin.lab.records import read_run
 from flatmin.lab.tasks import get_task
 from flatmin.lab.tasks.own import forget
-from flatmin.lab.tune import read_tuning
+from flatmin.lab.tuned import read_tuning
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "compare.md"
 SHOWN = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)[0]
@@ -147,7 +147,7 @@ def test_the_report_says_where_the_best_is_at_the_edge_and_trials_may_diverge(mi
     trials = json.loads(Path("runs/tuning-patients/tuning.json").read_text())["trials"]["base"]
     assert trials[1]["validation_loss"] is None
     told = read_tuning(Path("runs/tuning-patients"), get_task("mine.py")).tuning
-    assert "The best is at the edge" not in told  # one value of each is left
+    assert "The best is at the edge of the grid for base (lr), sam (lr)." in told
     tune("--lr", "0.01", "0.02")
     best = json.loads(Path("runs/tuning-patients/tuning.json").read_text())["best"]
     assert best.keys() == {"base", "sam"}

@@ -21,7 +21,7 @@ from flatmin.lab.tasks.check import check_task
 from flatmin.lab.tasks.own import forget
 from flatmin.lab.tasks.task import check_folder
 from flatmin.lab.train import RunSpec, run_name
-from flatmin.lab.tune import read_tuning
+from flatmin.lab.tuned import read_tuning
 
 
 @dataclass(kw_only=True)
@@ -98,6 +98,7 @@ class Compare:
     def run(self) -> Path:
         """Does what is left to do, prints the table, writes the report; returns the report's path."""
         forget()
+        self.__dict__.pop("_task", None)
         self.specs()  # unknown names are refused before anything is written, and a task that would mislead
         check_importing()
         check_task(get_task(self.task))

@@ -56,7 +56,12 @@ class Train:
         return replace(spec, seed=self.seed)
 
     def run(self) -> None:
-        """Trains, prints progress, and in the end what came out."""
+        """Trains, prints progress, and in the end what came out.
+
+        Raises:
+            ValueError: for a run that is there already, a task that would mislead, or a run that diverged (its record
+                is kept).
+        """
         forget()
         spec, task, processes = self.spec(), get_task(self.task), launched()
         out = Path("runs") / f"train-{task.name}" if self.out is None else self.out
@@ -67,6 +72,7 @@ class Train:
         out.mkdir(parents=True, exist_ok=True)
         if processes.is_first and processes.about():
             print(", ".join(f"{name} {value}" for name, value in processes.about().items()))
+        diverged = None
         train(spec, out, _report if processes.is_first else lambda *_: None, processes)
         if processes.is_first:
             result = read_run(path).result
@@ -74,7 +80,10 @@ class Train:
             values = {k: v for k, v in result.items() if isinstance(v, (int, float, str)) and k != "type"} | flatness
             print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()))
             print(path)
+            diverged = result.get("message")
         processes.end()
+        if processes.is_first and diverged:
+            raise ValueError(diverged)
 
 
 def _report(name: str, step: int, num_steps: int, loss: float) -> None:

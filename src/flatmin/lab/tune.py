@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,13 +22,11 @@ from flatmin.lab.folder import check_counts, locked, unfinished
 from flatmin.lab.parts import split_name
 from flatmin.lab.pool import IF_STOPPED, check_importing, run_all
 from flatmin.lab.records import environment, make_writable, read_run, write_json
-from flatmin.lab.tasks import Settings, Task, get_task
+from flatmin.lab.tasks import Settings, get_task
 from flatmin.lab.tasks.check import check_task
 from flatmin.lab.tasks.own import forget
 from flatmin.lab.train import RunSpec
-
-FIRST_SEED = 1000
-NAME = "tuning.json"
+from flatmin.lab.tuned import FIRST_SEED, NAME, at_edge, methods_in
 
 
 @dataclass(kw_only=True)
@@ -116,7 +112,7 @@ class Tune:
             trials[method] = self._tune(method)
             self.best[method] = _best(method, trials[method])
             print(_as_settings(method, self.best[method]))
-            for remark in self._at_the_edge(method):
+            for remark in self._at_the_edge(method, trials[method]):
                 print(remark)
         task = get_task(self.task)
         record = {
@@ -127,7 +123,7 @@ class Tune:
             **environment(),
         }
         path = self.folder / NAME
-        dropped = _methods_in(path) - trials.keys()
+        dropped = methods_in(path) - trials.keys()
         write_json(path, {**record, "best": self.best, "trials": trials})
         command = ["flatmin", "compare", "--task", self.task, "--methods", *self.methods, "--tuned", str(self.folder)]
         print(f"all trials: {path}. To compare with these settings:\n{shlex.join(command)}")
@@ -141,19 +137,14 @@ class Tune:
     def _budget(self) -> int:
         return self.num_gradients or get_task(self.task).num_gradients
 
-    def _at_the_edge(self, method: str) -> list[str]:
+    def _at_the_edge(self, method: str, trials: list[dict[str, Any]]) -> list[str]:
         """What to add to the grid: the best may lie beyond it."""
-        best, radius = self.best[method], split_name(method)[0].radius_name
-        grids = {"lr": ("lr", self.lr)}
-        if radius is None:
-            grids["weight_decay"] = ("weight-decay", self.weight_decay)
-        else:
-            grids["radius"] = ("rho", self.rho) if radius == "rho" else ("sigma", self.sigma)
+        options = {"lr": "lr", "weight_decay": "weight-decay", "radius": split_name(method)[0].radius_name}
         remarks = []
-        for key, (option, grid) in grids.items():
-            if len(grid) > 1 and best[key] in (min(grid), max(grid)) and best[key] > 0:
-                end = "smallest" if best[key] == min(grid) else "largest"
-                remarks.append(f"    {best[key]:g} is the {end} --{option} that was tried: try one beyond it.")
+        for key in at_edge(trials):
+            best, tried = self.best[method][key], {trial[key] for trial in trials}
+            end = "smallest" if best == min(tried) else "largest"
+            remarks.append(f"    {best:g} is the {end} --{options[key]} that was tried: try one beyond it.")
         return remarks
 
     def _settings(self, method: str, decay: float) -> list[Settings]:
@@ -194,59 +185,6 @@ class Tune:
         return [_outcome(settings, trial) for settings, trial in zip(candidates, trials, strict=True)]
 
 
-def read_tuning(path: Path, task: Task) -> Task:
-    """The task with the winners of `flatmin tune` as its settings, and the budget that they were chosen at as its own.
-
-    Args:
-        path: tuning.json, or the folder that it is in.
-        task: which must have the name of the tuned one.
-
-    Raises:
-        ValueError: for a file that is not there, is no tuning.json, or is another task's.
-    """
-    path = path.expanduser()
-    file = path / NAME if path.is_dir() else path
-    try:
-        tuning = json.loads(file.read_text(encoding="utf-8"))
-        settings = {method: _settings_of(best) for method, best in tuning["best"].items()}
-        name, seeds, budget = tuning["task"], tuning["num_seeds"], tuning["num_gradients"]
-        counts = {len(trials) for trials in tuning["trials"].values()}
-    except OSError as error:
-        raise ValueError(f"--tuned {path}: {error.strerror or 'it cannot be read'}. flatmin tune writes it.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is not a tuning.json that flatmin tune wrote, or it is damaged.") from error
-    if name != task.name:
-        raise ValueError(f"{file} is of the task {name}, not {task.name}.")
-    if before := tuning.get("fingerprint"):
-        now = fingerprint(task, task.splits(FIRST_SEED))
-        if changed := [part for part in now if before.get(part) != now[part]]:
-            raise ValueError(f"{file} is of the task {name} with another {' and '.join(changed)}. Tune this one.")
-    how = (
-        f"Chosen by validation loss on {seeds} other seed{'s' if seeds != 1 else ''}, "
-        f"{' or '.join(map(str, sorted(counts)))} settings for each method (flatmin tune); the test set was not used."
-    )
-    if edges := [
-        f"{method} ({', '.join(at)})" for method, trials in tuning["trials"].items() if (at := _edges(trials))
-    ]:
-        how += f" The best is at the edge of the grid for {', '.join(edges)}."
-    return dataclasses.replace(task, settings=settings, tuning=how, num_gradients=budget)
-
-
-def _edges(trials: list[dict[str, Any]]) -> list[str]:
-    """In what the best trial is the smallest or largest that was tried, and not 0."""
-    trials = [trial for trial in trials if trial["validation_loss"] is not None]  # others have diverged
-    best = min(trials, key=lambda trial: trial["validation_loss"])
-    tried = {key: {trial[key] for trial in trials} for key in ("lr", "weight_decay", "radius")}
-    at_edge = {
-        key: best[key] for key, found in tried.items() if len(found) > 1 and best[key] in (min(found), max(found))
-    }
-    return [key for key, value in at_edge.items() if value]
-
-
-def _settings_of(best: Mapping[str, Any]) -> Settings:
-    return Settings(**{field.name: best[field.name] for field in dataclasses.fields(Settings)})
-
-
 def _best(method: str, trials: list[dict[str, Any]]) -> dict[str, Any]:
     best = min(trials, key=lambda trial: trial["validation_loss"])
     if not math.isfinite(best["validation_loss"]):
@@ -258,14 +196,6 @@ def _label(settings: Settings) -> str:
     """The name of a trial's folder: the same settings have the same, on whatever grid."""
     radius = "" if settings.radius is None else f"-radius{settings.radius:g}"
     return f"lr{settings.lr:g}-decay{settings.weight_decay:g}{radius}"
-
-
-def _methods_in(path: Path) -> set[str]:
-    """Of an earlier tuning.json, if there is one."""
-    try:
-        return set(json.loads(path.read_text(encoding="utf-8"))["best"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
 
 
 def _as_settings(method: str, best: dict[str, Any]) -> str:
