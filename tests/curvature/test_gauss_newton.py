@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import flatmin
 from flatmin.curvature import gauss_newton as module
 from flatmin.curvature.gauss_newton import ClassVectors, exact_trace, split_of
+from flatmin.curvature.persample import PerSample
 from flatmin.vectors import Vector
 from tests.curvature.nets import NETS, criterion, dense_gauss_newton, dense_hessian, make
 
@@ -365,3 +366,19 @@ def test_single_precision(name):
     x = x.float() if x.is_floating_point() else x
     single = flatmin.Objective(model.float(), criterion, [(x, y)])
     assert float(exact_trace(single, split_of(single)).sum()) == pytest.approx(truth, rel=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_norms_of_one_sample_alone_are_those_of_all(groups):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, groups=groups), nn.Flatten())
+    outputs = model(torch.randn(5, 4, 3, 3))
+    (use, _) = PerSample(outputs, list(model.parameters())).uses
+    delta = torch.randn(2, 5, 6, 3, 3)
+    assert torch.equal(use.norms_alone(delta, 2), use.norms(delta))  # the others have some too: nothing is left out
+    one = torch.zeros_like(delta)
+    one[:, 2] = delta[:, 2]
+    found = use.norms_alone(one, 2)
+    assert torch.allclose(found, use.norms(one))
+    assert found[:, 2].min() > 0
+    assert not found[:, [0, 1, 3, 4]].any()

@@ -96,15 +96,19 @@ class PerSample:
         for param, norms in self._norms(waiting):
             totals[:, param] = (signs * norms).sum(1)
 
-    def _norms(self, waiting: list[list[Tensor]]) -> Iterator[tuple[int, Tensor]]:
-        """Each parameter, and |gradient|^2 by it for each class and sample: (classes, samples)."""
+    def _norms(self, waiting: list[list[Tensor]], alone: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Each parameter, and |gradient|^2 by it for each class and sample: (classes, samples).
+
+        All but the sample `alone`, if it is given, should have none.
+        """
         count = Counter(use.param for use in self.uses)
         stacked: dict[int, Tensor] = {}  # the latest: uses by one operation follow each other
         for use, at in zip(self.uses, self.at, strict=True):
             if count[use.param] == 1:
                 if at not in stacked:
                     stacked = {at: torch.stack([deltas[at] for deltas in waiting])}
-                yield use.param, use.norms(stacked[at])
+                delta = stacked[at]
+                yield use.param, use.norms(delta) if alone is None else use.norms_alone(delta, alone)
         for param in (param for param, uses in count.items() if uses > 1):
             yield param, torch.cat([self._norms_of_sum(param, deltas) for deltas in waiting])
 
@@ -133,7 +137,7 @@ class PerSample:
         gradients = dict(zip(used, found[len(self.edges) :], strict=True))
         sizes = {param: float(torch.linalg.vector_norm(g.double())) for param, g in gradients.items()}
         eps, largest = torch.finfo(vector.dtype).eps, max(sizes.values())
-        for param, squares in self._norms([list(found[: len(self.edges)])]):
+        for param, squares in self._norms([list(found[: len(self.edges)])], alone=sample):
             norms = squares[0].clamp(min=0).sqrt()
             wrong = (norms[sample] - sizes[param]).abs() + norms.sum() - norms[sample]
             if wrong > 1e3 * eps * sizes[param] + 1e2 * eps * largest and wrong.isfinite():  # else: `check_finite`

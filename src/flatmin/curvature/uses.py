@@ -35,7 +35,7 @@ from flatmin.noise import draw_like
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
-PATCHES = 2**22  # numbers that the patches of a convolution may have, at a time
+PATCHES = 2**19  # numbers that the patches of a convolution may have, at a time: more fall out of the caches
 Layout = str  # of the rows of a delta: "first", sample by sample, or "second", position by position
 
 
@@ -53,6 +53,10 @@ class Use(ABC):
     def norms(self, delta: Tensor) -> Tensor:
         """|gradient|^2 for each class and sample: (classes, samples)."""
         return squared(self.gradients(delta).flatten(2))
+
+    def norms_alone(self, delta: Tensor, sample: int) -> Tensor:
+        """The same where `delta` is zero for all samples but one."""
+        return self.norms(delta)
 
     @abstractmethod
     def gradients(self, delta: Tensor) -> Tensor:
@@ -133,6 +137,14 @@ class ConvolutionUse(Use):
     def norms(self, delta: Tensor) -> Tensor:
         """|gradient|^2 for each class and sample."""
         return torch.cat([self._block_norms(delta, block) for block in self._blocks(delta[0])], 1)
+
+    def norms_alone(self, delta: Tensor, sample: int) -> Tensor:
+        """The patches of the others are not needed."""
+        if delta[:, :sample].any() or delta[:, sample + 1 :].any():
+            return self.norms(delta)
+        found = torch.zeros(delta.shape[:2], dtype=torch.float64, device=delta.device)
+        found[:, sample : sample + 1] = self._block_norms(delta, slice(sample, sample + 1))
+        return found
 
     def gradients(self, delta: Tensor) -> Tensor:
         """The gradient for each class and sample."""
