@@ -12,6 +12,7 @@ from flatmin.lab.compare import Compare
 from flatmin.lab.launch import Train
 from flatmin.lab.tasks import Splits, Task, get_task, tasks
 from flatmin.lab.tasks.check import check_task
+from flatmin.lab.train import _scores
 from flatmin.lab.tune import Tune
 
 SAME = nn.Linear(3, 2)
@@ -254,3 +255,20 @@ def test_every_command_looks_before_it_trains(tmp_path, monkeypatch):
 
 
 SETTINGS = get_task("digits").settings
+
+
+def test_labels_that_the_loss_ignores_do_not_count_in_the_accuracy():
+    outputs, labels = torch.eye(4)[:, :3], torch.tensor([0, 1, -100, 2])
+    parts = Splits(*[(outputs, labels)] * 3)
+    scores = _scores(nn.Identity(), nn.CrossEntropyLoss(), parts)
+    assert scores["test_accuracy"] == pytest.approx(2 / 3)
+    assert _scores(nn.Identity(), nn.CrossEntropyLoss(ignore_index=2), Splits(*[(outputs, labels.abs() % 3)] * 3))[
+        "test_accuracy"
+    ] == pytest.approx(2 / 3)
+
+
+def test_ignored_labels_are_not_mixed(tmp_path, monkeypatch):
+    some = with_targets(lambda x: torch.where(x[:, 0] > 1, -100, 1), settings=SETTINGS)
+    monkeypatch.setitem(tasks_module._TASKS, "own", some)
+    with pytest.raises(ValueError, match="mixup mixes labels, and some of task own are ignored by the loss"):
+        Compare(task="own", methods=("base+mixup",), num_seeds=1, jobs=1, out=tmp_path).run()
