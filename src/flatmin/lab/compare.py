@@ -98,7 +98,9 @@ class Compare:
     def run(self) -> Path:
         """Does what is left to do, prints the table, writes the report; returns the report's path."""
         forget()
-        self.__dict__.pop("_task", None)
+        return replace(self)._begin()  # a fresh one, which has not read its task yet
+
+    def _begin(self) -> Path:
         self.specs()  # unknown names are refused before anything is written, and a task that would mislead
         check_importing()
         check_task(get_task(self.task))

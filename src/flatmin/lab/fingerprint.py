@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +34,11 @@ def fingerprint(task: Task, splits: Splits) -> dict[str, Any]:
         "batch size": task.batch_size,
         "base": describe(base),
     }
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The parts of a task that are not what they were."""
+    return [part for part in now if {"base": FIRST_BASE, **before}.get(part) != now[part]]
 
 
 def describe(base: Optimizer) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flatmin.checks import check_whole
-from flatmin.lab.fingerprint import FIRST_BASE, fingerprint
+from flatmin.lab.fingerprint import changed, fingerprint
 from flatmin.lab.records import cannot_write, make_writable, read_run
 from flatmin.lab.tasks import get_task
 from flatmin.lab.train import RunSpec
@@ -84,9 +84,8 @@ def unfinished(runs: Iterable[tuple[RunSpec, Path]]) -> list[tuple[RunSpec, Path
             task = get_task(spec.task)
             if this not in tasks:
                 tasks[this] = fingerprint(task, task.splits(spec.seed))
-            now, before = tasks[this], {"base": FIRST_BASE, **before}
-            if changed := [part for part in now if before.get(part) != now[part]]:
-                raise ValueError(_other(path, f"of the task {task.name} with another {' and '.join(changed)}"))
+            if parts := changed(before, tasks[this]):
+                raise ValueError(_other(path, f"of the task {task.name} with another {' and '.join(parts)}"))
     return todo
 
 

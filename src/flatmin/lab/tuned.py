@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flatmin.lab.fingerprint import fingerprint
+from flatmin.lab.fingerprint import changed, fingerprint
 from flatmin.lab.tasks import Settings, Task
+from flatmin.lab.tasks.task import by_validation
 
 NAME = "tuning.json"
 FIRST_SEED = 1000  # of tuning, so that no run of a comparison is among its trials
@@ -39,14 +40,10 @@ def read_tuning(path: Path, task: Task) -> Task:
         raise ValueError(f"{file} is not a tuning.json that flatmin tune wrote, or it is damaged.") from error
     if name != task.name:
         raise ValueError(f"{file} is of the task {name}, not {task.name}.")
-    if before := tuning.get("fingerprint"):
-        now = fingerprint(task, task.splits(FIRST_SEED))
-        if changed := [part for part in now if before.get(part) != now[part]]:
-            raise ValueError(f"{file} is of the task {name} with another {' and '.join(changed)}. Tune this one.")
-    how = (
-        f"Chosen by validation loss on {seeds} other seed{'s' if seeds != 1 else ''}, "
-        f"{' or '.join(map(str, sorted(counts)))} settings for each method (flatmin tune); the test set was not used."
-    )
+    before = tuning.get("fingerprint")  # none in those of earlier versions
+    if before and (parts := changed(before, fingerprint(task, task.splits(FIRST_SEED)))):
+        raise ValueError(f"{file} is of the task {name} with another {' and '.join(parts)}. Tune this one.")
+    how = by_validation(seeds, *sorted(counts))
     if edges := [
         f"{method} ({', '.join(at)})" for method, trials in tuning["trials"].items() if (at := at_edge(trials))
     ]:

@@ -18,8 +18,6 @@ from flatmin.lab.folder import check_counts, read_config
 from flatmin.lab.pool import IF_STOPPED
 from flatmin.lab.records import environment, write_json
 from flatmin.lab.summary import COLUMNS
-from flatmin.lab.tasks import get_task
-from flatmin.lab.tasks.check import check_task
 from flatmin.optim.registry import unknown
 
 FORMAT = "flatmin-claims/1"
@@ -54,8 +52,6 @@ class Reproduce:
         check_counts(num_seeds=self.num_seeds, jobs=self.jobs)
         chosen = [_claim(name) for name in self.claims or CLAIMS]
         tasks = dict.fromkeys(task for claim in chosen for task in claim.tasks)
-        for task in tasks:  # all of them before the first is trained
-            check_task(get_task(task))
         for task in tasks:
             methods = needed(task, chosen)
             Compare(task=task, methods=methods, num_seeds=self.num_seeds, out=self.out, jobs=self.jobs).run()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flatmin.extras import need
-from flatmin.lab.tasks.task import Settings, Splits, Task
+from flatmin.lab.tasks.task import Settings, Splits, Task, by_validation
 
 NUM_TRAIN = 200
 NUM_POOL = 1000  # training and validation samples come from here; the other 797 are the test set
@@ -55,6 +55,5 @@ DIGITS = Task(
         "base+tail-average": Settings(lr=0.1, weight_decay=1e-3, parts={"tail-average": 0.75}),
         "nso-split": Settings(lr=0.2, weight_decay=1e-3, radius=0.02),
     },
-    tuning="Chosen by validation loss on 5 other seeds, 16 settings for each method (flatmin tune); "
-    "the test set was not used.",
+    tuning=by_validation(5, 16),
 )

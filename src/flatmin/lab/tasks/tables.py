@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flatmin.extras import need
-from flatmin.lab.tasks.task import Settings, Splits, Task
+from flatmin.lab.tasks.task import Settings, Splits, Task, by_validation
 
 
 def _splits(x: Tensor, y: Tensor, seed: int, *, num_train: int, num_pool: int) -> Splits:
@@ -39,10 +39,6 @@ def _network(num_inputs: int, num_outputs: int) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-TUNING = (
-    "Chosen by validation loss on 5 other seeds, 16 settings for each method (flatmin tune); the test set was not used."
-)
-
 CANCER = Task(
     name="cancer",
     summary="569 breast tumours in 30 measures of their cells, 100 of them for training; a 30-64-64-2 ReLU network",
@@ -60,7 +56,7 @@ CANCER = Task(
         "nso-one-point": Settings(lr=0.003, weight_decay=1e-3, radius=0.08),
         "nso": Settings(lr=0.01, weight_decay=1e-3, radius=0.16),
     },
-    tuning=TUNING,
+    tuning=by_validation(5, 16),
 )
 
 DIABETES = Task(
@@ -80,5 +76,5 @@ DIABETES = Task(
         "nso-one-point": Settings(lr=0.03, weight_decay=0.1, radius=0.0025),
         "nso": Settings(lr=0.03, weight_decay=0.1, radius=0.0025),
     },
-    tuning=TUNING,
+    tuning=by_validation(5, 16),
 )

@@ -128,6 +128,14 @@ class Task:
         return Splits(*splits)
 
 
+def by_validation(num_seeds: int, *num_settings: int) -> str:
+    """How settings were chosen by `flatmin tune`, in a sentence; several numbers of settings where methods differ."""
+    return (
+        f"Chosen by validation loss on {num_seeds} other seed{'s' if num_seeds != 1 else ''}, "
+        f"{' or '.join(map(str, num_settings))} settings for each method (flatmin tune); the test set was not used."
+    )
+
+
 def check_folder(what: str, name: str) -> None:
     """Refuses a name that would lead out of the folder in which it is made."""
     if name in ("", ".", "..") or Path(name).name != name:
