@@ -226,6 +226,13 @@ def test_a_loss_with_a_state_is_left_as_it_was():
     assert given.criterion.seen == 0  # type: ignore[union-attr]
 
 
+def test_runs_do_not_share_the_state_of_a_loss(tmp_path, monkeypatch):
+    given = task(criterion=Averaging(), settings=SETTINGS)
+    monkeypatch.setitem(tasks_module._TASKS, "own", given)
+    Compare(task="own", methods=("base",), num_seeds=1, jobs=1, out=tmp_path).run()
+    assert given.criterion.seen == 0  # type: ignore[union-attr]
+
+
 def test_inputs_that_are_in_two_parts_are_said():
     def leaks(parts):
         parts.test[0][:7] = parts.train[0][:7]

@@ -21,7 +21,7 @@ def _parts() -> tuple[Splits, tuple[Tensor, Tensor]]:
 
 
 def load(seed: int) -> Splits:
-    """200 digits, 500 to validate, 797 to test: the same for every seed, which fixes the start and the batches' order."""
+    """200 digits, 500 to validate, 797 to test: the same for every seed, which fixes start and batches."""
     return _parts()[0]
 
 
