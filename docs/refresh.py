@@ -20,6 +20,8 @@ from benchmarks.step import markdown as cost_table
 from benchmarks.step_peers import markdown as peers_table
 from benchmarks.stopping import RESULTS as STOPPING
 from benchmarks.stopping import rules_table, starts_table
+from benchmarks.subsets import RESULTS as SUBSETS
+from benchmarks.subsets import table as subsets_table
 from docs.flatness import RECORD
 from docs.flatness_pictures import flatness_tables
 from flatmin.lab.claims import CLAIMS
@@ -136,6 +138,7 @@ def main() -> None:
         "measuring": measuring_tables(measuring),
         "stopping": rules_table(stopping),
         "starts": starts_table(stopping),
+        "subsets": subsets_table(json.loads(SUBSETS.read_text())),
     }
     for path in (ROOT / "README.md", *(ROOT / "docs" / name for name in PAGES)):
         text = path.read_text()

@@ -17,6 +17,7 @@ from benchmarks.split_batch import markdown as split_table
 from benchmarks.step import markdown as cost_table
 from benchmarks.step_peers import markdown as peers_table
 from benchmarks.stopping import NOW, rules_table, starts_table
+from benchmarks.subsets import table as subsets_table
 from docs.flatness import RECORD as FLATNESS
 from docs.flatness_pictures import PICTURES, draw, flatness_tables
 from docs.refresh import methods_table, tuned_table
@@ -165,6 +166,9 @@ def test_the_tables_of_stopping_are_the_committed_result():
     assert f"{now['wrong']} wrong answers. In {close} of them" in text
     assert f"In {weak} others" in text
     assert f"({shares['0.1']['wrong']} for {shares['1.0']['wrong']}," in text
+    subsets = json.loads((ROOT / "benchmarks" / "results" / "subsets.json").read_text())
+    assert subsets_table(subsets) in text
+    assert f"by {min(subsets['apart']):.2f} to {max(subsets['apart']):.2f}\nof its size" in text
 
 
 def test_the_page_on_flatness_is_computed_from_its_record():

@@ -13,8 +13,8 @@ from flatmin.lab import Settings
 from flatmin.lab.cli import main
 from flatmin.lab.compare import Compare
 from flatmin.lab.records import read_run
+from flatmin.lab.script import forget
 from flatmin.lab.tasks import get_task
-from flatmin.lab.tasks.own import forget
 from flatmin.lab.tuned import read_tuning
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "compare.md"
@@ -29,7 +29,7 @@ def place(tmp_path, monkeypatch):
     forget()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    for name in ("beside", "flatmin_task_mine"):
+    for name in ("beside", "flatmin_file_mine"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path
 
@@ -139,7 +139,7 @@ def test_a_file_that_failed_leaves_no_module_behind(mine):
     mine.write_text("nothing\n")
     with pytest.raises(ValueError, match="line 1: NameError"):
         get_task("mine.py")
-    assert "flatmin_task_mine" not in sys.modules
+    assert "flatmin_file_mine" not in sys.modules
 
 
 def test_the_report_says_where_the_best_is_at_the_edge_and_trials_may_diverge(mine):
@@ -192,7 +192,7 @@ def test_a_task_may_be_another_one_changed(mine):
         ("import nothing_like_it\n", r"mine\.py, line 1: ModuleNotFoundError: No module named 'nothing_like_it'"),
         ("x = (\n", r"mine\.py: SyntaxError: .* \(mine\.py, line 1\)"),
         ("import sys\n\nsys.exit(3)\n", r"mine\.py, line 3: SystemExit: 3"),
-        ("", r"is to make one task, as in TASK = Task\(name=..., ...\); it makes 0\."),
+        ("", r"is to make one Task, as in TASK = Task\(name=..., ...\); it makes 0\."),
         (
             SHOWN.replace("TASK =", "ONE =") + "TWO = Task(**{**vars(ONE), 'name': 'two'})\n",
             r"it makes 2 \(patients, two\)",
@@ -236,7 +236,7 @@ def test_data_that_is_not_right_is_one_line(mine, capsys, returned, message):
 
 def test_no_such_file(capsys):
     assert main(["compare", "--task", "nowhere/my.py"]) == 2
-    assert "there is no file nowhere/my.py to read a task from" in capsys.readouterr().err
+    assert "there is no file nowhere/my.py to read the Task from" in capsys.readouterr().err
 
 
 def test_winners_become_the_settings(mine):

@@ -99,13 +99,17 @@ def _parsed(arguments: Sequence[str]) -> Any:
     tyro = need("tyro", "lab")
     from flatmin.lab.claims.reproduce import Reproduce
     from flatmin.lab.compare import Compare, Report
+    from flatmin.lab.landscape import Landscape
     from flatmin.lab.launch import Train
+    from flatmin.lab.measuring import Measure
     from flatmin.lab.tune import Tune
 
     commands = (
         Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Train, tyro.conf.subcommand("train")]
         | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Measure, tyro.conf.subcommand("measure")]
+        | Annotated[Landscape, tyro.conf.subcommand("landscape")]
         | Annotated[Tune, tyro.conf.subcommand("tune")]
         | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
         | Annotated[Tasks, tyro.conf.subcommand("tasks")]

@@ -15,10 +15,10 @@ from flatmin.lab.parts import has_settings, settings_of, split_name
 from flatmin.lab.pool import IF_STOPPED, check_importing, run_all
 from flatmin.lab.records import RunRecord, read_run, write_json
 from flatmin.lab.report import write_report
+from flatmin.lab.script import forget
 from flatmin.lab.summary import mixed_versions, summarize
 from flatmin.lab.tasks import Task, get_task
 from flatmin.lab.tasks.check import check_task
-from flatmin.lab.tasks.own import forget
 from flatmin.lab.tasks.task import check_folder
 from flatmin.lab.train import RunSpec, run_name
 from flatmin.lab.tuned import read_tuning

@@ -118,11 +118,7 @@ def print_table(summary: dict[str, Any], console: Console | None = None) -> None
     seeds = f"{summary['num_seeds']} seed{'s' if summary['num_seeds'] != 1 else ''}"
     about = f"mean {signs['interval']} 95% interval over {seeds}"
     console.print(f"{escape(summary['task'])}: {about}", highlight=False)
-    columns = _columns(summary, signs)
-    while columns:
-        count = next((n for n in range(len(columns), 1, -1) if _fits(console, _table(names, columns[:n]))), 1)
-        console.print(_table(names, columns[:count]))
-        columns = columns[count:]
+    print_columns(names, _columns(summary, signs), console)
     if summary["num_seeds"] >= 3 and len(names) > 1:
         console.print(
             f"{signs['better']} better, {signs['worse']} worse than {names[0]}; * better than every other method, too: "
@@ -137,6 +133,14 @@ def print_table(summary: dict[str, Any], console: Console | None = None) -> None
     for name in names:
         for message in summary["methods"][name]["messages"]:
             console.print(f"[red]diverged[/]: {escape(message)}", highlight=False)
+
+
+def print_columns(names: Sequence[str], columns: Sequence[tuple[str, list[Text]]], console: Console) -> None:
+    """A row for each name, in as many tables as the width asks for; a column is its title and its cells."""
+    while columns:
+        count = next((n for n in range(len(columns), 1, -1) if _fits(console, _table(names, columns[:n]))), 1)
+        console.print(_table(names, columns[:count]))
+        columns = columns[count:]
 
 
 def _columns(summary: dict[str, Any], signs: Mapping[str, str]) -> list[tuple[str, list[Text]]]:
@@ -168,6 +172,7 @@ def _table(names: Sequence[str], columns: Sequence[tuple[str, list[Text]]]) -> T
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("", no_wrap=True)
     for title, cells in columns:
+        title = title.replace(" / ", "/ ")  # no line of a slash alone
         width = max(len(part) for part in (*title.split(), *(cell.plain for cell in cells)))
         table.add_column(textwrap.fill(title, width), justify="right", vertical="bottom", no_wrap=True)
     for name, *cells in zip(names, *(cells for _, cells in columns), strict=True):

@@ -9,9 +9,9 @@ from typing import ClassVar
 from flatmin.lab.compare import Compare
 from flatmin.lab.processes import launched
 from flatmin.lab.records import read_run
+from flatmin.lab.script import forget
 from flatmin.lab.tasks import get_task
 from flatmin.lab.tasks.check import check_task
-from flatmin.lab.tasks.own import forget
 from flatmin.lab.train import RunSpec, train
 
 

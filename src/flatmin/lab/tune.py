@@ -22,9 +22,9 @@ from flatmin.lab.folder import check_counts, locked, unfinished
 from flatmin.lab.parts import split_name
 from flatmin.lab.pool import IF_STOPPED, check_importing, run_all
 from flatmin.lab.records import environment, make_writable, read_run, write_json
+from flatmin.lab.script import forget
 from flatmin.lab.tasks import Settings, get_task
 from flatmin.lab.tasks.check import check_task
-from flatmin.lab.tasks.own import forget
 from flatmin.lab.train import RunSpec
 from flatmin.lab.tuned import FIRST_SEED, NAME, at_edge, methods_in
 

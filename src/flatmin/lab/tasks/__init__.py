@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from flatmin.lab.script import made_by
 from flatmin.lab.tasks.bad_start import BAD_START
 from flatmin.lab.tasks.beyond import beyond
 from flatmin.lab.tasks.digits import DIGITS
-from flatmin.lab.tasks.own import read_task
 from flatmin.lab.tasks.tables import CANCER, DIABETES
 from flatmin.lab.tasks.task import Settings, Splits, Task
 from flatmin.optim.registry import unknown
@@ -34,7 +34,12 @@ def get_task(name: str | Path) -> Task:
         raise ValueError(f"task must be a name, or the path of a Python file with one, got {type(name).__name__}.")
     name = str(name)
     if name.endswith(".py"):
-        return read_task(Path(name), _TASKS.values())
+        task = made_by(Path(name), Task, "Task(name=..., ...)", _TASKS.values())
+        if task.name in _TASKS:
+            raise ValueError(
+                f"the task in {name} has the name of one that flatmin comes with, {task.name!r}: choose another."
+            )
+        return task
     if name not in _TASKS:
         raise ValueError(f"{unknown('task', name, _TASKS)} One of your own is a file: --task {name}.py.")
     return _TASKS[name]

@@ -1,0 +1,131 @@
+"""What `flatmin measure` and `flatmin landscape` look at: a model with given weights, on the data of a task."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from flatmin.curvature import Objective
+from flatmin.lab.fingerprint import changed, fingerprint
+from flatmin.lab.records import read_run
+from flatmin.lab.script import forget, made_by
+from flatmin.lab.tasks import Task, get_task
+from flatmin.lab.weights import load_weights
+
+UNTRAINED = "untrained"
+
+
+@dataclass(kw_only=True)
+class Subject:
+    """Options that say which model, and on which data."""
+
+    weights: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """Files of weights: .safetensors, or a state_dict as torch.save writes it. Those of a run of flatmin, beside its
+    record, need nothing else. Default: the model as it is built."""
+    task: str | None = None
+    """Data, model and loss: a name (see: flatmin tasks), or a Python file that makes one Task. Default: the run's."""
+    objective: Path | None = None
+    """In place of a task: a Python file that makes one flatmin.Objective, for other kinds of data and models."""
+    on: Literal["train", "validation", "test"] = "train"
+    """Which part of the task's data. Flatness is of the training loss, unless you want another."""
+    seed: int | None = None
+    """Of the task's training samples, of the model as it is built, and of the probes. Default: the run's, else 0."""
+
+    @property
+    def name(self) -> str:
+        """How the default folder is called."""
+        if self.objective is not None:
+            return self.objective.stem
+        names = {self._task_of(record).name for record in map(self._record, self.weights or (None,))}
+        if len(names) > 1:
+            raise ValueError(f"the runs are of several tasks, {' and '.join(sorted(names))}: look at one at a time.")
+        return names.pop()
+
+    def begin(self) -> None:
+        """Files are read anew, and options that contradict each other are refused.
+
+        Raises:
+            ValueError: if they do, or say too little.
+        """
+        forget()
+        if self.objective is not None:
+            if self.task is not None or self.on != "train":
+                raise ValueError("--objective has data of its own: leave --task and --on out.")
+        elif not self.weights and self.task is None:
+            raise ValueError(
+                "nothing to look at: name a file of weights, and its --task if it is not a run of flatmin; or a --task "
+                "or an --objective alone, for the model as it is built."
+            )
+        if len(set(self.weights)) < len(self.weights):
+            raise ValueError("a file of weights is named twice.")
+
+    def labels(self) -> list[str]:
+        """A short name for each file of weights, no two alike."""
+        return short_names(self.weights) or [UNTRAINED if self.objective is None else self.name]
+
+    def objectives(self) -> Iterator[tuple[str, Objective, int]]:
+        """Label, objective and seed of each. Ask for the next one when done: an `--objective` is one object for all."""
+        files: tuple[Path | None, ...] = self.weights or (None,)
+        for label, path in zip(self.labels(), files, strict=True):
+            yield label, *self._of_file(path)
+
+    def _of_file(self, path: Path | None) -> tuple[Objective, int]:
+        if self.objective is not None:
+            found, seed = made_by(self.objective, Objective, "Objective(model, criterion, data)"), self.seed or 0
+        else:
+            found, seed = self._of_task(self._record(path))
+        if path is not None:
+            load_weights(found.model, path)
+        return found, seed
+
+    def _of_task(self, record: dict[str, Any] | None) -> tuple[Objective, int]:
+        task = self._task_of(record)
+        own = None if record is None else record["spec"]["seed"]
+        seed = self.seed if self.seed is not None else own or 0
+        splits = task.splits(seed)
+        before = record.get("task") if record is not None and seed == own else None
+        if before and (parts := changed(before, fingerprint(task, splits))):
+            raise ValueError(f"the run was made of {task.name} with another {' and '.join(parts)} than it has now.")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = task.build_model()
+        return Objective(model, copy.deepcopy(task.criterion), [getattr(splits, self.on)]), seed
+
+    def _task_of(self, record: dict[str, Any] | None) -> Task:
+        """The task that is named, or that of the run."""
+        theirs = None if record is None else record["spec"]["task"]
+        if self.task is not None:
+            task = get_task(self.task)
+            if theirs not in (None, task.name):
+                raise ValueError(f"the run is of the task {theirs}, not {task.name}.")
+            return task
+        if theirs is None:
+            raise ValueError("there is no record of a run beside the weights: name their --task, or --objective.")
+        try:
+            return get_task(theirs)
+        except ValueError as error:
+            raise ValueError(f"the run is of a task of your own, {theirs}: give its file, --task FILE.py.") from error
+
+    @staticmethod
+    def _record(path: Path | None) -> dict[str, Any] | None:
+        """The header of the run whose weights these are, if its record is beside them."""
+        if path is None or path.suffix != ".safetensors":
+            return None
+        beside = path.with_suffix(".jsonl")
+        return read_run(beside).header if beside.exists() else None
+
+
+def short_names(paths: tuple[Path, ...]) -> list[str]:
+    """The ends of the paths, as long as it takes to tell them apart; each is the name of a file, without an ending."""
+    stems = [path.absolute().with_suffix("") for path in paths]
+    if len(set(stems)) < len(stems):  # endings tell them apart
+        stems = [path.absolute().with_name(path.name.replace(".", "-")) for path in paths]
+    lengths = range(1, max((len(stem.parts) for stem in stems), default=0) + 1)
+    tried = (["-".join(stem.parts[-length:]) for stem in stems] for length in lengths)
+    return next((names for names in tried if len(set(names)) == len(names)), [])
