@@ -203,7 +203,9 @@ def test_docstring_examples():
 
 def test_nothing_unpickles_or_evaluates():
     for path in FILES:
-        calls = re.findall(r"\b(eval|exec|torch\.load|pickle\.\w+|os\.system)\((?!.*weights_only=True)", path.read_text())
+        calls = re.findall(
+            r"\b(eval|exec|torch\.load|pickle\.\w+|os\.system)\((?!.*weights_only=True)", path.read_text()
+        )
         calls = [c for c in calls if c != "eval" or "model.eval()" not in path.read_text()]
         assert not calls, f"{path}: {calls}"
         assert "shell=True" not in path.read_text()

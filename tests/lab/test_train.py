@@ -152,7 +152,7 @@ def test_the_seed_decides_the_first_weights_and_the_order_of_the_batches(tmp_pat
     a, b = (load_file(tmp_path / f"base-seed{seed}.safetensors") for seed in (0, 1))
     assert not torch.equal(a["0.weight"], b["0.weight"])
     data = (torch.arange(100.0), torch.arange(100))
-    order = [next(train_module._batches(data, 10, seed))[1] for seed in (0, 0, 1)]
+    order = [next(train_module.shuffled(data, 10, seed))[1] for seed in (0, 0, 1)]
     assert torch.equal(order[0], order[1])
     assert not torch.equal(order[0], order[2])
 

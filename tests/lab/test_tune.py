@@ -33,6 +33,11 @@ def tune(tmp_path, **options):
         ({"lr": (0.1, -0.1)}, "lr must be positive, got -0.1"),
         ({"weight_decay": (float("nan"),)}, "weight_decay must be a finite number, got nan"),
         ({"rho": (0.1, 0.1), "weight_decay": (0.0, 0.1)}, "the grid of sam has a setting twice: .*radius0.1"),
+        ({"radii": ("sam=0.1,0.2",)}, r"base 1 \(--lr x --weight-decay\), sam 2 \(--lr x --radii\)"),
+        ({"radii": ("sam=0.1,x",)}, "--radii is to be like sam=0.05,0.1,0.2,0.4, got 'sam=0.1,x'"),
+        ({"radii": ("sam",)}, "--radii is to be like"),
+        ({"radii": ("asam=0.1",)}, "--radii names asam, which is none of the --methods"),
+        ({"radii": ("base=0.1",)}, "--radii names base, which is none of the --methods that have a radius"),
         ({"num_seeds": 0}, "--num-seeds must be at least 1, got 0"),
         ({"jobs": 0}, "--jobs must be at least 1, got 0"),
         ({"num_gradients": 1}, "a budget of 1 gradients does not pay for one step of sam, which costs 2"),
@@ -52,6 +57,18 @@ def test_finished_runs_are_used_again_and_never_overwritten(tmp_path, monkeypatc
     monkeypatch.setattr(pool, "train", lambda *_: pytest.fail("trained again"))
     tune(tmp_path).run()
     assert json.loads((tmp_path / "tuning" / "tuning.json").read_text()) == before
+
+
+def test_methods_may_have_radii_of_their_own(tmp_path, capsys):
+    own = {"methods": ("base", "sam", "asam"), "weight_decay": (0.0, 0.01), "rho": (0.05, 0.1), "num_gradients": 4}
+    tune(tmp_path, **own, radii=("asam=0.5,2",)).run()
+    trials = json.loads((tmp_path / "tuning" / "tuning.json").read_text())["trials"]
+    assert {name: [trial["radius"] for trial in trials[name]] for name in trials} == {
+        "base": [None, None],
+        "sam": [0.05, 0.1],
+        "asam": [0.5, 2.0],
+    }
+    assert "est --radii asam that was tried" in capsys.readouterr().out
 
 
 def test_a_grid_is_extended_without_doing_its_runs_again(tmp_path, monkeypatch):

@@ -102,6 +102,7 @@ def _parsed(arguments: Sequence[str]) -> Any:
     from flatmin.lab.landscape import Landscape
     from flatmin.lab.launch import Train
     from flatmin.lab.measuring import Measure
+    from flatmin.lab.suggest import Suggest
     from flatmin.lab.tune import Tune
 
     commands = (
@@ -110,6 +111,7 @@ def _parsed(arguments: Sequence[str]) -> Any:
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Measure, tyro.conf.subcommand("measure")]
         | Annotated[Landscape, tyro.conf.subcommand("landscape")]
+        | Annotated[Suggest, tyro.conf.subcommand("suggest")]
         | Annotated[Tune, tyro.conf.subcommand("tune")]
         | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
         | Annotated[Tasks, tyro.conf.subcommand("tasks")]

@@ -134,7 +134,8 @@ class Training:
             inputs, targets = take(*batch)
             if "mixup" in self._parts and self._num_classes is not None:
                 inputs, targets = mixup(inputs, targets, self._num_classes, self._parts["mixup"])
-            loss = mean(criterion(model(inputs), targets))
+            losses = criterion(model(inputs), targets)
+            loss = mean(losses.flatten(1).mean(1) if losses.dim() > 1 else losses)
             return loss if self._penalty is None else loss + self._penalty()
 
         return evaluate

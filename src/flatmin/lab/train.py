@@ -8,6 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,9 +91,7 @@ def train(spec: RunSpec, folder: Path, report: Progress = lambda *_: None, proce
     and flatness that cannot be measured end the run with status "diverged" and a message. On several processes all
     compute, and the first one writes. Whatever the precision of training, scores and flatness are of full precision.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         task = get_task(spec.task)
         splits = task.splits(spec.seed)
         header = {"spec": spec.to_dict(), "task": fingerprint(task, splits), **environment(), **processes.about()}
@@ -100,6 +99,15 @@ def train(spec: RunSpec, folder: Path, report: Progress = lambda *_: None, proce
             header["measured"] = False
         with RunWriter(folder / f"{spec.name}.jsonl", header) if processes.is_first else Unwritten() as writer:
             writer.finish(_train(spec, splits, writer, report, folder / f"{spec.name}.safetensors", processes))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch computes on one thread: the same spec gives the same numbers, and runs stand beside each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
 
@@ -119,7 +127,7 @@ def _train(
     replica, stepper, scheduler = processes.prepare(model, optimizer, scheduler)
     every = max(1, spec.num_steps // NUM_PROGRESS)
     seconds, step = 0.0, 0
-    batches = _batches(splits.train, task.batch_size, spec.seed)
+    batches = shuffled(splits.train, task.batch_size, spec.seed)
     try:
         for step in range(1, spec.num_steps + 1):
             started = time.perf_counter()
@@ -209,7 +217,7 @@ def _step(
         return processes.step(optimizer, lambda: evaluate(model, share) * weight)
 
 
-def _batches(data: tuple[Tensor, Tensor], size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def shuffled(data: tuple[Tensor, Tensor], size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Shuffled epochs without end; the order depends on the seed alone, so all methods see the same."""
     generator = torch.Generator().manual_seed(seed)
     inputs, labels = data

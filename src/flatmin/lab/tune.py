@@ -51,6 +51,8 @@ class Tune:
     """Radii, for methods with a rho."""
     sigma: tuple[float, ...] = (0.01, 0.02, 0.04, 0.08)
     """Radii, for methods with a sigma."""
+    radii: tuple[str, ...] = ()
+    """Radii of single methods, in place of --rho and --sigma: --radii asam=0.25,0.5,1,2 nso=0.01,0.02,0.04,0.08."""
     num_seeds: int = 5
     """Seeds of every trial."""
     num_gradients: int | None = None
@@ -96,10 +98,13 @@ class Tune:
             raise ValueError(
                 f"the first of --methods is the control and has no radius, got {control}: begin with base."
             )
-        grids = {name: ("weight_decay" if r is None else "rho" if r == "rho" else "sigma") for name, r in radii.items()}
-        counts = {name: len(self.lr) * len(getattr(self, grid)) for name, grid in grids.items()}
+        own = self._own_radii()
+        if others := [name for name in own if radii.get(name) is None]:
+            raise ValueError(f"--radii names {others[0]}, which is none of the --methods that have a radius.")
+        grids = {name: "weight-decay" if r is None else "radii" if name in own else r for name, r in radii.items()}
+        counts = {name: len(self._settings(name, decay=0.0)) for name in self.methods}
         if min(counts.values()) < 1 or len(set(counts.values())) > 1:
-            listed = ", ".join(f"{name} {n} (--lr x --{grids[name].replace('_', '-')})" for name, n in counts.items())
+            listed = ", ".join(f"{name} {n} (--lr x --{grids[name]})" for name, n in counts.items())
             raise ValueError(f"every method is to have the same number of trials, and at least one; here: {listed}.")
         for name in self.methods:
             labels = [_label(settings) for settings in self._settings(name, decay=0.0)]
@@ -139,7 +144,8 @@ class Tune:
 
     def _at_the_edge(self, method: str, trials: list[dict[str, Any]]) -> list[str]:
         """What to add to the grid: the best may lie beyond it."""
-        options = {"lr": "lr", "weight_decay": "weight-decay", "radius": split_name(method)[0].radius_name}
+        radius = f"radii {method}" if method in self._own_radii() else split_name(method)[0].radius_name
+        options = {"lr": "lr", "weight_decay": "weight-decay", "radius": radius}
         remarks = []
         for key in at_edge(trials):
             best, tried = self.best[method][key], {trial[key] for trial in trials}
@@ -157,9 +163,20 @@ class Tune:
                 for lr, wd in itertools.product(self.lr, self.weight_decay)
             ]
         decay = 0.0 if rule.replaces_momentum else decay
-        radii = self.rho if radius == "rho" else self.sigma
+        radii = self._own_radii().get(method, self.rho if radius == "rho" else self.sigma)
         grid = itertools.product(self.lr, radii)
         return [Settings(lr=lr, weight_decay=decay, radius=r, parts=parts) for lr, r in grid]
+
+    def _own_radii(self) -> dict[str, tuple[float, ...]]:
+        """What --radii says, by method."""
+        found = {}
+        for given in self.radii:
+            name, _, values = given.partition("=")
+            try:
+                found[name] = tuple(float(value) for value in values.split(","))
+            except ValueError as error:
+                raise ValueError(f"--radii is to be like sam=0.05,0.1,0.2,0.4, got {given!r}.") from error
+        return found
 
     @property
     def _seeds(self) -> range:

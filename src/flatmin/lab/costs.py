@@ -1,0 +1,98 @@
+"""What runs of a task take: seconds of a step of each method, timed in turns, and what follows for whole runs."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from torch.optim import Optimizer
+
+from flatmin.curvature import measure
+from flatmin.lab.parts import split_name
+from flatmin.lab.standing import Standing
+from flatmin.lab.tasks import Splits, Task
+from flatmin.lab.train import one_thread, shuffled
+
+SECONDS, ROUNDS = 0.1, 7  # of steps in each round, and how many rounds
+TRIALS, TUNING_SEEDS = 16, 5  # of `flatmin tune`, by default
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds that a method takes, on one process.
+
+    Attributes:
+        step: one step; the median over rounds.
+        run: the steps of one run, without the evaluations on the way.
+        tuning: all trials.
+        comparison: all runs, with the measuring at the end of each.
+    """
+
+    step: float
+    run: float
+    tuning: float
+    comparison: float
+
+
+def costs(
+    task: Task,
+    splits: Splits,
+    model: nn.Module,
+    build: Mapping[str, Callable[[nn.Module], Optimizer]],
+    *,
+    num_gradients: int,
+    num_seeds: int,
+) -> dict[str, Cost]:
+    """What each method takes, on one thread as `train` runs.
+
+    Args:
+        task: whose loss and batch size.
+        splits: its data.
+        model: trained; steps are taken by copies of it.
+        build: method -> (model -> its optimizer).
+        num_gradients: of a run.
+        num_seeds: of the comparison.
+    """
+    with one_thread():
+        measuring = _seconds_to_measure(task, splits, model)
+        steps = _seconds_of_steps(task, splits, model, build)
+    found = {}
+    for name, seconds in steps.items():
+        run = seconds * split_name(name)[0].num_steps(num_gradients)
+        found[name] = Cost(seconds, run, run * TRIALS * TUNING_SEEDS, (run + measuring) * num_seeds)
+    return found
+
+
+def _seconds_to_measure(task: Task, splits: Splits, model: nn.Module) -> float:
+    begin = time.perf_counter()
+    measure(copy.deepcopy(model), copy.deepcopy(task.criterion), [splits.train], seed=0)
+    return time.perf_counter() - begin
+
+
+def _seconds_of_steps(
+    task: Task, splits: Splits, model: nn.Module, build: Mapping[str, Callable[[nn.Module], Optimizer]]
+) -> dict[str, float]:
+    """The median over rounds, in each of which all methods have their turn."""
+    turns = {name: _steps(task, splits, copy.deepcopy(model), make) for name, make in build.items()}
+    for turn in turns.values():
+        turn()  # the first step allocates
+    rounds: dict[str, list[float]] = {name: [] for name in turns}
+    for _ in range(ROUNDS):
+        for name, turn in turns.items():
+            count, begin, passed = 0, time.perf_counter(), 0.0
+            while passed < SECONDS:
+                turn()
+                count, passed = count + 1, time.perf_counter() - begin
+            rounds[name].append(passed / count)
+    return {name: statistics.median(found) for name, found in rounds.items()}
+
+
+def _steps(task: Task, splits: Splits, model: nn.Module, make: Callable[[nn.Module], Optimizer]) -> Callable[[], None]:
+    """A function that takes one step, after which the weights are as before, so that nothing diverges."""
+    standing = Standing(model, copy.deepcopy(task.criterion), make(model.train()))
+    batches = shuffled(splits.train, task.batch_size, 0)
+    return lambda: standing.step(next(batches))
