@@ -99,6 +99,7 @@ def _parsed(arguments: Sequence[str]) -> Any:
     tyro = need("tyro", "lab")
     from flatmin.lab.claims.reproduce import Reproduce
     from flatmin.lab.compare import Compare, Report
+    from flatmin.lab.datasets import Data
     from flatmin.lab.landscape import Landscape
     from flatmin.lab.launch import Train
     from flatmin.lab.measuring import Measure
@@ -114,6 +115,7 @@ def _parsed(arguments: Sequence[str]) -> Any:
         | Annotated[Suggest, tyro.conf.subcommand("suggest")]
         | Annotated[Tune, tyro.conf.subcommand("tune")]
         | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
+        | Annotated[Data, tyro.conf.subcommand("data")]
         | Annotated[Tasks, tyro.conf.subcommand("tasks")]
         | Annotated[Methods, tyro.conf.subcommand("methods")]
     )

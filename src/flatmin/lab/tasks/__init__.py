@@ -10,12 +10,13 @@ from flatmin.lab.script import made_by
 from flatmin.lab.tasks.bad_start import BAD_START
 from flatmin.lab.tasks.beyond import beyond
 from flatmin.lab.tasks.digits import DIGITS
+from flatmin.lab.tasks.solar import SOLAR
 from flatmin.lab.tasks.tables import CANCER, DIABETES
 from flatmin.lab.tasks.task import Settings, Splits, Task
 from flatmin.optim.registry import unknown
 
 _BEYOND = tuple(beyond(task, factor) for factor in (3, 8) for task in (DIGITS, CANCER, DIABETES))
-_ALL = (DIGITS, CANCER, DIABETES, BAD_START, *_BEYOND)
+_ALL = (DIGITS, CANCER, DIABETES, SOLAR, BAD_START, *_BEYOND)
 _TASKS = {task.name: task for task in _ALL}
 
 
