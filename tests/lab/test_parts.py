@@ -151,3 +151,43 @@ def test_an_average_keeps_the_learning_rate():
         rates[bool(parts)] = optimizer.param_groups[0]["lr"]
     assert rates[True] == 0.5
     assert rates[False] == pytest.approx(0.0, abs=1e-12)
+
+
+class Columns(nn.Module):
+    def forward(self, x):
+        return x @ self.w
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.eye(3))
+
+
+@pytest.mark.parametrize(
+    ("criterion", "targets", "message"),
+    [
+        (nn.MSELoss(), torch.zeros(8, 3), None),
+        (nn.CrossEntropyLoss(), torch.zeros(8, dtype=torch.long), None),
+        (nn.CrossEntropyLoss(weight=torch.tensor([10.0, 1.0, 1.0])), torch.arange(8) % 3, "class weights"),
+        (nn.CrossEntropyLoss(ignore_index=2), torch.arange(8) % 3, "labels that it ignores"),
+        (nn.KLDivLoss(reduction="batchmean"), torch.full((8, 3), 0.5), "plain mean over samples"),
+    ],
+)
+def test_a_method_that_chooses_samples_has_the_loss_of_the_others_or_none(criterion, targets, message):
+    torch.manual_seed(0)
+    model, x = Columns(), torch.randn(8, 3)
+    optimizer = flatmin.ESAM(SGD(model.parameters(), lr=0.1), rho=0.05)
+    evaluate = Training(model, criterion, {}, num_steps=1, epoch=1, num_classes=None).evaluation(optimizer)
+    seen = []
+
+    def closure():
+        optimizer.zero_grad()
+        seen.append(evaluate(model, (x, targets)))
+        seen[-1].backward()
+        return seen[-1]
+
+    if message:
+        with pytest.raises(ValueError, match=message):
+            optimizer.step(closure)
+        return
+    optimizer.step(closure)
+    assert seen[0].item() == pytest.approx(criterion(x, targets).item())

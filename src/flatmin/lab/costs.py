@@ -9,16 +9,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
-from torch.optim import Optimizer
 
 from flatmin.curvature import measure
 from flatmin.lab.parts import split_name
 from flatmin.lab.standing import Standing
 from flatmin.lab.tasks import Splits, Task
 from flatmin.lab.train import one_thread, shuffled
+from flatmin.lab.tune import Tune
 
 SECONDS, ROUNDS = 0.1, 7  # of steps in each round, and how many rounds
-TRIALS, TUNING_SEEDS = 16, 5  # of `flatmin tune`, by default
+NUM_TRIALS, NUM_TUNING_SEEDS = len(Tune.lr) * len(Tune.weight_decay), Tune.num_seeds  # by default
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def costs(
     task: Task,
     splits: Splits,
     model: nn.Module,
-    build: Mapping[str, Callable[[nn.Module], Optimizer]],
+    build: Mapping[str, Callable[[nn.Module], Standing]],
     *,
     num_gradients: int,
     num_seeds: int,
@@ -53,7 +53,7 @@ def costs(
         task: whose loss and batch size.
         splits: its data.
         model: trained; steps are taken by copies of it.
-        build: method -> (model -> its optimizer).
+        build: method -> (model -> the method at its weights).
         num_gradients: of a run.
         num_seeds: of the comparison.
     """
@@ -63,7 +63,7 @@ def costs(
     found = {}
     for name, seconds in steps.items():
         run = seconds * split_name(name)[0].num_steps(num_gradients)
-        found[name] = Cost(seconds, run, run * TRIALS * TUNING_SEEDS, (run + measuring) * num_seeds)
+        found[name] = Cost(seconds, run, run * NUM_TRIALS * NUM_TUNING_SEEDS, (run + measuring) * num_seeds)
     return found
 
 
@@ -74,7 +74,7 @@ def _seconds_to_measure(task: Task, splits: Splits, model: nn.Module) -> float:
 
 
 def _seconds_of_steps(
-    task: Task, splits: Splits, model: nn.Module, build: Mapping[str, Callable[[nn.Module], Optimizer]]
+    task: Task, splits: Splits, model: nn.Module, build: Mapping[str, Callable[[nn.Module], Standing]]
 ) -> dict[str, float]:
     """The median over rounds, in each of which all methods have their turn."""
     turns = {name: _steps(task, splits, copy.deepcopy(model), make) for name, make in build.items()}
@@ -91,8 +91,7 @@ def _seconds_of_steps(
     return {name: statistics.median(found) for name, found in rounds.items()}
 
 
-def _steps(task: Task, splits: Splits, model: nn.Module, make: Callable[[nn.Module], Optimizer]) -> Callable[[], None]:
+def _steps(task: Task, splits: Splits, model: nn.Module, make: Callable[[nn.Module], Standing]) -> Callable[[], None]:
     """A function that takes one step, after which the weights are as before, so that nothing diverges."""
-    standing = Standing(model, copy.deepcopy(task.criterion), make(model.train()))
-    batches = shuffled(splits.train, task.batch_size, 0)
+    standing, batches = make(model.train()), shuffled(splits.train, task.batch_size, 0)
     return lambda: standing.step(next(batches))

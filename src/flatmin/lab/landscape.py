@@ -30,10 +30,10 @@ class Landscape(Subject):
     largest eigenvalues, of length 1.
     """
 
-    along: Literal["random", "eigenvectors"] = "random"
-    """Directions from a single file of weights."""
-    num_dims: Literal[1, 2] = 2
-    """Around a single file: a line or a plane."""
+    along: Literal["random", "eigenvectors"] | None = None
+    """Directions from a single file of weights. Default: random."""
+    num_dims: Literal[1, 2] | None = None
+    """Around a single file: a line or a plane. Default: 2."""
     span: tuple[float, float] | None = None
     """From where to where, in units of the directions. Default: -1 1 around weights, -0.5 1.5 between them."""
     num_points: int | None = None
@@ -48,16 +48,20 @@ class Landscape(Subject):
         Raises:
             ValueError: for weights, a task or an objective that is not right, or a loss that is not finite on the way.
         """
-        self.begin()
         if len(self.weights) > 3:
             raise ValueError(f"a picture has room for three files of weights, got {len(self.weights)}.")
+        self.begin()
+        if len(self.weights) > 1 and (self.along, self.num_dims) != (None, None):
+            raise ValueError(
+                "--along and --num-dims are for one file of weights; with several, the files are the directions."
+            )
         folder = Path("runs") / f"landscape-{self.name}" if self.out is None else self.out
         make_writable(folder)
         labels, (_, objective, seed) = self.labels(), next(self.objectives())
         with Console(stderr=True).status("the loss at each point"):
             directions, names = self._directions(objective, labels, seed)
             found = self._slice(objective, directions, names)
-        about = {"weights": labels, "on": self.on, "seed": seed}
+        about = {**self.about(), "seed": seed}
         write_json(folder / "landscape.json", {"format": FORMAT, **environment(), **about, **found.to_dict()})
         draw(found, labels, folder / "landscape.png")
         if len(labels) > 1 and self.objective is None:
@@ -74,11 +78,12 @@ class Landscape(Subject):
         if len(labels) > 1:
             states = [weights_for(objective.model, path) for path in self.weights[1:]]
             return [direction_to(objective, state) for state in states], [f"to {label}" for label in labels[1:]]
-        if self.along == "random":
+        num_dims = self.num_dims or 2
+        if self.along != "eigenvectors":
             names = ["random direction, scaled to the filters", "another random direction"]
-            seeds = range(seed, seed + self.num_dims)
-            return [random_direction(objective, seed=s) for s in seeds], names[: self.num_dims]
-        top = top_eigenvalues(objective, self.num_dims, vectors=True, seed=seed)
+            seeds = range(seed, seed + num_dims)
+            return [random_direction(objective, seed=s) for s in seeds], names[:num_dims]
+        top = top_eigenvalues(objective, num_dims, vectors=True, seed=seed)
         return list(top.vectors), [f"eigenvector of {value:.3g}" for value in top.values]
 
 

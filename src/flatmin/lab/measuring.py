@@ -55,13 +55,15 @@ class Measure(Subject):
         folder = Path("runs") / f"measure-{self.name}" if self.out is None else self.out
         make_writable(folder)
         reports: dict[str, FlatnessReport] = {}
+        seeds: dict[str, int] = {}
         status = Console(stderr=True).status("")
         with status:
             for i, (label, objective, seed) in enumerate(self.objectives(), 1):
                 status.update(Text(f"measuring {label} ({i} of {len(self.labels())})"))
+                seeds[label] = seed
                 reports[label] = self._measure(objective, seed, folder / f"{label}.kept.json")
                 draw(reports[label], label, folder / f"{label}.png")
-        content = {"format": FORMAT, **environment(), "on": self.on, "reports": _plain(reports)}
+        content = {"format": FORMAT, **environment(), **self.about(), "seeds": seeds, "reports": _plain(reports)}
         write_json(folder / "measure.json", content)
         if self.json:
             print(json.dumps(content["reports"], indent=2))
@@ -110,10 +112,21 @@ def columns(reports: Mapping[str, FlatnessReport]) -> list[tuple[str, list[Text]
 
 def _numbers(report: FlatnessReport) -> list[tuple[str, str]]:
     """What a table has of a report, without the layers."""
-    loss = report.loss.value
-    over = [("trace / loss", f"{report.trace.value / loss:.4g}")] if loss > 0 else []
-    rows = [(name, value) for name, value, _ in report.rows() if not name.startswith(" ") or "lambda" in name]
-    return [*rows[:2], *over, *((name.strip(), value) for name, value in rows[2:])]
+    loss, trace = report.loss.value, report.trace
+    largest = [(f"lambda_{i}", str(part)) for i, part in enumerate(report.top_eigenvalue.estimates, 1)]
+    rises = [
+        ("noise rise", report.noise_stability),
+        ("worst rise", report.ascent_sharpness),
+        ("negative", report.density and report.density.negative_mass),
+    ]
+    return [
+        ("loss", str(report.loss)),
+        ("trace", str(trace)),
+        *([("trace / loss", f"{trace.value / loss:.4g}")] if loss > 0 else []),
+        ("trace / d", f"{trace.value / trace.num_params:.4g}"),
+        *largest,
+        *((name, str(part)) for name, part in rises if part is not None),
+    ]
 
 
 def draw(report: FlatnessReport, label: str, path: Path) -> None:

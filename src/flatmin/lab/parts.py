@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
@@ -123,8 +124,9 @@ class Training:
 
     def evaluation(self, optimizer: Any) -> Evaluation:
         """(model, batch) -> the loss of the present probe of `optimizer`."""
-        criterion = self._criterion
-        if getattr(optimizer, "needs_losses", False):
+        plain, criterion = self._criterion, self._criterion
+        needs_losses = getattr(optimizer, "needs_losses", False)
+        if needs_losses:
             criterion = copy.copy(criterion)
             criterion.reduction = "none"  # type: ignore[assignment]
         take = getattr(optimizer, "take", lambda *batch: batch)
@@ -134,8 +136,12 @@ class Training:
             inputs, targets = take(*batch)
             if "mixup" in self._parts and self._num_classes is not None:
                 inputs, targets = mixup(inputs, targets, self._num_classes, self._parts["mixup"])
-            losses = criterion(model(inputs), targets)
-            loss = mean(losses.flatten(1).mean(1) if losses.dim() > 1 else losses)
+            outputs = model(inputs)
+            loss = criterion(outputs, targets)
+            if needs_losses:
+                loss = loss.flatten(1).mean(1) if loss.dim() > 1 else loss
+                _check_plain(loss.detach().mean(), plain(outputs.detach(), targets))
+            loss = mean(loss)
             return loss if self._penalty is None else loss + self._penalty()
 
         return evaluate
@@ -161,6 +167,16 @@ class Training:
     def worn(self) -> AbstractContextManager[Any]:
         """Inside, the model has the weights that the run is judged by: the average, if there is one."""
         return nullcontext() if self._averager is None else self._averager.applied()
+
+
+def _check_plain(mean: Tensor, loss: Tensor) -> None:
+    """Refuses a loss that is no plain mean over samples, where a method chooses among the losses of samples."""
+    if loss.isfinite() and not torch.allclose(mean, loss, rtol=1e-3):
+        raise ValueError(
+            f"the mean of the losses of samples is {float(mean):.4g}, and the loss {float(loss):.4g}: it has class "
+            "weights or labels that it ignores. A method that chooses samples by their losses (esam) needs a plain "
+            "mean over samples: leave it out of --methods."
+        )
 
 
 def _averager(model: nn.Module, parts: Mapping[str, float], num_steps: int, epoch: int) -> Averager | None:

@@ -17,15 +17,15 @@ class Standing:
 
     Args:
         model: in training or evaluation mode, as it is.
-        criterion: the loss, a mean over the batch.
+        training: the loss, and what is done around a step.
         optimizer: the method around a base; its learning rates become 0.
     """
 
-    def __init__(self, model: nn.Module, criterion: nn.Module, optimizer: Optimizer):
-        self._model, self._optimizer = model, optimizer
+    def __init__(self, model: nn.Module, training: Training, optimizer: Optimizer):
+        self._model, self._training, self._optimizer = model, training, optimizer
         for group in optimizer.param_groups:
             group["lr"] = 0.0
-        self._evaluate = Training(model, criterion, {}, num_steps=1, epoch=1, num_classes=None).evaluation(optimizer)
+        self._evaluate = training.evaluation(optimizer)
 
     def step(self, batch: tuple[Tensor, Tensor], look: Callable[[], Any] = lambda: None) -> None:
         """One step; `look` is called at each probe, with the weights displaced."""
@@ -35,3 +35,4 @@ class Standing:
             return self._evaluate(self._model, batch)
 
         ALONE.step(self._optimizer, loss)
+        self._training.after_step()

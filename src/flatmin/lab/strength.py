@@ -17,14 +17,14 @@ from functools import cache
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from flatmin.lab.standing import Standing
+from flatmin.quiet import undisturbed
 from flatmin.vectors import Vector
 
 Batch = tuple[Tensor, Tensor]
 FACTOR, MOST = 4.0, 16  # of the ladder on which a radius is looked for, and its steps
-CLOSE, REFINEMENTS = 0.1, 6  # in the logarithm of what is looked for
+CLOSE, REFINEMENTS = 0.1, 10  # to the target, relatively, and how often an interval is made smaller
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Strength:
 
 
 class Strengths:
-    """Of one method at the weights that the model has.
+    """Of one method at the weights that the model has, in training mode: dropout masks are the same at w and at w + d.
 
     Args:
-        model: in evaluation mode while it is looked at.
+        model: whose weights, buffers, mode and random state stay.
         criterion: the loss, a mean over the batch.
         batches: mini-batches; the means are over them.
-        build: radius -> the method's optimizer, made anew for each radius, so that all see the same noise.
+        build: (radius, model) -> the method there, made anew for each radius, so that all see the same noise.
         mirrored: whether d is noise, for which -d is as likely.
     """
 
@@ -59,7 +59,7 @@ class Strengths:
         model: nn.Module,
         criterion: nn.Module,
         batches: Sequence[Batch],
-        build: Callable[[float], Optimizer],
+        build: Callable[[float, nn.Module], Standing],
         *,
         mirrored: bool,
     ):
@@ -70,14 +70,13 @@ class Strengths:
         self.at = cache(self._at)
 
     def _at(self, radius: float) -> Strength:
-        was_training = self._model.training
-        self._model.eval()
-        try:
-            standing = Standing(self._model, self._criterion, self._build(radius))
-            found = [probe for batch in self._batches for probe in self._probes(standing, batch)]
-        finally:
-            self._move(None)
-            self._model.train(was_training)
+        with undisturbed(self._model, eval_mode=False):
+            self._model.train()
+            try:
+                standing = self._build(radius, self._model)
+                found = [probe for batch in self._batches for probe in self._probes(standing, batch)]
+            finally:
+                self._move(None)
         if not found:
             return Strength(radius, 0.0, 0.0)
         moved, rises, losses = (np.array(column) for column in zip(*found, strict=True))
@@ -111,6 +110,7 @@ class Strengths:
     @torch.no_grad()
     def _loss(self, batch: Batch) -> float:
         inputs, targets = batch
+        torch.manual_seed(0)  # the same masks at w and at w + d
         return float(self._criterion(self._model(inputs), targets))
 
     def _here(self) -> Vector:
@@ -123,7 +123,7 @@ class Strengths:
             p.copy_(value)
 
 
-def radius_for(target: float, value: Callable[[float], float], start: float) -> float | None:
+def radius_for(target: float, value: Callable[[float], float], start: float = 0.01) -> float | None:
     """A radius at which `value`, which grows with it, is within a tenth of the target; `None` if none is found.
 
     By a ladder of radii from `start`, and interpolation of the logarithms between two of its rungs.
@@ -138,12 +138,15 @@ def radius_for(target: float, value: Callable[[float], float], start: float) -> 
         if low < start / FACTOR**MOST:
             return None
     for _ in range(REFINEMENTS):
-        below, above = value(low), value(high)
-        share = 0.5
-        if 0 < below < above < math.inf:
-            share = min(max(math.log(target / below) / math.log(above / below), 0.1), 0.9)
-        middle = low * (high / low) ** share
-        if abs(math.log(max(value(middle), 1e-300) / target)) < CLOSE:
+        middle = low * (high / low) ** _share(value(low), target, value(high))
+        if abs(value(middle) - target) < CLOSE * target:
             return middle
         low, high = (middle, high) if value(middle) < target else (low, middle)
-    return math.sqrt(low * high)
+    return None
+
+
+def _share(below: float, target: float, above: float) -> float:
+    """How far between the two the target is, on a logarithmic scale."""
+    if not 0 < below < above < math.inf:
+        return 0.5
+    return min(max(math.log(target / below) / math.log(above / below), 0.1), 0.9)

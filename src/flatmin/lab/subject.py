@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 
 from flatmin.curvature import Objective
@@ -35,25 +34,25 @@ class Subject:
     on: Literal["train", "validation", "test"] = "train"
     """Which part of the task's data. Flatness is of the training loss, unless you want another."""
     seed: int | None = None
-    """Of the task's training samples, of the model as it is built, and of the probes. Default: the run's, else 0."""
+    """Of the task's training samples, the probes, and the model as it is built. Default: the run's, else 0."""
 
     @property
     def name(self) -> str:
         """How the default folder is called."""
-        if self.objective is not None:
-            return self.objective.stem
-        names = {self._task_of(record).name for record in map(self._record, self.weights or (None,))}
-        if len(names) > 1:
-            raise ValueError(f"the runs are of several tasks, {' and '.join(sorted(names))}: look at one at a time.")
-        return names.pop()
+        return self.objective.stem if self.objective is not None else self._tasks().pop()
 
     def begin(self) -> None:
-        """Files are read anew, and options that contradict each other are refused.
+        """Files are read anew, and what contradicts itself or is not there is refused before anything is measured.
 
         Raises:
-            ValueError: if they do, or say too little.
+            ValueError: if options contradict each other or say too little, or files are not there or of several tasks.
         """
         forget()
+        for path in self.weights:
+            if not path.is_file():
+                raise ValueError(f"there is no file {path}.")
+        if len({path.resolve() for path in self.weights}) < len(self.weights):
+            raise ValueError("a file of weights is named twice.")
         if self.objective is not None:
             if self.task is not None or self.on != "train":
                 raise ValueError("--objective has data of its own: leave --task and --on out.")
@@ -62,18 +61,26 @@ class Subject:
                 "nothing to look at: name a file of weights, and its --task if it is not a run of flatmin; or a --task "
                 "or an --objective alone, for the model as it is built."
             )
-        if len(set(self.weights)) < len(self.weights):
-            raise ValueError("a file of weights is named twice.")
+        elif len(tasks := self._tasks()) > 1:
+            raise ValueError(f"the runs are of several tasks, {' and '.join(sorted(tasks))}: look at one at a time.")
 
     def labels(self) -> list[str]:
         """A short name for each file of weights, no two alike."""
-        return short_names(self.weights) or [UNTRAINED if self.objective is None else self.name]
+        if self.weights:
+            return short_names(self.weights)
+        return [UNTRAINED if self.objective is None else self.name]
 
     def objectives(self) -> Iterator[tuple[str, Objective, int]]:
         """Label, objective and seed of each. Ask for the next one when done: an `--objective` is one object for all."""
         files: tuple[Path | None, ...] = self.weights or (None,)
         for label, path in zip(self.labels(), files, strict=True):
             yield label, *self._of_file(path)
+
+    def about(self) -> dict[str, Any]:
+        """What is looked at, as plain data."""
+        if self.objective is not None:
+            return {"weights": [str(path) for path in self.weights], "objective": str(self.objective)}
+        return {"weights": [str(path) for path in self.weights], "task": self.name, "on": self.on}
 
     def _of_file(self, path: Path | None) -> tuple[Objective, int]:
         if self.objective is not None:
@@ -86,16 +93,19 @@ class Subject:
 
     def _of_task(self, record: dict[str, Any] | None) -> tuple[Objective, int]:
         task = self._task_of(record)
-        own = None if record is None else record["spec"]["seed"]
+        own = None if record is None else int(record["spec"]["seed"])
         seed = self.seed if self.seed is not None else own or 0
         splits = task.splits(seed)
-        before = record.get("task") if record is not None and seed == own else None
-        if before and (parts := changed(before, fingerprint(task, splits))):
+        before = {} if record is None else record.get("task") or {}
+        parts = changed(before, fingerprint(task, splits)) if before else []
+        if parts := [part for part in parts if part != "data" or seed == own]:
             raise ValueError(f"the run was made of {task.name} with another {' and '.join(parts)} than it has now.")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = task.build_model()
+        model = task.model(seed if own is None else own)  # a file of weights need not hold all that a seed decides
         return Objective(model, copy.deepcopy(task.criterion), [getattr(splits, self.on)]), seed
+
+    def _tasks(self) -> set[str]:
+        """The names of the tasks, one if all is well."""
+        return {self._task_of(self._record(path)).name for path in self.weights or (None,)}
 
     def _task_of(self, record: dict[str, Any] | None) -> Task:
         """The task that is named, or that of the run."""
@@ -126,6 +136,8 @@ def short_names(paths: tuple[Path, ...]) -> list[str]:
     stems = [path.absolute().with_suffix("") for path in paths]
     if len(set(stems)) < len(stems):  # endings tell them apart
         stems = [path.absolute().with_name(path.name.replace(".", "-")) for path in paths]
-    lengths = range(1, max((len(stem.parts) for stem in stems), default=0) + 1)
-    tried = (["-".join(stem.parts[-length:]) for stem in stems] for length in lengths)
-    return next((names for names in tried if len(set(names)) == len(names)), [])
+    for length in range(1, max(len(stem.parts) for stem in stems)):
+        names = ["-".join(stem.parts[-length:]) for stem in stems]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{number}-{stem.name}" for number, stem in enumerate(stems, 1)]

@@ -5,40 +5,38 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 from rich.console import Console
-from rich.text import Text
 from torch import nn
-from torch.optim import Optimizer
 
-from flatmin.lab.costs import TRIALS, TUNING_SEEDS, Cost, costs
-from flatmin.lab.display import print_columns
+from flatmin.lab.advice import Advice
+from flatmin.lab.costs import Cost, costs
 from flatmin.lab.folder import check_counts, locked
 from flatmin.lab.parts import split_name
 from flatmin.lab.pool import IF_STOPPED, check_importing
 from flatmin.lab.records import environment, make_writable, write_json
 from flatmin.lab.script import forget
+from flatmin.lab.standing import Standing
 from flatmin.lab.strength import Strength, Strengths, radius_for
 from flatmin.lab.tasks import Settings, Splits, Task, get_task
 from flatmin.lab.tasks.check import check_task
-from flatmin.lab.train import RunSpec, build_optimizer, run_name, shuffled
+from flatmin.lab.train import RunSpec, build_optimizer, run_name, shuffled, training_of
+from flatmin.lab.trials import label, train_trials, validation_loss
+from flatmin.lab.tune import Tune
 from flatmin.lab.tuned import FIRST_SEED
-from flatmin.lab.walk import Point, place, rounded, walk
+from flatmin.lab.walk import Walk, rounded, walk
 from flatmin.lab.weights import load_weights
 
 FORMAT = "flatmin-suggest/1"
 # Where to look: |d| / |w| of an ascent, and the rise of the loss in noise over the loss.
 MOVED = (0.005, 0.01, 0.02, 0.04)
 RISES = (0.01, 0.1, 1.0, 10.0)
-# Times the control's learning rate (a perturbed method often takes a larger one) and weight decay.
-AROUND = ((0.5, 1.0, 2.0, 4.0), (0.0, 0.3, 1.0, 3.0))
-NUM_BATCHES, NUM_SEEDS = 8, 2
+NUM_BATCHES, SEEDS = 8, range(FIRST_SEED, FIRST_SEED + 2)
 
 
 @dataclass(kw_only=True)
@@ -58,7 +56,7 @@ class Suggest:
     lr: float = 0.03
     """Learning rate of the control to begin with."""
     weight_decay: float = 1e-3
-    """Its weight decay to begin with; at 0 none is tried."""
+    """Its weight decay to begin with; at 0 it stays there."""
     num_gradients: int | None = None
     """Mini-batch gradients of a run. Default: the task's."""
     num_seeds: int = 10
@@ -73,160 +71,99 @@ class Suggest:
         """Trains, looks, prints, and writes suggest.json.
 
         Raises:
-            ValueError: for an unknown task or method, a control with a radius, or one that diverges at all rates.
+            ValueError: for an unknown task or method, a control with a radius, or one that diverges everywhere.
         """
         forget()
         task = get_task(self.task)
-        self._check()
+        check_counts(num_seeds=self.num_seeds)
+        Settings(lr=self.lr, weight_decay=self.weight_decay)
+        Tune(task=self.task, methods=self.methods, num_gradients=self.num_gradients, jobs=self.jobs).check()
         check_importing()
         check_task(task, FIRST_SEED)
         folder = Path("runs") / f"suggest-{task.name}" if self.out is None else self.out
         make_writable(folder)
         with locked(folder):
-            self._run(task, folder)
-
-    def _check(self) -> None:
-        check_counts(num_seeds=self.num_seeds, jobs=self.jobs, num_gradients=self.num_gradients)
-        if not self.methods or len(set(self.methods)) < len(self.methods):
-            raise ValueError(f"--methods names at least one method, and none twice, got {' '.join(self.methods)!r}.")
-        if split_name(self.methods[0])[0].radius_name is not None:
-            raise ValueError(f"the first of --methods is the control and has no radius, got {self.methods[0]}.")
-        Settings(lr=self.lr, weight_decay=self.weight_decay)
-        for name in self.methods:
-            split_name(name)[0].num_steps(self._budget)
+            advice = self._advice(task, folder)
+        record = {"format": FORMAT, **environment(), "task": task.name, "num_gradients": self._budget}
+        write_json(folder / "suggest.json", {**record, **advice.to_dict()})
+        advice.print(Console(), self.num_seeds)
+        print(f"all numbers: {folder / 'suggest.json'}")
 
     @property
     def _budget(self) -> int:
         return self.num_gradients or get_task(self.task).num_gradients
 
-    def _run(self, task: Task, folder: Path) -> None:
-        seeds = range(FIRST_SEED, FIRST_SEED + NUM_SEEDS)
-        tried = walk((self.lr, self.weight_decay), partial(self._spec, self.methods[0]), seeds, folder, self.jobs)
-        best = min(tried, key=lambda point: tried[point])
-        if not math.isfinite(tried[best]):
-            raise ValueError(
-                f"{self.methods[0]} diverged at all learning rates near {self.lr:g}: begin with another --lr."
-            )
-        splits, model = task.splits(FIRST_SEED), task.build_model()
-        load_weights(model, place(folder, best) / f"{run_name(self.methods[0], FIRST_SEED)}.safetensors")
+    def _advice(self, task: Task, folder: Path) -> Advice:
+        found = self._walk(folder)
+        if not math.isfinite(found.tried[found.best]):
+            raise ValueError(f"{self.methods[0]} diverged at all rates near {self.lr:g}: begin at another --lr.")
+        splits, model = task.splits(FIRST_SEED), task.model(FIRST_SEED)
+        best = self._place(folder, self._settings(self.methods[0], *found.best))
+        load_weights(model, best / f"{run_name(self.methods[0], FIRST_SEED)}.safetensors")
         grids = {name: self._grid(task, splits, model, name) for name in self.methods[1:]}
-        build = {name: partial(self._optimizer, name, _middle(grids.get(name)), splits) for name in self.methods}
-        price = costs(task, splits, model, build, num_gradients=self._budget, num_seeds=self.num_seeds)
-        command = self._command(best, grids)
-        self._print(Console(), best, tried[best], grids, price, command)
-        record = {
-            "format": FORMAT,
-            **environment(),
-            "task": task.name,
-            "num_gradients": self._budget,
-            "control": [{"lr": lr, "weight_decay": wd, "validation_loss": loss} for (lr, wd), loss in tried.items()],
-            "best": {"lr": best[0], "weight_decay": best[1]},
-            "radii": {name: [asdict(strength) for strength in grid] for name, grid in grids.items()},
-            "seconds": {name: asdict(cost) for name, cost in price.items()},
-            "command": command,
-        }
-        write_json(folder / "suggest.json", record)
-        print(f"all numbers: {folder / 'suggest.json'}")
+        return Advice(
+            task=self.task,
+            methods=self.methods,
+            walk=found,
+            num_seeds=len(SEEDS),
+            grids=grids,
+            price=self._price(task, splits, model, grids),
+            num_gradients=self.num_gradients,
+            jobs=self.jobs,
+        )
 
-    def _spec(self, method: str, settings: Settings, seed: int = FIRST_SEED) -> RunSpec:
+    def _walk(self, folder: Path) -> Walk:
+        control = self.methods[0]
+
+        def losses(points: Sequence[tuple[float, float]]) -> list[float]:
+            found = train_trials(
+                [self._settings(control, *point) for point in points],
+                partial(self._spec, control),
+                SEEDS,
+                partial(self._place, folder),
+                jobs=self.jobs,
+                title=f"{folder} {control}: lr, weight decay",
+            )
+            return [validation_loss(results) for results in found]
+
+        return walk(self.lr, self.weight_decay, losses)
+
+    @staticmethod
+    def _place(folder: Path, settings: Settings) -> Path:
+        return folder / label(settings)
+
+    def _settings(self, method: str, lr: float, decay: float = 0.0, radius: float | None = None) -> Settings:
+        return Settings(lr=lr, weight_decay=decay, radius=radius, parts=split_name(method)[1])
+
+    def _spec(self, method: str, settings: Settings, seed: int) -> RunSpec:
         steps = split_name(method)[0].num_steps(self._budget)
         return RunSpec(task=self.task, method=method, seed=seed, num_steps=steps, settings=settings, measured=False)
 
-    def _optimizer(self, method: str, radius: float | None, splits: Splits, model: nn.Module) -> Optimizer:
-        settings = Settings(lr=self.lr, radius=radius, parts=split_name(method)[1])
-        return build_optimizer(self._spec(method, settings), model, len(splits.train[1]))
+    def _standing(self, task: Task, splits: Splits, method: str, radius: float | None, model: nn.Module) -> Standing:
+        """The method at the weights of the model; `None` is its default radius."""
+        spec = self._spec(method, self._settings(method, self.lr, radius=radius), FIRST_SEED)
+        training = training_of(spec, model, copy.deepcopy(task.criterion), splits)
+        return Standing(model, training, build_optimizer(spec, model, len(splits.train[1])))
 
     def _grid(self, task: Task, splits: Splits, model: nn.Module, method: str) -> list[Strength]:
-        """Radii to try; none for a method without a radius, or one of whose radius nothing is seen."""
+        """Radii to try; none for a method without a radius, or where not four of them do what is looked for."""
         rule = split_name(method)[0]
         if rule.radius_name is None:
             return []
         is_noise = rule.radius_name == "sigma"
         batches = list(itertools.islice(shuffled(splits.train, task.batch_size, FIRST_SEED), NUM_BATCHES))
-        strengths = Strengths(
-            model,
-            copy.deepcopy(task.criterion),
-            batches,
-            lambda radius: self._optimizer(method, radius, splits, model),
-            mirrored=is_noise,
-        )
-        default = self._optimizer(method, None, splits, model).param_groups[0][rule.radius_name]
+        build = partial(self._standing, task, splits, method)
+        strengths = Strengths(model, copy.deepcopy(task.criterion), batches, build, mirrored=is_noise)
 
         def value(radius: float) -> float:
             found = strengths.at(radius)
             return found.rise if is_noise else found.moved
 
-        radii = [radius_for(target, value, default) for target in (RISES if is_noise else MOVED)]
-        return [strengths.at(rounded(radius)) for radius in radii if radius is not None]
+        radii = [radius_for(target, value) for target in (RISES if is_noise else MOVED)]
+        found = sorted({rounded(radius) for radius in radii if radius is not None})
+        return [strengths.at(radius) for radius in found] if len(found) == len(radii) else []
 
-    def _command(self, best: Point, grids: Mapping[str, Sequence[Strength]]) -> str:
-        """To tune, around what was found."""
-        rates, decays = (
-            [f"{rounded(x * factor):g}" for factor in factors] for x, factors in zip(best, AROUND, strict=True)
-        )
-        command = ["flatmin", "tune", "--task", self.task, "--methods", *self.methods]
-        command += ["--lr", *rates, "--weight-decay", *decays]
-        own = [f"{name}={','.join(f'{s.radius:g}' for s in grid)}" for name, grid in grids.items() if grid]
-        budget = [] if self.num_gradients is None else ["--num-gradients", str(self.num_gradients)]
-        return shlex.join([*command, *(["--radii", *own] if own else []), *budget])
-
-    def _print(
-        self,
-        console: Console,
-        best: Point,
-        loss: float,
-        grids: Mapping[str, Sequence[Strength]],
-        price: Mapping[str, Cost],
-        command: str,
-    ) -> None:
-        console.print(
-            f"{self.methods[0]}: lr {best[0]:g}, weight decay {best[1]:g} (validation loss {loss:.4g}, {NUM_SEEDS} "
-            "seeds). At the end of that run a radius moves the weights w by d, and the loss of a mini-batch rises:",
-            highlight=False,
-        )
-        rows = [(name, strength) for name, grid in grids.items() for strength in grid]
-        print_columns([name for name, _ in rows], _strengths([strength for _, strength in rows]), console)
-        for name in grids:
-            if not grids[name] and (radius := split_name(name)[0].radius_name):
-                console.print(
-                    f"{name}: no {radius} does so much and no more; tune takes its own --{radius}.", highlight=False
-                )
-        print_columns(list(price), _prices(price), console)
-        tuning, comparison = (
-            _time(sum(getattr(cost, kind) for cost in price.values()) / self.jobs) for kind in ("tuning", "comparison")
-        )
-        console.print(
-            f"On {self.jobs} process{'es' if self.jobs > 1 else ''}: about {tuning} to tune ({TRIALS} settings x "
-            f"{TUNING_SEEDS} seeds each), {comparison} to compare ({self.num_seeds} seeds, measured).\nWhere to look:",
-            highlight=False,
-        )
-        print(command)
-
-
-def _strengths(found: Sequence[Strength]) -> list[tuple[str, list[Text]]]:
-    rises = [f"{s.rise:.2g}" if s.rise < 10 else f"{s.rise:.0f}" for s in found]
-    return [
-        ("radius", [Text(f"{s.radius:g}") for s in found]),
-        ("|d| / |w|", [Text(f"{s.moved:.1%}") for s in found]),
-        ("rise / loss", [Text(rise) for rise in rises]),
-    ]
-
-
-def _prices(price: Mapping[str, Cost]) -> list[tuple[str, list[Text]]]:
-    first = next(iter(price.values()))
-    return [
-        ("ms a step", [Text(f"{1000 * cost.step:.3g}") for cost in price.values()]),
-        ("over the first", [Text(f"{cost.step / first.step:.2f}") for cost in price.values()]),
-        ("a run", [Text(_time(cost.run)) for cost in price.values()]),
-    ]
-
-
-def _middle(grid: Sequence[Strength] | None) -> float | None:
-    return grid[len(grid) // 2].radius if grid else None
-
-
-def _time(seconds: float) -> str:
-    for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.2g} {unit}"
-    return f"{seconds:.2g} s"
+    def _price(self, task: Task, splits: Splits, model: nn.Module, grids: dict[str, list[Strength]]) -> dict[str, Cost]:
+        middle = {name: grid[len(grid) // 2].radius for name, grid in grids.items() if grid}
+        build = {name: partial(self._standing, task, splits, name, middle.get(name)) for name in self.methods}
+        return costs(task, splits, model, build, num_gradients=self._budget, num_seeds=self.num_seeds)

@@ -122,7 +122,7 @@ def _train(
     criterion = copy.deepcopy(task.criterion).to(processes.device)  # it may have a state
     optimizer = build_optimizer(spec, model, len(splits.train[1]))
     gradients_per_step = getattr(optimizer, "gradients_per_step", 1)
-    training = _training(spec, model, criterion, splits)
+    training = training_of(spec, model, criterion, splits)
     evaluate, scheduler = training.evaluation(optimizer), training.schedule(optimizer, spec.num_steps)
     replica, stepper, scheduler = processes.prepare(model, optimizer, scheduler)
     every = max(1, spec.num_steps // NUM_PROGRESS)
@@ -158,7 +158,8 @@ def _train(
     return {**result, "seconds": seconds, "steps": step, "gradients": step * gradients_per_step}
 
 
-def _training(spec: RunSpec, model: nn.Module, criterion: nn.Module, splits: Splits) -> Training:
+def training_of(spec: RunSpec, model: nn.Module, criterion: nn.Module, splits: Splits) -> Training:
+    """What the parts of the spec's method do around its steps."""
     task, labels = get_task(spec.task), torch.cat([labels.flatten() for _, labels in splits])
     classes = None if labels.is_floating_point() else int(labels.max()) + 1
     if "mixup" in spec.settings.parts and classes and not all(counted(labels, criterion)):

@@ -11,21 +11,20 @@ import itertools
 import math
 import shlex
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
-from flatmin.lab.display import Live
 from flatmin.lab.fingerprint import fingerprint
-from flatmin.lab.folder import check_counts, locked, unfinished
+from flatmin.lab.folder import check_counts, locked
 from flatmin.lab.parts import split_name
-from flatmin.lab.pool import IF_STOPPED, check_importing, run_all
-from flatmin.lab.records import environment, make_writable, read_run, write_json
+from flatmin.lab.pool import IF_STOPPED, check_importing
+from flatmin.lab.records import environment, make_writable, write_json
 from flatmin.lab.script import forget
 from flatmin.lab.tasks import Settings, get_task
 from flatmin.lab.tasks.check import check_task
 from flatmin.lab.train import RunSpec
+from flatmin.lab.trials import label, train_trials, validation_loss
 from flatmin.lab.tuned import FIRST_SEED, NAME, at_edge, methods_in
 
 
@@ -72,7 +71,7 @@ class Tune:
                 of range or twice, or another process at work in the folder; nothing is trained then.
         """
         forget()
-        self._check()
+        self.check()
         check_importing()
         check_task(get_task(self.task), FIRST_SEED)
         make_writable(self.folder)
@@ -84,7 +83,8 @@ class Tune:
         """Where the runs are kept."""
         return Path("runs") / f"tuning-{get_task(self.task).name}" if self.out is None else self.out
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Refuses what `run` would, as far as it can be seen without looking at the task's data."""
         get_task(self.task)
         check_counts(num_seeds=self.num_seeds, jobs=self.jobs, num_gradients=self.num_gradients)
         if not self.methods or len(set(self.methods)) < len(self.methods):
@@ -107,7 +107,7 @@ class Tune:
             listed = ", ".join(f"{name} {n} (--lr x --{grids[name]})" for name, n in counts.items())
             raise ValueError(f"every method is to have the same number of trials, and at least one; here: {listed}.")
         for name in self.methods:
-            labels = [_label(settings) for settings in self._settings(name, decay=0.0)]
+            labels = [label(settings) for settings in self._settings(name, decay=0.0)]
             if len(set(labels)) < len(labels):
                 raise ValueError(f"the grid of {name} has a setting twice: {', '.join(labels)}.")
 
@@ -169,9 +169,11 @@ class Tune:
 
     def _own_radii(self) -> dict[str, tuple[float, ...]]:
         """What --radii says, by method."""
-        found = {}
+        found: dict[str, tuple[float, ...]] = {}
         for given in self.radii:
             name, _, values = given.partition("=")
+            if name in found:
+                raise ValueError(f"--radii names {name} twice.")
             try:
                 found[name] = tuple(float(value) for value in values.split(","))
             except ValueError as error:
@@ -189,17 +191,15 @@ class Tune:
 
     def _tune(self, method: str) -> list[dict[str, Any]]:
         candidates = self._settings(method, self.best.get(self.methods[0], {}).get("weight_decay", 0.0))
-        trials = [
-            [(self._spec(method, settings, seed), self.folder / f"{method}-{_label(settings)}") for seed in self._seeds]
-            for settings in candidates
-        ]
-        runs = [run for trial in trials for run in trial]
-        for _, folder in runs:
-            make_writable(folder)
-        todo = unfinished(runs)
-        with Live(len(runs), len(runs) - len(todo), f"{self.folder} {method}") as live:
-            run_all(todo, self.jobs, live)
-        return [_outcome(settings, trial) for settings, trial in zip(candidates, trials, strict=True)]
+        found = train_trials(
+            candidates,
+            partial(self._spec, method),
+            self._seeds,
+            lambda settings: self.folder / f"{method}-{label(settings)}",
+            jobs=self.jobs,
+            title=f"{self.folder} {method}",
+        )
+        return [_outcome(settings, results) for settings, results in zip(candidates, found, strict=True)]
 
 
 def _best(method: str, trials: list[dict[str, Any]]) -> dict[str, Any]:
@@ -209,12 +209,6 @@ def _best(method: str, trials: list[dict[str, Any]]) -> dict[str, Any]:
     return best
 
 
-def _label(settings: Settings) -> str:
-    """The name of a trial's folder: the same settings have the same, on whatever grid."""
-    radius = "" if settings.radius is None else f"-radius{settings.radius:g}"
-    return f"lr{settings.lr:g}-decay{settings.weight_decay:g}{radius}"
-
-
 def _as_settings(method: str, best: dict[str, Any]) -> str:
     """A line for a task's `settings`."""
     parts = {"lr": best["lr"], "weight_decay": best["weight_decay"], "radius": best["radius"], "parts": best["parts"]}
@@ -222,12 +216,8 @@ def _as_settings(method: str, best: dict[str, Any]) -> str:
     return f'    "{method}": Settings({given}),  # validation loss {best["validation_loss"]:.4g}'
 
 
-def _outcome(settings: Settings, trial: list[tuple[RunSpec, Path]]) -> dict[str, Any]:
-    results = [read_run(folder / f"{spec.name}.jsonl").result for spec, folder in trial]
-    outcome = {
-        **dataclasses.asdict(settings),
-        "validation_loss": float(np.mean([r.get("validation_loss", math.inf) for r in results])),
-    }
+def _outcome(settings: Settings, results: list[dict[str, Any]]) -> dict[str, Any]:
+    outcome = {**dataclasses.asdict(settings), "validation_loss": validation_loss(results)}
     accuracies = [r["validation_accuracy"] for r in results if "validation_accuracy" in r]
     if accuracies:  # of targets that are labels; a run that diverged counts as none right
         outcome["validation_accuracy"] = float(sum(accuracies) / len(results))

@@ -3,76 +3,63 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from flatmin.lab.display import Live
-from flatmin.lab.folder import unfinished
-from flatmin.lab.pool import run_all
-from flatmin.lab.records import make_writable, read_run
-from flatmin.lab.tasks import Settings
-from flatmin.lab.train import RunSpec
+FACTORS = (math.sqrt(10.0), 10.0)  # of the learning rate and of the weight decay, from one point to the next
+WORTH = 0.01  # of its loss: the least by which another point must be better for the walk to go there
+MOVES = 8  # at most
 
-Point = tuple[float, float]  # learning rate, weight decay
-LR, DECAY, MOVES = math.sqrt(10.0), 10.0, 12  # from one point of the grid to the next, and how far the walk goes
+Index = tuple[int, int]
+Losses = Callable[[Sequence[tuple[float, float]]], Sequence[float]]
 
 
-def walk(
-    start: Point, spec: Callable[[Settings, int], RunSpec], seeds: range, folder: Path, jobs: int
-) -> dict[Point, float]:
-    """Point -> validation loss, the mean over the seeds; infinite where a run diverged.
+@dataclass(frozen=True)
+class Walk:
+    """Where it led.
 
-    From the start to the best of its four neighbours, and on, until none is better. Both act together (a decay acts
-    times the learning rate), so that one alone, at a guess of the other, would lead astray.
+    Attributes:
+        tried: (learning rate, weight decay) -> validation loss.
+        best: where it ended.
+        ended: whether none of the neighbours is better there; else it had to stop on the way.
+    """
+
+    tried: dict[tuple[float, float], float]
+    best: tuple[float, float]
+    ended: bool
+
+
+def walk(lr: float, decay: float, losses: Losses) -> Walk:
+    """From the start to the best of its four neighbours, and on, until none is better by a hundredth.
+
+    Both are changed, since they act together (a decay acts times the learning rate): one alone, at a guess of the
+    other, would lead astray. At most 26 points.
 
     Args:
-        start: where it begins.
-        spec: (settings, seed) -> the run.
-        seeds: of each point.
-        folder: where the runs are kept, in `place(folder, point)`; finished ones are not done again.
-        jobs: runs at the same time.
+        lr: where it begins.
+        decay: where it begins; at 0 it stays.
+        losses: points -> their validation losses.
     """
-    tried: dict[Point, float] = {}
-    here = start
+
+    def point(index: Index) -> tuple[float, float]:
+        return rounded(lr * FACTORS[0] ** index[0]), rounded(decay * FACTORS[1] ** index[1])
+
+    tried: dict[Index, float] = {}
+    here, ended = (0, 0), False
     for _ in range(MOVES):
-        todo = [point for point in (here, *_neighbours(here)) if point not in tried]
-        tried |= _train(todo, spec, seeds, folder, jobs)
-        best = min(tried, key=lambda point: tried[point])
-        if best == here:
+        i, j = here
+        around = [(i + 1, j), (i - 1, j)] + ([(i, j + 1), (i, j - 1)] if decay else [])
+        todo = [index for index in (here, *around) if index not in tried]
+        tried |= dict(zip(todo, losses([point(index) for index in todo]), strict=True))
+        best = min(around, key=lambda index: tried[index])
+        worth = WORTH * abs(tried[here]) if math.isfinite(tried[here]) else 0.0
+        ended = not tried[best] < tried[here] - worth
+        if ended:
             break
         here = best
-    return tried
-
-
-def place(folder: Path, point: Point) -> Path:
-    """Where the runs of a point are kept."""
-    return folder / f"lr{point[0]:g}-decay{point[1]:g}"
+    return Walk({point(index): loss for index, loss in tried.items()}, point(here), ended)
 
 
 def rounded(value: float) -> float:
     """To two digits."""
     return float(f"{value:.2g}")
-
-
-def _neighbours(point: Point) -> list[Point]:
-    lr, decay = point
-    rates = [(rounded(lr * factor), decay) for factor in (LR, 1 / LR)]
-    return rates + [(lr, rounded(decay * factor)) for factor in (DECAY, 1 / DECAY) if decay]
-
-
-def _train(
-    points: list[Point], spec: Callable[[Settings, int], RunSpec], seeds: range, folder: Path, jobs: int
-) -> dict[Point, float]:
-    runs = {point: [spec(Settings(lr=point[0], weight_decay=point[1]), seed) for seed in seeds] for point in points}
-    listed = [(run, place(folder, point)) for point, of_point in runs.items() for run in of_point]
-    for _, where in listed:
-        make_writable(where)
-    todo = unfinished(listed)
-    with Live(len(listed), len(listed) - len(todo), f"{folder} lr, weight decay") as live:
-        run_all(todo, jobs, live)
-    return {point: _loss(place(folder, point), of_point) for point, of_point in runs.items()}
-
-
-def _loss(where: Path, runs: list[RunSpec]) -> float:
-    results = [read_run(where / f"{run.name}.jsonl").result for run in runs]
-    return sum(result.get("validation_loss", math.inf) for result in results) / len(results)

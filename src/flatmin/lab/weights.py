@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,8 @@ def weights_for(model: nn.Module, path: Path) -> Mapping[str, Tensor]:
     Raises:
         ValueError: for a file that is not there or is none of these, and for weights of another model.
     """
-    state, own = _unwrapped(read_weights(path), model), model.state_dict()
+    own = model.state_dict()
+    state = _with_twins(_unwrapped(read_weights(path), own), model, path)
     lacking, beyond = [n for n in own if n not in state], [n for n in state if n not in own]
     other = [n for n in own if n in state and state[n].shape != own[n].shape]
     faults = [f"it has no {lacking[0]!r}"] if lacking else []
@@ -62,7 +62,7 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
             raise ValueError(f"{path} is damaged, or no file of safetensors: {error}.") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # of a damaged file it raises whatever it comes upon
         raise ValueError(
             f"{path} is not a file of tensors alone: save model.state_dict() with torch.save or safetensors. (A whole "
             "model is code, and is not run.)"
@@ -82,10 +82,25 @@ def _tensors(content: Any, path: Path) -> Mapping[str, Tensor]:
     return inner
 
 
-def _unwrapped(state: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
-    """Without the beginning that all names have and the model's have not."""
-    own = model.state_dict()
-    for start in WRAPPERS:
-        if all(name.startswith(start) for name in state) and not all(name.startswith(start) for name in own):
-            state = {name.removeprefix(start): tensor for name, tensor in state.items()}
+def _unwrapped(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Without beginnings that all names have, as long as they are not the model's names."""
+    while state.keys() != own.keys():
+        start = next((start for start in WRAPPERS if all(name.startswith(start) for name in state)), None)
+        if start is None:
+            break
+        state = {name.removeprefix(start): tensor for name, tensor in state.items()}
     return state
+
+
+def _with_twins(state: Mapping[str, Tensor], model: nn.Module, path: Path) -> Mapping[str, Tensor]:
+    """With all names of a tensor that has several (tied weights), of which a file may have one."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    full = dict(state)
+    for twins in names.values():
+        there = [state[name] for name in twins if name in state]
+        if there and any(not torch.equal(there[0], tensor) for tensor in there[1:]):
+            raise ValueError(f"{path} has different weights for {' and '.join(twins)}, which are one in the model.")
+        full |= dict.fromkeys(twins, there[0]) if there else {}
+    return full

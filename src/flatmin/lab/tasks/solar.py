@@ -1,4 +1,4 @@
-"""Photos of solar cells, sound or defective: the end of a network that ImageNet has trained is fine-tuned on few of them."""
+"""Photos of solar cells, sound or defective: the end of a network that ImageNet has trained is fine-tuned on a few."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _computed() -> dict[str, Tensor]:
 
 
 def _photos() -> tuple[Tensor, Tensor]:
-    """Grey photos (2624, 1, SIZE, SIZE) in -1 .. 1, and whether more than half of the experts' belief is in a defect."""
+    """Grey photos (2624, 1, SIZE, SIZE) in -1 .. 1, and whether they are held to be defective with more than 1/2."""
     pil = need("PIL.Image", "lab")
     with ELPV.open() as archive:
         lines = archive.read("elpv_dataset/data/labels.csv").decode().split("\n")
@@ -79,8 +79,8 @@ def build_model() -> nn.Module:
 
 SOLAR = Task(
     name="solar-cells",
-    summary="2,624 photos of solar cells, sound or defective, 300 of them for training: the end of an EfficientNet-Lite0 "
-    "that was trained on ImageNet is fine-tuned (its last block, last convolution and a new linear layer)",
+    summary="2,624 photos of solar cells, sound or defective, 300 of them for training: the end of an EfficientNet-"
+    "Lite0 that ImageNet has trained is fine-tuned (its last block, last convolution and a new linear layer)",
     source=f"{ELPV.what}; {LITE0.what}; to be fetched with flatmin data",
     licence=f"{ELPV.licence}; weights {LITE0.licence}",
     load=load,

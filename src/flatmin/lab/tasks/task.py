@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
@@ -102,6 +103,12 @@ class Task:
         for method, settings in self.settings.items():
             if not isinstance(settings, Settings):
                 raise ValueError(f"settings[{method!r}] must be Settings(lr=...), got {settings!r}.")
+
+    def model(self, seed: int) -> nn.Module:
+        """The one that a run of this seed begins with; the random state stays as it is."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.build_model()
 
     def splits(self, seed: int) -> Splits:
         """What `load` gives, looked at.
