@@ -27,6 +27,7 @@ from docs.flatness_pictures import flatness_tables
 from flatmin.lab.claims import CLAIMS
 from flatmin.lab.claims.reproduce import TITLES
 from flatmin.lab.display import differences_table, format_difference, markdown_table
+from flatmin.lab.tuned import at_edge
 from tests.contracts.combinations import table as combinations_table
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +37,7 @@ PAGES = (
     "results.md",
     "claims.md",
     "methods.md",
+    "how-to/compare.md",
     "decisions/0013-stopping.md",
     *(f"concepts/{name}.md" for name in ("step", "scale", "flatness", "measuring")),
 )
@@ -75,6 +77,24 @@ def tuned_table(now: dict[str, Any], earlier: dict[str, Any]) -> str:
         same = [t for t in now["trials"][method] if all(t[key] == before[key] for key in KEYS)]
         losses = f"{best['validation_loss']:.4f}", f"{same[0]['validation_loss']:.4f}"
         rows.append(f"| {method} | {_setting(best)} | {losses[0]} | {_setting(before)} | {losses[1]} |")
+    return "\n".join(rows)
+
+
+def suggested_table() -> str:
+    """The best settings on grids that were chosen by hand, and on those of `flatmin suggest`."""
+    rows = ["| task | method | by hand: lr, radius | validation loss | suggested: lr, radius | validation loss |"]
+    rows.append("|---|---|---|---:|---|---:|")
+    for task, by_hand in (("digits", "digits"), ("cancer", "claims/cancer"), ("diabetes", "claims/diabetes")):
+        hand, ours = (
+            json.loads((RECORDS / place / "tuning.json").read_text()) for place in (by_hand, f"suggest/{task}")
+        )
+        for method in ours["best"]:
+            cells = [
+                f"{_setting(tuning['best'][method])}{'*' if at_edge(tuning['trials'][method]) else ''} "
+                f"| {tuning['best'][method]['validation_loss']:.4f}"
+                for tuning in (hand, ours)
+            ]
+            rows.append(f"| {task} | {method} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -124,6 +144,7 @@ def main() -> None:
         "earlier": markdown_table(earlier),
         "earlier-differences": differences_table(earlier),
         "tuned": tuned_table(*tunings),
+        "suggested": suggested_table(),
         "verdicts": verdicts_table(claims),
         "outcomes": outcomes_table(claims),
         "cost": cost_table(cost),

@@ -372,3 +372,10 @@ def test_single_values_are_not_counted_twice():
     assert again.num_products >= once.num_products + 8
     with pytest.warns(RuntimeWarning, match="not converged"):
         assert not flatmin.top_eigenvalues(objective, 3, multiple=True, max_products=once.num_products + 2).converged
+
+
+def test_many_values_have_as_many_products_as_they_need():
+    h = torch.diag(torch.linspace(-1.0, 2.0, 150, dtype=torch.float64))
+    result = flatmin.top_eigenvalues(objective_with(h), 60)
+    assert result.converged
+    assert result.values == pytest.approx(h.diagonal().flip(0)[:60].tolist(), abs=1e-3)

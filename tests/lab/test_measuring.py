@@ -1,8 +1,10 @@
 """`flatmin measure` and `flatmin landscape`: what they look at, and what they refuse."""
 
+import argparse
 import json
 import pickle
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import flatmin
 from flatmin.lab.cli import main
 from flatmin.lab.records import read_run
-from flatmin.lab.script import forget
+from flatmin.lab.script import forget, made_by
 from flatmin.lab.subject import short_names
 from flatmin.lab.tasks import get_task
 from flatmin.lab.weights import load_weights
@@ -101,19 +104,23 @@ def test_what_is_kept_is_not_measured_again(runs, monkeypatch, capsys):
     def again(name, *_):
         raise AssertionError(f"{name} is measured again")
 
-    monkeypatch.setattr("flatmin.curvature.report.trace", again)
-    assert (
-        measured(runs / "sam-seed0.safetensors", "--num-eigenvalues", "2")["sam-seed0"]["trace"]
-        == (first["sam-seed0"]["trace"])
-    )
-    error = refused(capsys, "measure", runs / "sam-seed0.safetensors", "--on", "test", "--out", "m")
-    assert "about another measurement" in error
+    with monkeypatch.context() as patch:
+        patch.setattr("flatmin.curvature.report.trace", again)
+        more = measured(runs / "sam-seed0.safetensors", "--num-eigenvalues", "2")["sam-seed0"]
+    assert more["trace"] == first["sam-seed0"]["trace"]
+    result = read_run(runs / "sam-seed0.jsonl").result
+    (test,) = measured(runs / "sam-seed0.safetensors", "--on", "test").values()  # makes room for it
+    assert test["loss"]["value"] == pytest.approx(result["test_loss"], rel=1e-6)
+    Path("m/sam-seed0.kept.json").write_text("{")
+    assert "is not a file of results" in refused(capsys, "measure", runs / "sam-seed0.safetensors", "--out", "m")
 
 
 def test_json_is_all_that_is_printed(runs, capsys):
     capsys.readouterr()
     found = measured(runs / "sam-seed0.safetensors", "--json")
-    assert json.loads(capsys.readouterr().out) == found
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["reports"] == found
+    assert (printed["task"], printed["on"], printed["seeds"]) == ("digits", "train", {"sam-seed0": 0})
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -207,7 +214,7 @@ def test_contradictions_and_gaps_are_refused(runs, capsys):
     assert "no record of a run beside" in refused(capsys, "measure", "c.pt")
     assert "is of the task digits, not cancer" in refused(capsys, "measure", run, "--task", "cancer")
     assert "data of its own" in refused(capsys, "measure", "--objective", "o.py", "--task", "digits")
-    assert "no file o.py" in refused(capsys, "measure", "--objective", "o.py")
+    assert "no Python file o.py" in refused(capsys, "measure", "--objective", "o.py")
 
 
 def test_runs_of_ones_own_task_need_its_file_as_it_was(capsys):
@@ -247,9 +254,11 @@ def test_an_objective_of_ones_own(capsys):
 
 
 def drawn(*arguments):
+    before = set(Path("l").glob("*.json"))
     assert main(["landscape", *map(str, arguments), "--out", "l"]) == 0
-    assert Path("l/landscape.png").stat().st_size > 10_000
-    return json.loads(Path("l/landscape.json").read_text())
+    (new,) = set(Path("l").glob("*.json")) - before
+    assert new.with_suffix(".png").stat().st_size > 10_000
+    return json.loads(new.read_text())
 
 
 def test_a_line_and_a_plane_go_through_the_weights(runs):
@@ -282,6 +291,65 @@ def test_along_the_first_eigenvector_the_loss_bends_by_the_eigenvalue():
     left, middle, right = drawn("--objective", "mine.py", *options)["losses"]
     (found,) = measured("--objective", "mine.py").values()
     assert (left - 2 * middle + right) / 0.1**2 == pytest.approx(found["top_eigenvalue"]["value"], rel=0.01)
+
+
+NORMED = """
+import torch
+from torch import nn
+
+import flatmin
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+OBJECTIVE = flatmin.Objective(model, nn.CrossEntropyLoss(), [(torch.randn(16, 3), torch.randint(2, (16,)))])
+"""
+
+
+def test_statistics_of_batch_norm_that_are_not_in_the_picture_are_said(capsys):
+    Path("mine.py").write_text(NORMED)
+    objective = made_by(Path("mine.py"), flatmin.Objective, "")
+    state = {name: tensor.clone() for name, tensor in objective.model.state_dict().items()}
+    torch.save(state, "a.pt")
+    other = {**state, "0.weight": state["0.weight"] + 0.1, "1.running_mean": torch.full((4,), 3.0)}
+    torch.save(other, "b.pt")
+    line = drawn("a.pt", "b.pt", "--objective", "mine.py", "--num-points", "5", "--span", "0", "1")
+    said = capsys.readouterr().err
+    objective.model.load_state_dict({**other, "1.running_mean": state["1.running_mean"]})
+    assert line["losses"][-1] == pytest.approx(objective.loss())
+    assert f"the loss at b is {objective.loss():.4g}; " in said
+    objective.model.load_state_dict(other)
+    assert f"with its own it is {objective.loss():.4g}." in said
+    torch.save({**other, "1.running_mean": state["1.running_mean"]}, "c.pt")
+    drawn("a.pt", "c.pt", "--objective", "mine.py", "--num-points", "3")
+    assert "buffers" not in capsys.readouterr().err
+
+
+def test_weights_without_a_record_say_whose_samples_they_are_measured_on(runs, capsys):
+    shutil.copy(runs / "sam-seed1.safetensors", "moved.safetensors")
+    (moved,) = measured("moved.safetensors", "--task", "digits").values()
+    printed = capsys.readouterr()
+    assert "no record of a run beside moved.safetensors: the train samples are those of seed 0" in printed.err
+    assert "moved on train samples of digits, seed 0:" in printed.out
+    (right,) = measured("moved.safetensors", "--task", "digits", "--seed", "1").values()
+    assert "no record" not in capsys.readouterr().err
+    assert right["loss"]["value"] == pytest.approx(read_run(runs / "sam-seed1.jsonl").result["train_loss"], rel=1e-6)
+    assert moved["loss"]["value"] != pytest.approx(right["loss"]["value"], rel=1e-3)
+
+
+def test_what_goes_wrong_inside_the_model_is_one_line(capsys):
+    Path("mine.py").write_text(OBJECTIVE.replace('b["y"]', 'b["labels"]'))
+    assert "mine cannot be measured: KeyError: 'labels'" in refused(capsys, "measure", "--objective", "mine.py")
+    torch.save({"weight": torch.full((2, 3), torch.nan)}, "bad.pt")
+    Path("mine.py").write_text(OBJECTIVE)
+    assert "bad: the loss is nan" in refused(capsys, "measure", "bad.pt", "--objective", "mine.py")
+    assert "no Python file bad.pt" in refused(capsys, "measure", "--objective", "bad.pt")
+
+
+def test_what_is_in_the_way_of_a_checkpoint_is_named(capsys):
+    torch.save({"state_dict": {}, "args": argparse.Namespace()}, "c.pt")
+    assert "beside tensors it holds argparse.Namespace" in refused(capsys, "measure", "c.pt", "--task", "digits")
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "model": {"a": torch.ones(1)}}, "two.pt")
+    assert "has weights as state_dict and as model" in refused(capsys, "measure", "two.pt", "--task", "digits")
 
 
 def test_short_names_tell_files_apart():

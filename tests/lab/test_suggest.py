@@ -16,13 +16,14 @@ from torch.optim import SGD, AdamW
 import flatmin
 import flatmin.lab.costs as costs_module
 import flatmin.lab.pool as pool
+import flatmin.lab.suggest as suggest_module
 from flatmin.lab.cli import main
 from flatmin.lab.costs import costs
 from flatmin.lab.parts import Training
 from flatmin.lab.script import forget
 from flatmin.lab.standing import Standing
 from flatmin.lab.strength import Strengths, radius_for
-from flatmin.lab.suggest import MOVED, RISES, Suggest
+from flatmin.lab.suggest import RISES, Suggest
 from flatmin.lab.tasks import Settings, get_task
 from flatmin.lab.train import RunSpec, build_optimizer, training_of
 from flatmin.lab.tune import Tune
@@ -63,7 +64,7 @@ def strengths(model, rule, *, mirrored):
     def build(radius, model):
         return Standing(model, plain(model), rule(SGD(model.parameters(), lr=1.0), radius))
 
-    return Strengths(model, Mean(), BATCHES, build, mirrored=mirrored)
+    return Strengths(model, Mean(), BATCHES, build, unit=2.0, mirrored=mirrored)
 
 
 def test_an_ascent_against_the_closed_form():
@@ -74,7 +75,7 @@ def test_an_ascent_against_the_closed_form():
     loss, there = 1 + (9 + 4) / 2, before + 0.5 * g / 5
     rise = 0.5 * (there[0] ** 2 + 4 * there[1] ** 2).item() + 1 - loss
     assert found.moved == pytest.approx(0.5 / math.sqrt(10), rel=1e-5)
-    assert found.rise == pytest.approx(rise / loss, rel=1e-5)
+    assert found.rise == pytest.approx(rise / 2.0, rel=1e-5)
     assert torch.equal(model.w, before)
     assert model.training
 
@@ -85,8 +86,8 @@ def test_noise_rises_by_the_trace_without_what_is_linear():
     for rule in (lambda base, r: flatmin.NSO(base, sigma=r), lambda base, r: flatmin.NSO(base, r, antithetic=False)):
         found = strengths(model, rule, mirrored=True).at(sigma)
         assert found.moved == pytest.approx(sigma * math.sqrt(n) / (0.05 * math.sqrt(n)), rel=0.02)
-        rise, loss = 0.5 * sigma**2 * 2.0 * n, 1 + 0.5 * 2.0 * 0.05**2 * n
-        assert found.rise == pytest.approx(rise / loss, rel=0.02)  # 3 draws: a standard error of 0.6%
+        rise = 0.5 * sigma**2 * 2.0 * n
+        assert found.rise == pytest.approx(rise / 2.0, rel=0.02)  # 3 draws: a standard error of 0.6%
 
 
 def test_a_loss_that_overflows_has_an_infinite_rise():
@@ -115,7 +116,7 @@ def test_every_method_can_be_looked_at_and_moves_more_for_a_larger_radius(name):
     inputs, targets = splits.train
     batches = list(zip(inputs.split(20)[:6], targets.split(20)[:6], strict=True))
     mirrored = flatmin.methods()[name].radius_name == "sigma"
-    looked = Strengths(model, nn.MSELoss(), batches, build, mirrored=mirrored)
+    looked = Strengths(model, nn.MSELoss(), batches, build, unit=1.0, mirrored=mirrored)
     small, large = looked.at(0.01), looked.at(0.04)
     assert large.moved > small.moved > 0
     has_noise_too = name in ("random-sam", "bsam")  # which moves the weights further than the radius
@@ -206,15 +207,17 @@ def test_rises_are_those_of_training():
         return Standing(model, plain(model, nn.MSELoss()), flatmin.SAM(SGD(model.parameters(), lr=1.0), rho=radius))
 
     random = torch.get_rng_state()
-    found = Strengths(model, nn.MSELoss(), [batch] * 2, build, mirrored=False).at(1e-12)
+    found = Strengths(model, nn.MSELoss(), [batch] * 2, build, unit=1.0, mirrored=False).at(1e-12)
     assert abs(found.rise) < 1e-5  # other masks, or the running statistics, would show
     assert not model.training
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     shifted = {**state, "1.running_var": 100 * state["1.running_var"]}
-    large = Strengths(model, nn.MSELoss(), [batch] * 2, build, mirrored=False).at(0.1).rise
+    large = Strengths(model, nn.MSELoss(), [batch] * 2, build, unit=1.0, mirrored=False).at(0.1).rise
     model.load_state_dict(shifted)
-    assert Strengths(model, nn.MSELoss(), [batch] * 2, build, mirrored=False).at(0.1).rise == pytest.approx(large)
+    assert Strengths(model, nn.MSELoss(), [batch] * 2, build, unit=1.0, mirrored=False).at(0.1).rise == pytest.approx(
+        large
+    )
 
 
 def suggest(*more):
@@ -240,9 +243,9 @@ def test_what_is_suggested_can_be_tuned_and_is_not_done_again(monkeypatch, capsy
     printed = capsys.readouterr().out
     assert f"\n{found['command']}\n" in printed
     assert "On 1 process: about" in printed
-    for name, targets, what in (("sam", MOVED, "moved"), ("nso", RISES, "rise"), ("sam+ema", MOVED, "moved")):
-        got = [strength[what] for strength in found["radii"][name]]
-        assert got == pytest.approx(targets, rel=0.2)
+    for name, radius in (("sam", "rho"), ("nso", "sigma"), ("sam+ema", "rho")):
+        got = [strength["rise"] for strength in found["radii"][name]]
+        assert got == pytest.approx(RISES[radius], rel=0.2)
     control = found["control"]
     losses = {(p["lr"], p["weight_decay"]): p["validation_loss"] for p in control["tried"]}
     assert losses[control["lr"], control["weight_decay"]] <= 1.01 * min(losses.values())
@@ -260,7 +263,8 @@ def test_what_is_suggested_can_be_tuned_and_is_not_done_again(monkeypatch, capsy
     assert suggest()["radii"] == found["radii"]
 
 
-def test_a_method_whose_radius_does_not_show_keeps_the_grid_of_tune(capsys):
+def test_a_method_whose_radius_does_not_show_keeps_the_grid_of_tune(capsys, monkeypatch):
+    monkeypatch.setattr(suggest_module, "radius_for", lambda target, value: 0.1 if target < 0.1 else None)
     options = ["--task", "diabetes", "--num-gradients", "40", "--jobs", "1", "--methods", "base", "random-sam"]
     assert main(["suggest", *options]) == 0
     assert "random-sam: no four radii do what is looked for; tune takes its own --rho." in capsys.readouterr().out
@@ -317,6 +321,12 @@ def test_all_is_checked_before_anything_is_trained(options, message, monkeypatch
     with pytest.raises(ValueError, match=message):
         Suggest(**{"methods": ("base", "sam"), **options}).run()
     assert not Path("runs").exists()
+
+
+def test_a_control_that_is_no_better_than_untrained_is_said(capsys):
+    options = ["--task", "diabetes", "--lr", "1e-9", "--num-gradients", "20", "--jobs", "1", "--methods", "base"]
+    assert main(["suggest", *options]) == 0
+    assert "An untrained model has" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_control_that_diverges_everywhere_is_said(capsys):

@@ -236,7 +236,7 @@ def test_data_that_is_not_right_is_one_line(mine, capsys, returned, message):
 
 def test_no_such_file(capsys):
     assert main(["compare", "--task", "nowhere/my.py"]) == 2
-    assert "there is no file nowhere/my.py to read the Task from" in capsys.readouterr().err
+    assert "there is no Python file nowhere/my.py to read the Task from" in capsys.readouterr().err
 
 
 def test_winners_become_the_settings(mine):

@@ -53,7 +53,7 @@ def top_eigenvalues(
     *,
     which: Literal["LA", "SA"] = "LA",
     tol: float = 1e-3,
-    max_products: int = 100,
+    max_products: int | None = None,
     max_basis: int | None = None,
     start: Vector | Literal["gradient", "random"] = "gradient",
     vectors: bool = False,
@@ -69,7 +69,7 @@ def top_eigenvalues(
         tol: an eigenvalue counts as found when its residual is at most `tol` times its size, and at most `tol` times
             the spread of the spectrum that was seen, its value stays within that over 3 products, and its residual is
             falling, or is at most a tenth of that.
-        max_products: Hessian-vector products over the whole data, at most.
+        max_products: Hessian-vector products over the whole data, at most; 100, or 5 k if that is more, if not given.
         max_basis: vectors that are kept at a time, each one copy of the parameters; then the iteration is restarted
             from the best of them. 40, or 2 k + 20 if that is more, if not given; fewer cost more products.
         start: "gradient" (plus as much of a random vector, for eigenvectors that the gradient has no part in),
@@ -98,6 +98,7 @@ def top_eigenvalues(
     operator = as_operator(objective, seed)
     objective = operator.objective
     max_basis = max(40, 2 * k + 20) if max_basis is None else max_basis
+    max_products = max(100, 5 * k) if max_products is None else max_products
     _check(objective, k, which, tol, max_products, max_basis)
     objective.check()
     lanczos = Lanczos(operator.product, objective.params, seed=seed, start=_start(operator, start, seed))
@@ -108,9 +109,11 @@ def top_eigenvalues(
         pairs, converged, more = _with_copies(pairs, operator, search, max_products - products, max_basis, seed)
         products += more
     if not converged:
+        worst = max(pairs, key=lambda pair: pair.residual)
+        found = f", and only {len(pairs)} of {k} values were found" if len(pairs) < k else ""
         warn(
-            f"top_eigenvalues is not converged after {products} products: residuals {[p.residual for p in pairs]} for "
-            f"values {[p.value for p in pairs]}. Raise max_products or tol.",
+            f"top_eigenvalues is not converged after {products} products: residuals are up to {worst.residual:.2g} (of "
+            f"{worst.value:.4g}){found}; others may lie between. Raise max_products or tol.",
             RuntimeWarning,
         )
     return EigenResult(

@@ -23,6 +23,10 @@ from flatmin.shards import local
 Result = TypeVar("Result")
 
 
+class OtherMeasurement(ValueError):
+    """A file is about another model, other weights or other data."""
+
+
 class Store:
     """What has been measured of one model on one data set, by name. Without a path nothing is kept.
 
@@ -33,7 +37,8 @@ class Store:
         loss: at the weights.
 
     Raises:
-        ValueError: if the file is about another model, other weights or other data, or is not such a file.
+        OtherMeasurement: (a ValueError) if the file is about another model, other weights or other data.
+        ValueError: if it is not such a file.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, objective: Objective, loss: float):
@@ -77,7 +82,9 @@ class Store:
             raise ValueError(f"{path} is not a file of results that a measurement kept.") from error
         differing = [name for name, value in self._about.items() if not self._alike(about.get(name), value)]
         if differing:
-            raise ValueError(f"{path} is about another measurement ({', '.join(differing)} differ). Name another file.")
+            raise OtherMeasurement(
+                f"{path} is about another measurement ({', '.join(differing)} differ). Name another file."
+            )
         return parts
 
     def _alike(self, before: Any, now: Any) -> bool:

@@ -30,6 +30,7 @@ class Advice:
         methods: the first is the control.
         walk: to a learning rate and weight decay of the control.
         num_seeds: of each point of the walk.
+        untrained: the validation loss of the model as it is built.
         grids: method -> what its radii do; empty where none do what is looked for.
         price: method -> what it costs.
         num_gradients: that were asked for; `None` for the task's.
@@ -40,6 +41,7 @@ class Advice:
     methods: tuple[str, ...]
     walk: Walk
     num_seeds: int
+    untrained: float
     grids: Mapping[str, Sequence[Strength]]
     price: Mapping[str, Cost]
     num_gradients: int | None
@@ -78,6 +80,7 @@ class Advice:
         return {
             "control": {"tried": tried, "lr": self.walk.best[0], "weight_decay": self.walk.best[1]},
             "walk_ended": self.walk.ended,
+            "untrained": self.untrained,
             "radii": {name: [asdict(strength) for strength in grid] for name, grid in self.grids.items()},
             "seconds": {name: asdict(cost) for name, cost in self.price.items()},
             "command": self.command,
@@ -87,10 +90,12 @@ class Advice:
         """The tables, the times (with a comparison of so many seeds) and the command."""
         say = _teller(console)
         (lr, decay), loss = self.walk.best, self.walk.tried[self.walk.best]
-        found = f"validation loss {loss:.4g}, {self.num_seeds} seeds"
+        found = f"validation loss v = {loss:.4g}, {self.num_seeds} seeds"
         say(f"{self.methods[0]}: lr {lr:g}, weight decay {decay:g} ({found}).")
         if not self.walk.ended:
             say("That is where the search had to stop, and not a minimum: begin there with --lr and --weight-decay.")
+        if loss >= self.untrained:
+            say(f"An untrained model has {self.untrained:.4g}: begin elsewhere, with --lr and --weight-decay.")
         rows = [(name, strength) for name, grid in self.grids.items() for strength in grid]
         if rows:
             say("At the end of that run a radius moves the weights w by d, and the loss of a mini-batch rises:")
@@ -120,7 +125,7 @@ def _strengths(found: Sequence[Strength]) -> list[tuple[str, list[Text]]]:
     return [
         ("radius", [Text(f"{s.radius:g}") for s in found]),
         ("|d| / |w|", [Text(f"{s.moved:.1%}") for s in found]),
-        ("rise / loss", [Text(rise) for rise in rises]),
+        ("rise / v", [Text(rise) for rise in rises]),
     ]
 
 

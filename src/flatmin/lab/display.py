@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -133,6 +134,11 @@ def print_table(summary: dict[str, Any], console: Console | None = None) -> None
     for name in names:
         for message in summary["methods"][name]["messages"]:
             console.print(f"[red]diverged[/]: {escape(message)}", highlight=False)
+
+
+def note(text: str) -> None:
+    """What a user should know beside the results: on stderr, so that it is no part of them."""
+    print(f"flatmin: note: {text}", file=sys.stderr)
 
 
 def print_columns(names: Sequence[str], columns: Sequence[tuple[str, list[Text]]], console: Console) -> None:

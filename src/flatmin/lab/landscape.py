@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from rich.console import Console
+from torch import Tensor
 
 from flatmin.curvature import LossSlice, Objective, direction_to, loss_slice, random_direction, top_eigenvalues
 from flatmin.extras import need
+from flatmin.lab.display import note
 from flatmin.lab.records import environment, make_writable, write_json
 from flatmin.lab.subject import Subject
 from flatmin.lab.weights import weights_for
@@ -25,7 +27,7 @@ NUM_POINTS = {1: 41, 2: 21}
 class Landscape(Subject):
     """Draw the loss around weights, on the line from one file of weights to another, or on the plane of three.
 
-    Writes <out>/landscape.png and landscape.json. Two checkpoints: 0 is the first, 1 the second. Around one, along
+    Writes a picture into <out>, and its numbers beside it. Between files 0 is the first, 1 the other. Around one, along
     random directions, each filter as long as the weights' own (1 is once the weights); or along the eigenvectors of the
     largest eigenvalues, of length 1.
     """
@@ -39,7 +41,7 @@ class Landscape(Subject):
     num_points: int | None = None
     """On each axis. Default: 41 on a line, 21 on a plane."""
     out: Path | None = None
-    """Where the picture is kept. Default: runs/landscape-<task>."""
+    """Where pictures are kept. Default: runs/landscape-<task>."""
     if_stopped: ClassVar[str] = "Nothing is kept of a picture that is not finished."
 
     def run(self) -> None:
@@ -61,12 +63,16 @@ class Landscape(Subject):
         with Console(stderr=True).status("the loss at each point"):
             directions, names = self._directions(objective, labels, seed)
             found = self._slice(objective, directions, names)
+        path = folder / f"{self._stem(labels)}.png"
         about = {**self.about(), "seed": seed}
-        write_json(folder / "landscape.json", {"format": FORMAT, **environment(), **about, **found.to_dict()})
-        draw(found, labels, folder / "landscape.png")
-        if len(labels) > 1 and self.objective is None:
-            print(f"On the {self.on} samples of {labels[0]} (seed {seed}).")
-        print(f"From {labels[0]}. {found}\npicture: {folder / 'landscape.png'}")
+        write_json(path.with_suffix(".json"), {"format": FORMAT, **environment(), **about, **found.to_dict()})
+        draw(found, labels, self.what, path)
+        print(f"From {labels[0]}, on {self.what}{'' if self.objective else f', seed {seed}'}. {found}\npicture: {path}")
+
+    def _stem(self, labels: Sequence[str]) -> str:
+        """Of the files: what the picture shows."""
+        around = f"-{self.along or 'random'}-{self.num_dims or 2}d" if len(labels) == 1 else ""
+        return "-to-".join(labels) + around
 
     def _slice(self, objective: Objective, directions: list[Vector], names: list[str]) -> LossSlice:
         span = self.span or (AROUND if len(self.weights) < 2 else BETWEEN)
@@ -77,6 +83,8 @@ class Landscape(Subject):
         """From the first weights, and what each is."""
         if len(labels) > 1:
             states = [weights_for(objective.model, path) for path in self.weights[1:]]
+            for label, state in zip(labels[1:], states, strict=True):
+                _compare_buffers(objective, labels[0], label, state)
             return [direction_to(objective, state) for state in states], [f"to {label}" for label in labels[1:]]
         num_dims = self.num_dims or 2
         if self.along != "eigenvectors":
@@ -87,14 +95,30 @@ class Landscape(Subject):
         return list(top.vectors), [f"eigenvector of {value:.3g}" for value in top.values]
 
 
-def draw(found: LossSlice, labels: Sequence[str], path: Path) -> None:
-    """The slice, with the other weights marked."""
+def _compare_buffers(objective: Objective, here: str, there: str, state: Mapping[str, Tensor]) -> None:
+    """Says so where the loss at the other weights is another one with their own buffers."""
+    model = objective.model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    buffers = {name for name, _ in model.named_buffers()}
+    try:
+        model.load_state_dict({name: before[name] if name in buffers else state[name] for name in before})
+        drawn = objective.loss()
+        model.load_state_dict(dict(state))
+        own = objective.loss()
+    finally:
+        model.load_state_dict(before)
+    if abs(drawn - own) > 0.01 * abs(own):
+        everywhere = f"the picture has the buffers of {here} (statistics of batch norm) everywhere"
+        note(f"{everywhere}. With them the loss at {there} is {drawn:.4g}; with its own it is {own:.4g}.")
+
+
+def draw(found: LossSlice, labels: Sequence[str], what: str, path: Path) -> None:
+    """The slice, with the other weights marked; logarithmic where the loss spans more than a factor of ten."""
     plt = need("matplotlib.pyplot", "lab")
     figure, ax = plt.subplots(figsize=(7, 5), layout="constrained")
     found.plot(ax)
-    ax.set_title(
-        f"loss around {labels[0]}" if len(labels) == 1 else f"loss between {' and '.join(labels)}", fontsize=10
-    )
+    where = f"around {labels[0]}" if len(labels) == 1 else f"between {' and '.join(labels)}"
+    ax.set_title(f"loss {where}, {what}", fontsize=10)
     is_line, others = len(found.coordinates) == 1, labels[1:]
     for point, label in zip(((1, 0), (0, 1)), others, strict=False):
         if is_line:
@@ -102,7 +126,9 @@ def draw(found: LossSlice, labels: Sequence[str], path: Path) -> None:
         else:
             ax.plot(*point, "x", color="white", ms=8)
             ax.annotate(label, point, textcoords="offset points", xytext=(6, 6), color="white")
-    if not is_line:
+    if is_line:
+        ax.set_yscale("log" if 0 < 10 * min(found.losses) < max(found.losses) else "linear")
+    else:
         ax.annotate(labels[0], (0, 0), textcoords="offset points", xytext=(6, 6), color="white")
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from rich.console import Console
 from rich.text import Text
 
-from flatmin.curvature import FlatnessReport, measure
+from flatmin.curvature import FlatnessReport, Objective, measure
+from flatmin.curvature.graph import first_line
+from flatmin.curvature.store import OtherMeasurement
 from flatmin.extras import need
 from flatmin.lab.display import print_columns
 from flatmin.lab.records import environment, make_writable, write_json
@@ -56,22 +57,37 @@ class Measure(Subject):
         make_writable(folder)
         reports: dict[str, FlatnessReport] = {}
         seeds: dict[str, int] = {}
-        status = Console(stderr=True).status("")
-        with status:
+        with Console(stderr=True).status("") as status:
             for i, (label, objective, seed) in enumerate(self.objectives(), 1):
                 status.update(Text(f"measuring {label} ({i} of {len(self.labels())})"))
                 seeds[label] = seed
-                reports[label] = self._measure(objective, seed, folder / f"{label}.kept.json")
-                draw(reports[label], label, folder / f"{label}.png")
-        content = {"format": FORMAT, **environment(), **self.about(), "seeds": seeds, "reports": _plain(reports)}
+                reports[label] = self._measure(label, objective, seed, folder / f"{label}.kept.json")
+                draw(reports[label], f"{label}, {self.what}", folder / f"{label}.png")
+        plain = {label: report.to_dict() for label, report in reports.items()}
+        content = {"format": FORMAT, **environment(), **self.about(), "seeds": seeds, "reports": plain}
         write_json(folder / "measure.json", content)
         if self.json:
-            print(json.dumps(content["reports"], indent=2))
+            print((folder / "measure.json").read_text(encoding="utf-8"), end="")
             return
-        show(reports, Console())
+        console = Console()
+        chosen = "" if self.objective is not None else f", seed {', '.join(map(str, dict.fromkeys(seeds.values())))}"
+        console.print(f"{' '.join(reports) if len(reports) == 1 else 'Each'} on {self.what}{chosen}:", highlight=False)
+        show(reports, console)
         print(f"results and pictures: {folder}")
 
-    def _measure(self, objective: Any, seed: int, kept: Path) -> FlatnessReport:
+    def _measure(self, label: str, objective: Objective, seed: int, kept: Path) -> FlatnessReport:
+        """What is kept of the same weights and data is used; of others it makes room."""
+        try:
+            return self._with(objective, seed, kept)
+        except OtherMeasurement:
+            kept.unlink()
+            return self._with(objective, seed, kept)
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from error
+        except (RuntimeError, TypeError, LookupError, AttributeError) as error:
+            raise ValueError(f"{label} cannot be measured: {type(error).__name__}: {first_line(error)}") from error
+
+    def _with(self, objective: Objective, seed: int, kept: Path) -> FlatnessReport:
         return measure(
             objective,
             rtol=self.rtol,
@@ -82,10 +98,6 @@ class Measure(Subject):
             store=kept,
             seed=seed,
         )
-
-
-def _plain(reports: Mapping[str, FlatnessReport]) -> dict[str, Any]:
-    return {label: report.to_dict() for label, report in reports.items()}
 
 
 def show(reports: Mapping[str, FlatnessReport], console: Console) -> None:
@@ -117,8 +129,9 @@ def _numbers(report: FlatnessReport) -> list[tuple[str, str]]:
     rises = [
         ("noise rise", report.noise_stability),
         ("worst rise", report.ascent_sharpness),
-        ("negative", report.density and report.density.negative_mass),
     ]
+    density = report.density
+    negative = [] if density is None else [("negative", f"{density.negative_mass} below -{density.resolved:.2g}")]
     return [
         ("loss", str(report.loss)),
         ("trace", str(trace)),
@@ -126,6 +139,7 @@ def _numbers(report: FlatnessReport) -> list[tuple[str, str]]:
         ("trace / d", f"{trace.value / trace.num_params:.4g}"),
         *largest,
         *((name, str(part)) for name, part in rises if part is not None),
+        *negative,
     ]
 
 

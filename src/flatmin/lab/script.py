@@ -32,8 +32,8 @@ def made_by(path: Path, kind: type[Made], example: str, known: Collection[Made] 
     """
     name = kind.__name__
     file = path.expanduser().resolve()
-    if not file.is_file():
-        raise ValueError(f"there is no file {path} to read the {name} from.")
+    if not file.is_file() or file.suffix != ".py":
+        raise ValueError(f"there is no Python file {path} to read the {name} from.")
     made = vars(_run(file))
 
     def is_own(value: object) -> bool:

@@ -1,9 +1,8 @@
 """How strongly a method's radius acts at given weights: how far it moves them, and how much the loss rises there.
 
-A radius is in the units of the weights, so that the same number is nothing on one network and too much on another. What
-can be compared is the size of the perturbation over that of the weights, |d| / |w|, and the rise of the loss of a
-mini-batch at w + d over that loss. Both are seen by letting the method take steps with a learning rate of 0, which
-leave the weights where they are.
+A radius is in the units of the weights, so that the same number is nothing on one network and too much on another; and
+weights before a norm may have any size. What can be compared is the rise of the loss of a mini-batch at w + d. It is
+seen by letting the method take steps with a learning rate of 0, which leave the weights where they are.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ class Strength:
     Attributes:
         radius: of the method.
         moved: |d| / |w|, root mean square over probes.
-        rise: of the loss of a mini-batch, over the size of that loss; the mean over probes. For noise it is the mean of
-            w + d and w - d, without what is linear in d.
+        rise: of the loss of a mini-batch, over the unit; the mean over probes. For noise it is the mean of w + d and
+            w - d, without what is linear in d.
     """
 
     radius: float
@@ -51,6 +50,7 @@ class Strengths:
         criterion: the loss, a mean over the batch.
         batches: mini-batches; the means are over them.
         build: (radius, model) -> the method there, made anew for each radius, so that all see the same noise.
+        unit: a loss, in which rises are told.
         mirrored: whether d is noise, for which -d is as likely.
     """
 
@@ -61,8 +61,10 @@ class Strengths:
         batches: Sequence[Batch],
         build: Callable[[float, nn.Module], Standing],
         *,
+        unit: float,
         mirrored: bool,
     ):
+        self._unit = abs(unit)
         self._model, self._criterion, self._batches, self._build = model, criterion, batches, build
         self._mirrored = mirrored
         self._params = [p for p in model.parameters() if p.requires_grad]
@@ -79,13 +81,12 @@ class Strengths:
                 self._move(None)
         if not found:
             return Strength(radius, 0.0, 0.0)
-        moved, rises, losses = (np.array(column) for column in zip(*found, strict=True))
-        size, loss = float(self._weights.norm()), abs(float(losses.sum()))
-        rise = float(rises.sum()) / loss if loss else math.inf
-        return Strength(radius, float(np.sqrt(np.mean(moved**2))) / size, rise)
+        moved, rises = (np.array(column) for column in zip(*found, strict=True))
+        moved = float(np.sqrt(np.mean(moved**2))) / float(self._weights.norm())
+        return Strength(radius, moved, float(rises.mean()) / self._unit if self._unit else math.inf)
 
-    def _probes(self, standing: Standing, batch: Batch) -> list[tuple[float, float, float]]:
-        """Of the displaced probes of one step: |d|, the rise of the loss of the batch, and that loss."""
+    def _probes(self, standing: Standing, batch: Batch) -> list[tuple[float, float]]:
+        """Of the displaced probes of one step: |d|, and the rise of the loss of the batch."""
         seen: list[Vector] = []
         with warnings.catch_warnings():  # a radius far too large makes losses that are not finite
             warnings.simplefilter("ignore")
@@ -97,7 +98,7 @@ class Strengths:
             if size := float(d.norm()):
                 ends = [d, d * -1.0] if self._mirrored else [d]
                 rise = float(np.mean([self._loss_at(end, batch) for end in ends])) - clean
-                found.append((size, rise if math.isfinite(rise) else math.inf, clean))
+                found.append((size, rise if math.isfinite(rise) else math.inf))
         return found
 
     def _loss_at(self, d: Vector, batch: Batch) -> float:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from flatmin.curvature import Objective
+from flatmin.lab.display import note
 from flatmin.lab.fingerprint import changed, fingerprint
 from flatmin.lab.records import read_run
 from flatmin.lab.script import forget, made_by
@@ -76,6 +77,11 @@ class Subject:
         for label, path in zip(self.labels(), files, strict=True):
             yield label, *self._of_file(path)
 
+    @property
+    def what(self) -> str:
+        """The data, in words."""
+        return f"data of {self.objective}" if self.objective is not None else f"{self.on} samples of {self.name}"
+
     def about(self) -> dict[str, Any]:
         """What is looked at, as plain data."""
         if self.objective is not None:
@@ -86,12 +92,16 @@ class Subject:
         if self.objective is not None:
             found, seed = made_by(self.objective, Objective, "Objective(model, criterion, data)"), self.seed or 0
         else:
-            found, seed = self._of_task(self._record(path))
+            found, seed = self._of_task(path)
         if path is not None:
             load_weights(found.model, path)
+            if self.objective is None and self.seed is None and self._record(path) is None:
+                samples = f"the {self.on} samples are those of seed 0. Another is named by --seed"
+                note(f"there is no record of a run beside {path}: {samples}.")
         return found, seed
 
-    def _of_task(self, record: dict[str, Any] | None) -> tuple[Objective, int]:
+    def _of_task(self, path: Path | None) -> tuple[Objective, int]:
+        record = self._record(path)
         task = self._task_of(record)
         own = None if record is None else int(record["spec"]["seed"])
         seed = self.seed if self.seed is not None else own or 0
@@ -99,7 +109,10 @@ class Subject:
         before = {} if record is None else record.get("task") or {}
         parts = changed(before, fingerprint(task, splits)) if before else []
         if parts := [part for part in parts if part != "data" or seed == own]:
-            raise ValueError(f"the run was made of {task.name} with another {' and '.join(parts)} than it has now.")
+            raise ValueError(
+                f"the run of {path} was made of {task.name} with another {' and '.join(parts)} than it has now. Undo "
+                "the edit, or train again."
+            )
         model = task.model(seed if own is None else own)  # a file of weights need not hold all that a seed decides
         return Objective(model, copy.deepcopy(task.criterion), [getattr(splits, self.on)]), seed
 

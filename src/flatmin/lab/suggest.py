@@ -14,6 +14,7 @@ from typing import ClassVar
 from rich.console import Console
 from torch import nn
 
+from flatmin.curvature import Objective
 from flatmin.lab.advice import Advice
 from flatmin.lab.costs import Cost, costs
 from flatmin.lab.folder import check_counts, locked
@@ -33,9 +34,8 @@ from flatmin.lab.walk import Walk, rounded, walk
 from flatmin.lab.weights import load_weights
 
 FORMAT = "flatmin-suggest/1"
-# Where to look: |d| / |w| of an ascent, and the rise of the loss in noise over the loss.
-MOVED = (0.005, 0.01, 0.02, 0.04)
-RISES = (0.01, 0.1, 1.0, 10.0)
+# Where to look: at the radii at which the loss of a mini-batch rises by so much of the control's validation loss.
+RISES = {"rho": (0.03, 0.1, 0.3, 1.0), "sigma": (0.003, 0.03, 0.3, 3.0)}
 NUM_BATCHES, SEEDS = 8, range(FIRST_SEED, FIRST_SEED + 2)
 
 
@@ -98,14 +98,17 @@ class Suggest:
         if not math.isfinite(found.tried[found.best]):
             raise ValueError(f"{self.methods[0]} diverged at all rates near {self.lr:g}: begin at another --lr.")
         splits, model = task.splits(FIRST_SEED), task.model(FIRST_SEED)
+        untrained = Objective(model, copy.deepcopy(task.criterion), [splits.validation]).loss()
         best = self._place(folder, self._settings(self.methods[0], *found.best))
         load_weights(model, best / f"{run_name(self.methods[0], FIRST_SEED)}.safetensors")
-        grids = {name: self._grid(task, splits, model, name) for name in self.methods[1:]}
+        unit = found.tried[found.best]
+        grids = {name: self._grid(task, splits, model, name, unit) for name in self.methods[1:]}
         return Advice(
             task=self.task,
             methods=self.methods,
             walk=found,
             num_seeds=len(SEEDS),
+            untrained=untrained,
             grids=grids,
             price=self._price(task, splits, model, grids),
             num_gradients=self.num_gradients,
@@ -145,21 +148,16 @@ class Suggest:
         training = training_of(spec, model, copy.deepcopy(task.criterion), splits)
         return Standing(model, training, build_optimizer(spec, model, len(splits.train[1])))
 
-    def _grid(self, task: Task, splits: Splits, model: nn.Module, method: str) -> list[Strength]:
+    def _grid(self, task: Task, splits: Splits, model: nn.Module, method: str, unit: float) -> list[Strength]:
         """Radii to try; none for a method without a radius, or where not four of them do what is looked for."""
         rule = split_name(method)[0]
         if rule.radius_name is None:
             return []
-        is_noise = rule.radius_name == "sigma"
         batches = list(itertools.islice(shuffled(splits.train, task.batch_size, FIRST_SEED), NUM_BATCHES))
-        build = partial(self._standing, task, splits, method)
-        strengths = Strengths(model, copy.deepcopy(task.criterion), batches, build, mirrored=is_noise)
-
-        def value(radius: float) -> float:
-            found = strengths.at(radius)
-            return found.rise if is_noise else found.moved
-
-        radii = [radius_for(target, value) for target in (RISES if is_noise else MOVED)]
+        build, criterion = partial(self._standing, task, splits, method), copy.deepcopy(task.criterion)
+        is_noise = rule.radius_name == "sigma"
+        strengths = Strengths(model, criterion, batches, build, unit=unit, mirrored=is_noise)
+        radii = [radius_for(target, lambda radius: strengths.at(radius).rise) for target in RISES[rule.radius_name]]
         found = sorted({rounded(radius) for radius in radii if radius is not None})
         return [strengths.at(radius) for radius in found] if len(found) == len(radii) else []
 

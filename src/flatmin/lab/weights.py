@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,11 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a damaged file it raises whatever it comes upon
+        stranger = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+        holds = f"beside tensors it holds {stranger[1]}" if stranger else "it is damaged, or something else"
         raise ValueError(
-            f"{path} is not a file of tensors alone: save model.state_dict() with torch.save or safetensors. (A whole "
-            "model is code, and is not run.)"
+            f"{path} is not a file of tensors alone: {holds}. Save model.state_dict() with torch.save or safetensors. "
+            "(A whole model is code, and is not run.)"
         ) from error
     return _tensors(content, path)
 
@@ -74,7 +77,10 @@ def _tensors(content: Any, path: Path) -> Mapping[str, Tensor]:
     """The state_dict in the content."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds no dict of tensors. {EXPECTED}")
-    inner = next((content[key] for key in INSIDE if isinstance(content.get(key), Mapping)), content)
+    there = [key for key in INSIDE if isinstance(content.get(key), Mapping)]
+    if len(there) > 1:
+        raise ValueError(f"{path} has weights as {' and as '.join(there)}. {EXPECTED}")
+    inner = content[there[0]] if there else content
     if not inner or not all(isinstance(name, str) and isinstance(t, Tensor) for name, t in inner.items()):
         raise ValueError(
             f"{path} holds {', '.join(map(str, list(content)[:5])) or 'nothing'}, and no weights. {EXPECTED}"
