@@ -126,8 +126,9 @@ def _setting(trial: dict[str, Any]) -> str:
 
 def main() -> None:
     """Replaces what stands between `<!-- name -->` and `<!-- /name -->`."""
-    summary, halves, earlier = (
-        json.loads((RECORDS / name / "summary.json").read_text()) for name in ("digits", "halves", "earlier")
+    summary, halves, earlier, suggested = (
+        json.loads((RECORDS / name / "summary.json").read_text())
+        for name in ("digits", "halves", "earlier", "suggested")
     )
     tunings = [json.loads((RECORDS / name / "tuning.json").read_text()) for name in ("digits", "earlier")]
     claims = json.loads((RECORDS / "claims" / "claims.json").read_text())["claims"]
@@ -143,6 +144,8 @@ def main() -> None:
         "halves": markdown_table(halves),
         "earlier": markdown_table(earlier),
         "earlier-differences": differences_table(earlier),
+        "suggested-digits": markdown_table(suggested),
+        "suggested-differences": differences_table(suggested),
         "tuned": tuned_table(*tunings),
         "suggested": suggested_table(),
         "verdicts": verdicts_table(claims),

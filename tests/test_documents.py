@@ -20,9 +20,10 @@ from benchmarks.stopping import NOW, rules_table, starts_table
 from benchmarks.subsets import table as subsets_table
 from docs.flatness import RECORD as FLATNESS
 from docs.flatness_pictures import PICTURES, draw, flatness_tables
-from docs.refresh import methods_table, tuned_table
+from docs.refresh import methods_table, suggested_table, tuned_table
 from flatmin.lab.compare import read_runs
 from flatmin.lab.display import differences_table, markdown_table
+from flatmin.lab.records import read_run
 from flatmin.lab.summary import summarize
 from flatmin.lab.tasks import get_task
 from tests.contracts import combinations
@@ -75,7 +76,19 @@ def committed_summary(name="digits"):
     return json.loads((RECORDS.parent / name / "summary.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["digits", "halves", "earlier"])
+def test_the_tables_of_what_was_suggested_are_computed_from_their_records():
+    assert suggested_table() in (ROOT / "docs" / "how-to" / "compare.md").read_text()
+    text, summary = (ROOT / "docs" / "results.md").read_text(), committed_summary("suggested")
+    assert markdown_table(summary) in text
+    assert differences_table(summary) in text
+    tuning = json.loads((RECORDS.parent / "suggest" / "digits" / "tuning.json").read_text())
+    for path in sorted((RECORDS.parent / "suggested" / "records").glob("*.jsonl")):
+        spec = read_run(path).header["spec"]
+        best = tuning["best"][spec["method"]]
+        assert spec["settings"] == {key: best[key] for key in ("lr", "weight_decay", "radius")}
+
+
+@pytest.mark.parametrize("name", ["digits", "halves", "earlier", "suggested"])
 def test_the_committed_summaries_are_computed_from_the_committed_records(name):
     summary = committed_summary(name)
     runs = read_runs(RECORDS.parent / name, summary | {"methods": list(summary["methods"])})
