@@ -23,14 +23,10 @@ RHO, SIGMA = 0.05, 0.01
 
 
 class Special:
-    """What both have in common; `closure` evaluates, and clears gradients by `clear`.
+    """What both have in common; `closure` evaluates, and clears gradients by `clear`."""
 
-    With `draws_once` the noise is that of the first step in every step: no method, but what is left without the draw.
-    """
-
-    def __init__(self, model: nn.Module, base: Optimizer, *, draws_once: bool = False):
-        self.model, self.base, self.draws_once = model, base, draws_once
-        self._drawn: list[Tensor] = []
+    def __init__(self, model: nn.Module, base: Optimizer):
+        self.model, self.base = model, base
         self.params = list(model.parameters())
         self.generator = torch.Generator()
         self.num_steps = 0
@@ -78,15 +74,11 @@ class Special:
         return [p.grad for p in self.params if p.grad is not None]
 
     def _noise(self) -> list[Tensor]:
-        if self._drawn:
-            return self._drawn
         generator = self.generator.manual_seed(mix_seeds(mix_seeds(0, self.num_steps, 0)))
         self.num_steps += 1
         sizes = [p.numel() for p in self.params]
         parts = torch.empty(sum(sizes)).normal_(0.0, SIGMA, generator=generator).split(sizes)
-        noise = [part.view_as(p) for part, p in zip(parts, self.params, strict=True)]
-        self._drawn = noise if self.draws_once else []
-        return noise
+        return [part.view_as(p) for part, p in zip(parts, self.params, strict=True)]
 
     @contextmanager
     def _away(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:

@@ -35,11 +35,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "NSO (one-point)": ("nso-one-point", {}),
     "LookSAM, k = 5": ("looksam", {"k": K}),
 }
-OWN = {  # see benchmarks.special: name -> method, and whether noise is drawn in the first step only
-    "SAM, a function of its own": ("sam", False),
-    "NSO, a function of its own": ("nso", False),
-    "NSO, a function of its own, without the draw": ("nso", True),
-}
+OWN = {"SAM, a function of its own": 2, "NSO, a function of its own": 2}  # see benchmarks.special
 SPLIT: dict[str, tuple[str, dict[str, Any]]] = {"NSO, split_batch": ("nso-split", {})}
 Variants = dict[str, tuple[str, dict[str, Any]]]
 
@@ -80,13 +76,13 @@ def pieces(workload: Workload, variants: Variants) -> dict[str, Piece]:
     found = {"gradient": bare(False), "base": bare(True)}
     found |= {name: stepping(method, given) for name, (method, given) in variants.items()}
     if "SAM" in variants:
-        found |= {name: _own(workload, inputs, targets, *which) for name, which in OWN.items()}
+        found |= {name: _own(workload, inputs, targets, name.startswith("NSO")) for name in OWN}
     return {name: _times(K, piece) for name, piece in found.items()}
 
 
-def _own(workload: Workload, inputs: torch.Tensor, targets: torch.Tensor, method: str, draws_once: bool) -> Piece:
+def _own(workload: Workload, inputs: torch.Tensor, targets: torch.Tensor, noisy: bool) -> Piece:
     model, criterion = workload.build(), nn.CrossEntropyLoss()
-    special = Special(model, workload.base(model), draws_once=draws_once)
+    special = Special(model, workload.base(model))
 
     def closure() -> torch.Tensor:
         special.clear()
@@ -94,8 +90,7 @@ def _own(workload: Workload, inputs: torch.Tensor, targets: torch.Tensor, method
         loss.backward()
         return loss
 
-    step = getattr(special, method)
-    return lambda: step(closure)
+    return (lambda: special.nso(closure)) if noisy else (lambda: special.sam(closure))
 
 
 def _times(number: int, piece: Piece) -> Piece:
@@ -110,7 +105,7 @@ def measure(workload: Workload, variants: Variants, rounds: int) -> dict[str, Sp
     """Median and quartiles of time over bound, per variant."""
     times = interleaved(lambda: pieces(workload, variants), rounds, workload.repeats)
     gradient, step = times["gradient"], times["base"] - times["gradient"]
-    needed = {name: _gradients(method, given) for name, (method, given) in variants.items()} | dict.fromkeys(OWN, 2)
+    needed = {name: _gradients(method, given) for name, (method, given) in variants.items()} | OWN
     return {name: spread(times[name] / (n * gradient + step)) for name, n in needed.items() if name in times}
 
 
