@@ -60,11 +60,11 @@ def plain(model, criterion=None):
     return Training(model, criterion or Mean(), {}, num_steps=1, epoch=1, num_classes=None)
 
 
-def strengths(model, rule, *, mirrored):
+def strengths(model, rule, *, mirrored, batches=BATCHES):
     def build(radius, model):
         return Standing(model, plain(model), rule(SGD(model.parameters(), lr=1.0), radius))
 
-    return Strengths(model, Mean(), BATCHES, build, unit=2.0, mirrored=mirrored)
+    return Strengths(model, Mean(), batches, build, unit=2.0, mirrored=mirrored)
 
 
 def test_an_ascent_against_the_closed_form():
@@ -84,10 +84,10 @@ def test_noise_rises_by_the_trace_without_what_is_linear():
     n, sigma = 20_000, 0.1
     model = Bowl([2.0] * n, [5.0] * n)  # the linear part of one draw is as large as the rise
     for rule in (lambda base, r: flatmin.NSO(base, sigma=r), lambda base, r: flatmin.NSO(base, r, antithetic=False)):
-        found = strengths(model, rule, mirrored=True).at(sigma)
+        found = strengths(model, rule, mirrored=True, batches=BATCHES[:1]).at(sigma)
         assert found.moved == pytest.approx(sigma / 5.0, rel=0.02)
         rise = 0.5 * sigma**2 * 2.0 * n
-        assert found.rise == pytest.approx(rise / 2.0, rel=0.02)  # 3 draws: a standard error of 0.6%
+        assert found.rise == pytest.approx(rise / 2.0, rel=0.04)  # one draw: a standard error of 1%
 
 
 def test_a_loss_that_overflows_has_an_infinite_rise():
@@ -295,9 +295,10 @@ def test_seconds_add_up_and_the_model_stays(monkeypatch):
     names = ("base", "sam", "looksam")
     made = {name: partial(standing, "diabetes", name, Settings(lr=0.1)) for name in names}
     monkeypatch.setattr(costs_module, "measure", lambda *_, **__: time.sleep(0.2))
+    monkeypatch.setattr(costs_module, "scores_of", lambda *_: time.sleep(0.1))
     price = costs(task, splits, model, made, num_gradients=600, num_seeds=10)
     for name, steps in zip(names, (600, 300, 500), strict=True):
-        assert price[name].run == pytest.approx(steps * price[name].step)
+        assert price[name].run - steps * price[name].step == pytest.approx(2.0, rel=0.5)  # 20 evaluations of 0.1 s
         assert price[name].tuning == pytest.approx(80 * price[name].run)
         assert price[name].comparison - 10 * price[name].run >= 2.0
     assert price["sam"].step > price["base"].step > 0

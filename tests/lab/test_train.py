@@ -167,8 +167,8 @@ def test_a_run_whose_steps_are_skipped_has_diverged(tmp_path):
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_run_whose_final_loss_is_not_finite_has_diverged(tmp_path, monkeypatch, split):
-    scores = train_module._scores
-    monkeypatch.setattr(train_module, "_scores", lambda *a: {**scores(*a), f"{split}_loss": float("nan")})
+    scores = train_module.scores_of
+    monkeypatch.setattr(train_module, "scores_of", lambda *a: {**scores(*a), f"{split}_loss": float("nan")})
     record = run(tmp_path, spec())
     assert not record.finished
     assert f"the {split}_loss became nan at step 1 " in record.result["message"]

@@ -14,7 +14,7 @@ from flatmin.curvature import measure
 from flatmin.lab.parts import split_name
 from flatmin.lab.standing import Standing
 from flatmin.lab.tasks import Splits, Task
-from flatmin.lab.train import one_thread, shuffled
+from flatmin.lab.train import NUM_PROGRESS, one_thread, scores_of, shuffled
 from flatmin.lab.tune import Tune
 
 SECONDS, ROUNDS = 0.1, 7  # of steps in each round, and how many rounds
@@ -27,7 +27,7 @@ class Cost:
 
     Attributes:
         step: one step; the median over rounds.
-        run: the steps of one run, without the evaluations on the way.
+        run: one run, with the evaluations on the way.
         tuning: all trials.
         comparison: all runs, with the measuring at the end of each.
     """
@@ -58,18 +58,19 @@ def costs(
         num_seeds: of the comparison.
     """
     with one_thread():
-        measuring = _seconds_to_measure(task, splits, model)
+        evaluating = NUM_PROGRESS * _seconds(lambda: scores_of(copy.deepcopy(model), task.criterion, splits))
+        measuring = _seconds(lambda: measure(copy.deepcopy(model), task.criterion, [splits.train], seed=0))
         steps = _seconds_of_steps(task, splits, model, build)
     found = {}
     for name, seconds in steps.items():
-        run = seconds * split_name(name)[0].num_steps(num_gradients)
+        run = seconds * split_name(name)[0].num_steps(num_gradients) + evaluating
         found[name] = Cost(seconds, run, run * NUM_TRIALS * NUM_TUNING_SEEDS, (run + measuring) * num_seeds)
     return found
 
 
-def _seconds_to_measure(task: Task, splits: Splits, model: nn.Module) -> float:
+def _seconds(work: Callable[[], object]) -> float:
     begin = time.perf_counter()
-    measure(copy.deepcopy(model), copy.deepcopy(task.criterion), [splits.train], seed=0)
+    work()
     return time.perf_counter() - begin
 
 

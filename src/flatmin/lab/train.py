@@ -139,13 +139,13 @@ def _train(
             if step % every == 0 or step == spec.num_steps:
                 training.refresh(_in_order(splits.train, task.batch_size))
                 with training.worn():
-                    scores = _scores(model, criterion, splits)
+                    scores = scores_of(model, criterion, splits)
                 _check_scores(spec, step, scores)
                 writer.write({"type": "progress", "step": step, "gradients": step * gradients_per_step, **scores})
                 report(spec.name, step, spec.num_steps, loss)
         training.refresh(_in_order(splits.train, task.batch_size))
         with training.worn():
-            result = {"status": "finished", **_scores(model, criterion, splits)}
+            result = {"status": "finished", **scores_of(model, criterion, splits)}
             if spec.measured:
                 result["flatness"] = _flatness(spec, model, criterion, splits)
     except Diverged as error:
@@ -232,7 +232,7 @@ def _in_order(data: tuple[Tensor, Tensor], size: int) -> list[tuple[Tensor, ...]
 
 
 @torch.no_grad()
-def _scores(model: nn.Module, criterion: nn.Module, splits: Splits) -> dict[str, float]:
+def scores_of(model: nn.Module, criterion: nn.Module, splits: Splits) -> dict[str, float]:
     """Losses, the gap between them, and the accuracies where targets are labels."""
     model.eval()
     scores: dict[str, float] = {}
