@@ -12,7 +12,7 @@ from flatmin.lab.compare import Compare
 from flatmin.lab.launch import Train
 from flatmin.lab.tasks import Splits, Task, get_task, tasks
 from flatmin.lab.tasks.check import check_task
-from flatmin.lab.train import _scores
+from flatmin.lab.train import scores_of
 from flatmin.lab.tune import Tune
 
 SAME = nn.Linear(3, 2)
@@ -267,9 +267,9 @@ SETTINGS = get_task("digits").settings
 def test_labels_that_the_loss_ignores_do_not_count_in_the_accuracy():
     outputs, labels = torch.eye(4)[:, :3], torch.tensor([0, 1, -100, 2])
     parts = Splits(*[(outputs, labels)] * 3)
-    scores = _scores(nn.Identity(), nn.CrossEntropyLoss(), parts)
+    scores = scores_of(nn.Identity(), nn.CrossEntropyLoss(), parts)
     assert scores["test_accuracy"] == pytest.approx(2 / 3)
-    assert _scores(nn.Identity(), nn.CrossEntropyLoss(ignore_index=2), Splits(*[(outputs, labels.abs() % 3)] * 3))[
+    assert scores_of(nn.Identity(), nn.CrossEntropyLoss(ignore_index=2), Splits(*[(outputs, labels.abs() % 3)] * 3))[
         "test_accuracy"
     ] == pytest.approx(2 / 3)
 
