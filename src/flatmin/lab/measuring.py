@@ -70,7 +70,8 @@ class Measure(Subject):
             print((folder / "measure.json").read_text(encoding="utf-8"), end="")
             return
         console = Console()
-        chosen = "" if self.objective is not None else f", seed {', '.join(map(str, dict.fromkeys(seeds.values())))}"
+        own = list(dict.fromkeys(seeds.values()))
+        chosen = "" if self.objective else f", seed{'s' if len(own) > 1 else ''} {', '.join(map(str, own))}"
         console.print(f"{' '.join(reports) if len(reports) == 1 else 'Each'} on {self.what}{chosen}:", highlight=False)
         show(reports, console)
         print(f"results and pictures: {folder}")
