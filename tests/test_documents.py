@@ -20,7 +20,7 @@ from benchmarks.stopping import NOW, rules_table, starts_table
 from benchmarks.subsets import table as subsets_table
 from docs.flatness import RECORD as FLATNESS
 from docs.flatness_pictures import PICTURES, draw, flatness_tables
-from docs.refresh import methods_table, suggested_table, tuned_table
+from docs.refresh import methods_table, suggested_table, trained_table, tuned_table
 from flatmin.lab.compare import read_runs
 from flatmin.lab.display import differences_table, markdown_table
 from flatmin.lab.records import read_run
@@ -81,6 +81,7 @@ def test_the_tables_of_what_was_suggested_are_computed_from_their_records():
     text, summary = (ROOT / "docs" / "results.md").read_text(), committed_summary("suggested")
     assert markdown_table(summary) in text
     assert differences_table(summary) in text
+    assert trained_table("suggested") in text
     tuning = json.loads((RECORDS.parent / "suggest" / "digits" / "tuning.json").read_text())
     for path in sorted((RECORDS.parent / "suggested" / "records").glob("*.jsonl")):
         spec = read_run(path).header["spec"]
