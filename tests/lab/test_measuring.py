@@ -5,7 +5,6 @@ import json
 import pickle
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import nn
 import flatmin
 from flatmin.lab.cli import main
 from flatmin.lab.records import read_run
-from flatmin.lab.script import forget, made_by
+from flatmin.lab.script import made_by
 from flatmin.lab.subject import short_names
 from flatmin.lab.tasks import get_task
 from flatmin.lab.weights import load_weights
@@ -46,14 +45,7 @@ def runs(tmp_path_factory):
     return out / "digits" / "records"
 
 
-@pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    forget()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    for name in ("mine", "patients"):
-        monkeypatch.delitem(sys.modules, f"flatmin_file_{name}", raising=False)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("place")
 
 
 def measured(*arguments, out="m"):

@@ -3,7 +3,6 @@
 import json
 import math
 import shlex
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,6 @@ import flatmin.lab.suggest as suggest_module
 from flatmin.lab.cli import main
 from flatmin.lab.costs import costs
 from flatmin.lab.parts import Training
-from flatmin.lab.script import forget
 from flatmin.lab.standing import Standing
 from flatmin.lab.strength import Strengths, radius_for
 from flatmin.lab.suggest import RISES, Suggest
@@ -29,12 +27,7 @@ from flatmin.lab.train import RunSpec, build_optimizer, training_of
 from flatmin.lab.tune import Tune
 from flatmin.lab.walk import walk
 
-
-@pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    forget()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
+pytestmark = pytest.mark.usefixtures("place")
 
 
 class Bowl(nn.Module):
@@ -212,28 +205,15 @@ def test_rises_are_those_of_training():
     assert not model.training
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
-    shifted = {**state, "1.running_var": 100 * state["1.running_var"]}
-    large = Strengths(model, nn.MSELoss(), [batch] * 2, build, unit=1.0, mirrored=False).at(0.1).rise
-    model.load_state_dict(shifted)
-    assert Strengths(model, nn.MSELoss(), [batch] * 2, build, unit=1.0, mirrored=False).at(0.1).rise == pytest.approx(
-        large
-    )
+    looked = partial(Strengths, model, nn.MSELoss(), [batch] * 2, build, unit=1.0, mirrored=False)
+    first = looked().at(0.1).rise
+    model.load_state_dict({**state, "1.running_var": 100 * state["1.running_var"]})
+    assert looked().at(0.1).rise == pytest.approx(first)
 
 
 def suggest(*more):
-    options = [
-        "--task",
-        "diabetes",
-        "--num-gradients",
-        "40",
-        "--jobs",
-        "1",
-        "--methods",
-        "base",
-        "sam",
-        "nso",
-        "sam+ema",
-    ]
+    options = ["--task", "diabetes", "--num-gradients", "40", "--jobs", "1"]
+    options += ["--methods", "base", "sam", "nso", "sam+ema"]
     assert main(["suggest", *options, *more]) == 0
     return json.loads(Path("runs/suggest-diabetes/suggest.json").read_text())
 

@@ -13,7 +13,6 @@ from flatmin.lab import Settings
 from flatmin.lab.cli import main
 from flatmin.lab.compare import Compare
 from flatmin.lab.records import read_run
-from flatmin.lab.script import forget
 from flatmin.lab.tasks import get_task
 from flatmin.lab.tuned import read_tuning
 
@@ -23,15 +22,7 @@ TUNING = ["--lr", "0.01", "0.1", "--weight-decay", "0", "--rho", "0.1", "--num-s
 METHODS = ["--methods", "base", "sam"]
 
 
-@pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    """An empty folder to work in, and what an import leaves in this process undone."""
-    forget()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    for name in ("beside", "flatmin_file_mine"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("place")
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -29,7 +30,7 @@ class Advice:
         task: as the command line names it.
         methods: the first is the control.
         walk: to a learning rate and weight decay of the control.
-        num_seeds: of each point of the walk.
+        walk_seeds: how many, of each point of the walk.
         untrained: the validation loss of the model as it is built.
         grids: method -> what its radii do; empty where none do what is looked for.
         price: method -> what it costs.
@@ -40,7 +41,7 @@ class Advice:
     task: str
     methods: tuple[str, ...]
     walk: Walk
-    num_seeds: int
+    walk_seeds: int
     untrained: float
     grids: Mapping[str, Sequence[Strength]]
     price: Mapping[str, Cost]
@@ -50,10 +51,8 @@ class Advice:
     @property
     def tune(self) -> Tune:
         """The command that tunes there."""
-        (lr, decay), radii = (
-            self.walk.best,
-            {name: [s.radius for s in grid] for name, grid in self.grids.items() if grid},
-        )
+        lr, decay = self.walk.best
+        radii = {name: [strength.radius for strength in grid] for name, grid in self.grids.items() if grid}
         return Tune(
             task=self.task,
             methods=self.methods,
@@ -88,9 +87,9 @@ class Advice:
 
     def print(self, console: Console, num_seeds: int) -> None:
         """The tables, the times (with a comparison of so many seeds) and the command."""
-        say = _teller(console)
+        say = partial(console.print, highlight=False, markup=False)
         (lr, decay), loss = self.walk.best, self.walk.tried[self.walk.best]
-        found = f"validation loss v = {loss:.4g}, {self.num_seeds} seeds"
+        found = f"validation loss v = {loss:.4g}, {self.walk_seeds} seeds"
         say(f"{self.methods[0]}: lr {lr:g}, weight decay {decay:g} ({found}).")
         if not self.walk.ended:
             say("That is where the search had to stop, and not a minimum: begin there with --lr and --weight-decay.")
@@ -114,10 +113,6 @@ class Advice:
             f"{NUM_TUNING_SEEDS} seeds each), {comparison} to compare ({num_seeds} seeds, measured).\nWhere to look:"
         )
         print(self.command)
-
-
-def _teller(console: Console) -> Any:
-    return lambda text: console.print(text, highlight=False, markup=False)
 
 
 def _strengths(found: Sequence[Strength]) -> list[tuple[str, list[Text]]]:

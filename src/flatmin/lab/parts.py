@@ -124,7 +124,7 @@ class Training:
 
     def evaluation(self, optimizer: Any) -> Evaluation:
         """(model, batch) -> the loss of the present probe of `optimizer`."""
-        plain, criterion = self._criterion, self._criterion
+        criterion = self._criterion
         needs_losses = getattr(optimizer, "needs_losses", False)
         if needs_losses:
             criterion = copy.copy(criterion)
@@ -140,7 +140,7 @@ class Training:
             loss = criterion(outputs, targets)
             if needs_losses:
                 loss = loss.flatten(1).mean(1) if loss.dim() > 1 else loss
-                _check_plain(loss.detach().mean(), plain(outputs.detach(), targets))
+                _check_plain(loss.detach().mean(), self._criterion(outputs.detach(), targets))
             loss = mean(loss)
             return loss if self._penalty is None else loss + self._penalty()
 

@@ -107,7 +107,7 @@ class Suggest:
             task=self.task,
             methods=self.methods,
             walk=found,
-            num_seeds=len(SEEDS),
+            walk_seeds=len(SEEDS),
             untrained=untrained,
             grids=grids,
             price=self._price(task, splits, model, grids),
