@@ -1,20 +1,24 @@
-"""Whether products over a part of the data make a search for eigenvalues cheaper, for somebody who knows the truth.
+"""Whether products with a matrix near the Hessian make a search for its eigenvalues cheaper, if one knows the truth.
 
     python -m benchmarks.subsets             some ten minutes on one thread
 
 The five largest eigenvalues of the tanh network of `benchmarks/measured.py`, whose data are four batches. From its
-dense Hessians, one for each batch, in double precision:
+dense Hessians, one for each batch, and its dense Gauss-Newton matrix G, in double precision:
 
     late products over some batches    Lanczos, with m of the four batches, drawn anew for each product, from the first
                                        product on that an oracle finds best; such a product costs m / 4
     a preconditioner                   Davidson's method (Olsen's correction): residuals of the whole data, divided by
-                                       H_m - theta, with H_m of m batches; this division costs nothing here
+                                       H_m - theta, with H_m of m batches, or by G - theta; this division costs
+                                       nothing here
+    from the largest of G              begun with eigenvectors of G in place of the gradient, then divided by G - theta;
+                                       or with what Lanczos has of G after some products, and there is nothing else of G
 
-Counted is what is spent until all five Ritz values are within 1e-3.
+Counted is what is spent on products of the Hessian until all five Ritz values are within 1e-3.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 from collections.abc import Callable, Sequence
@@ -23,9 +27,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.func import functional_call, jacrev, vmap
 
 import flatmin
-from benchmarks.measured import CASES
+from benchmarks.measured import CASES, Batches
 from benchmarks.spectrum import dense_hessian, error
 
 RESULTS = Path(__file__).parent / "results" / "subsets.json"
@@ -33,6 +38,7 @@ K, TOL, SEEDS, MOST = 5, 1e-3, 20, 40.0
 FIRST = range(12, 22, 2)  # the products from which on some batches are left out, of which the best is taken
 CLOSE = 0.02  # |eigenvalue of H_m - theta| below which a preconditioner would be divided by next to nothing
 FOUND = 0.02  # residual over value, from which on the next value is improved
+FIRST_OF_G, SEARCHES = 6, (20, 25)  # eigenvectors of G to begin with, and the products with G that Lanczos has for them
 
 Product = Callable[[np.ndarray], np.ndarray]
 
@@ -59,8 +65,20 @@ class Subspace:
         return values[::-1][:K], coordinates[:, ::-1][:, :K]
 
 
+def dense_gauss_newton(model: torch.nn.Module, batches: Batches) -> np.ndarray:
+    """mean_i J_i' (diag(p_i) - p_i p_i') J_i, from the Jacobian of the outputs of each sample, in double precision."""
+    model = copy.deepcopy(model).double()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    inputs = torch.cat([x for x, _ in batches]).double()
+    rows = vmap(jacrev(lambda w, x: functional_call(model, w, (x,))), (None, 0))(weights, inputs)
+    jacobian = torch.cat([part.flatten(2) for part in rows.values()], 2)
+    p = torch.softmax(model(inputs).detach(), 1)
+    middle = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    return torch.einsum("nad,nab,nbe->de", jacobian, middle, jacobian).numpy() / len(inputs)
+
+
 class Data:
-    """The Hessians of the batches and of all, and the gradient."""
+    """The Hessians of the batches and of all, the Gauss-Newton matrix, and the gradient."""
 
     def __init__(self) -> None:
         (case,) = (case for case in CASES if case.name.startswith("MLP, tanh"))
@@ -69,6 +87,7 @@ class Data:
         grads = flatmin.Objective(model, torch.nn.CrossEntropyLoss(), batches).gradient()
         self.gradient = torch.cat([g.flatten() for g in grads.present]).double().numpy()
         self.whole = self.of(range(len(batches)))
+        self.gauss_newton = dense_gauss_newton(model, batches)
         self.truth = np.linalg.eigvalsh(self.whole)[::-1][:K]
 
     def of(self, batches: Sequence[int]) -> np.ndarray:
@@ -97,10 +116,18 @@ def krylov(data: Data, seed: int, first: int, num_batches: int) -> float:
     return cost
 
 
-def davidson(data: Data, seed: int, preconditioner: tuple[np.ndarray, np.ndarray]) -> float:
-    """The products of Davidson's method; the preconditioner is given by its eigenvalues and eigenvectors."""
+def davidson(data: Data, start: np.ndarray, preconditioner: tuple[np.ndarray, np.ndarray]) -> float:
+    """The products of Davidson's method; the preconditioner is given by its eigenvalues and eigenvectors.
+
+    Args:
+        data: the truth.
+        start: columns to begin with.
+        preconditioner: ascending eigenvalues, and eigenvectors as columns.
+    """
     spectrum, vectors = preconditioner
-    space = Subspace(data.start(seed), lambda v: data.whole @ v)
+    space = Subspace(start[:, 0], lambda v: data.whole @ v)
+    for column in start.T[1:]:
+        space.extend(column, lambda v: data.whole @ v)
     while True:
         values, coordinates = space.ritz()
         if data.right(values) or space.basis.shape[1] >= MOST:
@@ -119,6 +146,34 @@ def davidson(data: Data, seed: int, preconditioner: tuple[np.ndarray, np.ndarray
         space.extend(direction, lambda v: data.whole @ v)
 
 
+def searched(data: Data, seed: int, num_products: int) -> tuple[np.ndarray, np.ndarray]:
+    """What Lanczos knows of G after so many products: Ritz pairs, and the mean of the other eigenvalues elsewhere."""
+    matrix = data.gauss_newton
+    space = Subspace(data.start(seed), lambda v: matrix @ v)
+    while space.basis.shape[1] < num_products:
+        space.extend(space.images[:, -1], lambda v: matrix @ v)
+    values, coordinates = np.linalg.eigh(space.basis.T @ space.images)
+    rest = np.linalg.qr(space.basis, mode="complete")[0][:, num_products:]
+    mean = (np.trace(matrix) - values.sum()) / rest.shape[1]
+    return np.append(np.full(rest.shape[1], mean), values), np.column_stack([rest, space.basis @ coordinates])
+
+
+def by_gauss_newton(data: Data) -> dict[str, list[float]]:
+    """Products of the Hessian over the seeds, by way."""
+    solved = np.linalg.eigh(data.gauss_newton)
+    largest = solved[1][:, : -FIRST_OF_G - 1 : -1]
+    costs = {
+        "divided by G - theta": [davidson(data, data.start(seed)[:, None], solved) for seed in range(SEEDS)],
+        "the same, from the six largest of G": [davidson(data, largest, solved)],
+    }
+    for products in SEARCHES:
+        found = [searched(data, seed, products) for seed in range(SEEDS)]
+        costs[f"the same, with what {products} products with G say of it"] = [
+            davidson(data, pairs[1][:, : -FIRST_OF_G - 1 : -1], pairs) for pairs in found
+        ]
+    return costs
+
+
 def measured(data: Data) -> dict[str, dict[str, float]]:
     """Median and most over the seeds, by way."""
     count = len(data.parts)
@@ -128,7 +183,10 @@ def measured(data: Data) -> dict[str, dict[str, float]]:
         costs[f"late products over {m} of {count} batches"] = min(tried, key=np.median)
     for m in range(1, count + 1):
         solved = np.linalg.eigh(data.of(range(m)))
-        costs[f"divided by H_m - theta, m = {m} of {count}"] = [davidson(data, seed, solved) for seed in range(SEEDS)]
+        costs[f"divided by H_m - theta, m = {m} of {count}"] = [
+            davidson(data, data.start(seed)[:, None], solved) for seed in range(SEEDS)
+        ]
+    costs |= by_gauss_newton(data)
     return {name: {"median": float(np.median(found)), "most": max(found)} for name, found in costs.items()}
 
 
@@ -148,8 +206,11 @@ def main() -> None:
     torch.set_num_threads(1)
     results = {"torch": torch.__version__, "flatmin": flatmin.__version__, "machine": platform.machine()}
     data = Data()
-    apart = [float(np.linalg.norm(part - data.whole, 2) / np.linalg.norm(data.whole, 2)) for part in data.parts]
-    results |= {"seeds": SEEDS, "tol": TOL, "apart": apart, "ways": measured(data)}
+    *apart, apart_g = [
+        float(np.linalg.norm(part - data.whole, 2) / np.linalg.norm(data.whole, 2))
+        for part in (*data.parts, data.gauss_newton)
+    ]
+    results |= {"seeds": SEEDS, "tol": TOL, "apart": apart, "apart_gauss_newton": apart_g, "ways": measured(data)}
     RESULTS.write_text(json.dumps(results, indent=1))
     print(table(results))
 

@@ -183,6 +183,7 @@ def test_the_tables_of_stopping_are_the_committed_result():
     subsets = json.loads((ROOT / "benchmarks" / "results" / "subsets.json").read_text())
     assert subsets_table(subsets) in text
     assert f"by {min(subsets['apart']):.2f} to {max(subsets['apart']):.2f}\nof its size" in text
+    assert f"G differs from H by {subsets['apart_gauss_newton']:.2f} of its size" in text
 
 
 def test_the_page_on_flatness_is_computed_from_its_record():
