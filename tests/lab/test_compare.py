@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -104,6 +105,15 @@ def test_a_finished_comparison_is_not_run_again(finished, monkeypatch, capsys):
     compare(finished).run()
     assert "report:" in capsys.readouterr().out
     assert (finished / "runs" / "small" / "report.html").read_text() == before
+
+
+def test_the_report_draws_runs_of_another_version_with_more_progress(finished, tmp_path):
+    shutil.copytree(finished / "runs" / "small", tmp_path / "runs" / "small")
+    record = tmp_path / "runs" / "small" / "records" / "nso-seed1.jsonl"
+    lines = record.read_text().splitlines(keepends=True)
+    assert '"progress"' in lines[1]
+    record.write_text("".join(lines[:1] + lines[2:]))
+    assert "<svg" in Report(name="small", out=tmp_path / "runs").run().read_text()
 
 
 def test_the_report_can_be_written_again(finished):

@@ -171,8 +171,29 @@ def test_a_run_whose_final_loss_is_not_finite_has_diverged(tmp_path, monkeypatch
     monkeypatch.setattr(train_module, "scores_of", lambda *a: {**scores(*a), f"{split}_loss": float("nan")})
     record = run(tmp_path, spec())
     assert not record.finished
-    assert f"the {split}_loss became nan at step 1 " in record.result["message"]
+    assert f"the {split}_loss became nan at step 4 " in record.result["message"]
     assert record.progress == []
+
+
+def test_scores_on_the_way_take_at_most_half_as_long_as_the_gradients_beyond_five_of_them():
+    digits = get_task("digits")
+    splits = digits.splits(0)  # 1,797 images, scored at the price of 29.95 gradients of 20
+    assert [train_module.num_progress(digits, splits, n) for n in (10**6, 2000, 600, 300, 40)] == [20, 20, 10, 5, 5]
+
+
+def test_a_trial_is_scored_at_its_end_alone_and_comes_out_the_same(tmp_path, monkeypatch):
+    scored, scores = [], train_module.scores_of
+    monkeypatch.setattr(train_module, "scores_of", lambda *a: scored.append(0) or scores(*a))
+    run_spec = spec(steps=40)
+    (tmp_path / "trial").mkdir()
+    trial = run(tmp_path / "trial", dataclasses.replace(run_spec, measured=False))
+    assert len(scored) == len(trial.progress) == 1
+    whole = run(tmp_path, run_spec)
+    assert len(scored) - 1 == len(whole.progress) == 5
+    assert trial.progress == whole.progress[-1:]
+    for name, value in trial.progress[-1].items():
+        if name.endswith(("loss", "accuracy", "gap")):
+            assert trial.result[name] == whole.result[name] == value
 
 
 def refused(*_, **__):
@@ -184,7 +205,7 @@ def test_a_run_whose_flatness_cannot_be_measured_has_diverged(tmp_path, monkeypa
     record = run(tmp_path, spec())
     assert not record.finished
     assert record.result["message"].endswith("flatness could not be measured: the Hessian is not finite")
-    assert len(record.progress) == 20
+    assert len(record.progress) == 5
 
 
 def test_a_run_whose_flatness_is_not_finite_has_diverged(tmp_path, monkeypatch):

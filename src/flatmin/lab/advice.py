@@ -129,7 +129,7 @@ def _prices(price: Mapping[str, Cost]) -> list[tuple[str, list[Text]]]:
     return [
         ("ms a step", [Text(f"{1000 * cost.step:.3g}") for cost in price.values()]),
         ("over the first", [Text(f"{cost.step / first.step:.2f}") for cost in price.values()]),
-        ("a run", [Text(_time(cost.run)) for cost in price.values()]),
+        ("steps of a run", [Text(_time(cost.run)) for cost in price.values()]),
     ]
 
 

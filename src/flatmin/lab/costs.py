@@ -14,7 +14,7 @@ from flatmin.curvature import measure
 from flatmin.lab.parts import split_name
 from flatmin.lab.standing import Standing
 from flatmin.lab.tasks import Splits, Task
-from flatmin.lab.train import NUM_PROGRESS, one_thread, scores_of, shuffled
+from flatmin.lab.train import num_progress, one_thread, scores_of, shuffled
 from flatmin.lab.tune import Tune
 
 SECONDS, ROUNDS = 0.1, 7  # of steps in each round, and how many rounds
@@ -27,9 +27,9 @@ class Cost:
 
     Attributes:
         step: one step; the median over rounds.
-        run: one run, with the evaluations on the way.
-        tuning: all trials.
-        comparison: all runs, with the measuring at the end of each.
+        run: the steps of one run.
+        tuning: all trials, each with its scores.
+        comparison: all runs, with the scores on the way and the measuring at the end of each.
     """
 
     step: float
@@ -59,13 +59,15 @@ def costs(
     """
     with one_thread():
         own, criterion = copy.deepcopy(model), copy.deepcopy(task.criterion)  # both may have a state
-        evaluating = NUM_PROGRESS * _seconds(lambda: scores_of(own, criterion, splits))
+        scoring = _seconds(lambda: scores_of(own, criterion, splits))
         measuring = _seconds(lambda: measure(own, criterion, [splits.train], seed=0))
         steps = _seconds_of_steps(task, splits, model, build)
     found = {}
     for name, seconds in steps.items():
-        run = seconds * split_name(name)[0].num_steps(num_gradients) + evaluating
-        found[name] = Cost(seconds, run, run * NUM_TRIALS * NUM_TUNING_SEEDS, (run + measuring) * num_seeds)
+        run = seconds * split_name(name)[0].num_steps(num_gradients)
+        ending = num_progress(task, splits, num_gradients) * scoring + measuring
+        trials = NUM_TRIALS * NUM_TUNING_SEEDS
+        found[name] = Cost(seconds, run, (run + scoring) * trials, (run + ending) * num_seeds)
     return found
 
 

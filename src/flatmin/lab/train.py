@@ -26,7 +26,8 @@ from flatmin.lab.records import RunWriter, Unwritten, environment
 from flatmin.lab.tasks import Settings, Splits, Task, get_task
 from flatmin.lab.tasks.check import counted
 
-NUM_PROGRESS = 20  # progress records per run
+NUM_PROGRESS, LEAST_PROGRESS = 20, 5  # progress records of a run that is measured
+SHARE = 0.5  # of the time of its gradients, the most that they may take beyond the least
 
 Progress = Callable[[str, int, int, float], None]  # run name, step, number of steps, training loss
 ALONE = Alone()
@@ -125,8 +126,10 @@ def _train(
     training = training_of(spec, model, criterion, splits)
     evaluate, scheduler = training.evaluation(optimizer), training.schedule(optimizer, spec.num_steps)
     replica, stepper, scheduler = processes.prepare(model, optimizer, scheduler)
-    every = max(1, spec.num_steps // NUM_PROGRESS)
-    seconds, step = 0.0, 0
+    shown = max(1, spec.num_steps // NUM_PROGRESS)
+    times = num_progress(task, splits, spec.num_steps * gradients_per_step) if spec.measured else 1
+    scored = max(1, spec.num_steps // times)
+    seconds, step, scores = 0.0, 0, {}
     batches = shuffled(splits.train, task.batch_size, spec.seed)
     try:
         for step in range(1, spec.num_steps + 1):
@@ -136,17 +139,17 @@ def _train(
             training.after_step()
             seconds += time.perf_counter() - started
             _check_step(spec, step, loss, 0 if processes.finds_scale else getattr(optimizer, "num_skipped", 0))
-            if step % every == 0 or step == spec.num_steps:
+            if step % scored == 0 or step == spec.num_steps:
                 training.refresh(_in_order(splits.train, task.batch_size))
                 with training.worn():
                     scores = scores_of(model, criterion, splits)
                 _check_scores(spec, step, scores)
                 writer.write({"type": "progress", "step": step, "gradients": step * gradients_per_step, **scores})
+            if step % shown == 0 or step == spec.num_steps:
                 report(spec.name, step, spec.num_steps, loss)
-        training.refresh(_in_order(splits.train, task.batch_size))
-        with training.worn():
-            result = {"status": "finished", **scores_of(model, criterion, splits)}
-            if spec.measured:
+        result = {"status": "finished", **scores}
+        if spec.measured:
+            with training.worn():
                 result["flatness"] = _flatness(spec, model, criterion, splits)
     except Diverged as error:
         result = {"status": "diverged", "message": str(error)}
@@ -225,6 +228,16 @@ def shuffled(data: tuple[Tensor, Tensor], size: int, seed: int) -> Iterator[tupl
     while True:
         for rows in torch.randperm(len(labels), generator=generator).split(size):
             yield inputs[rows], labels[rows]
+
+
+def num_progress(task: Task, splits: Splits, num_gradients: int) -> int:
+    """How often the scores of a measured run are recorded: as often as takes half as long as its gradients.
+
+    But 5 times at least, and 20 at most. A forward pass counts for a third of a gradient. A trial, of which only the
+    outcome is wanted, is scored at its end alone.
+    """
+    scoring = sum(len(labels) for _, labels in splits) / task.batch_size / 3
+    return min(NUM_PROGRESS, max(LEAST_PROGRESS, int(SHARE * num_gradients / scoring)))
 
 
 def _in_order(data: tuple[Tensor, Tensor], size: int) -> list[tuple[Tensor, ...]]:

@@ -87,9 +87,9 @@ def _curves(figure: Any, runs: Runs, colours: Mapping[str, str]) -> None:
     left, right = figure.subplots(1, 2)
     score = _score(runs)
     for name, records in runs.items():
-        gradients = [p["gradients"] for p in records[0].progress]
+        gradients, lines = _common(records)
         for axes, key, scale in ((left, "train_loss", 1), (right, score.key, score.scale)):
-            values = scale * np.array([[p[key] for p in r.progress] for r in records])
+            values = scale * np.array([[p[key] for p in run] for run in lines])
             if key == "train_loss":  # on a logarithmic axis the interval is that of the logarithms
                 mean, half = _interval(np.log(np.maximum(values, 1e-12)))
                 mean, low, high = np.exp(mean), np.exp(mean - half), np.exp(mean + half)
@@ -103,6 +103,13 @@ def _curves(figure: Any, runs: Runs, colours: Mapping[str, str]) -> None:
     left.set_ylabel("training loss (geometric mean)")
     right.set_ylabel(score.label)
     figure.legend(*right.get_legend_handles_labels(), loc="outside right upper")
+
+
+def _common(records: Sequence[RunRecord]) -> tuple[list[int], list[list[dict[str, Any]]]]:
+    """Where all runs have progress lines, and these: runs of another version may have more of them."""
+    found = [{p["gradients"]: p for p in run.progress} for run in records]
+    gradients = sorted(set.intersection(*(set(lines) for lines in found)))
+    return gradients, [[lines[g] for g in gradients] for lines in found]
 
 
 def _layers(figure: Any, runs: Runs, colours: Mapping[str, str]) -> None:
