@@ -164,9 +164,27 @@ def test_the_walk_says_that_it_had_to_stop():
 
 
 def test_the_walk_does_not_go_on_over_nothing():
-    found = walk(0.03, 1e-3, lambda points: [1.0 + 1e-4 * math.log10(decay) for _, decay in points])
-    assert found.best == (0.03, 1e-3)
+    found = walk(0.03, 1e-3, lambda points: [1.0 + 1e-4 * abs(math.log10(lr)) for lr, _ in points])
+    assert found.best[0] == 0.03
     assert found.ended
+
+
+@pytest.mark.parametrize(("end", "decay"), [(0.05, 0.01), (0.5, 0.1), (1e-3, 1e-3), (math.inf, 10.0)])
+def test_of_decays_that_do_the_same_the_walk_takes_the_largest(end, decay):
+    def losses(points):
+        return [1.0 - 1e-4 * math.log10(lr) + (decay > end) * math.log10(decay / min(end, 1e9)) for lr, decay in points]
+
+    found = walk(0.03, 1e-3, losses)
+    assert found.best == (0.03, decay)
+    assert found.ended
+
+
+def test_the_walk_does_not_climb_to_decays_that_are_worse():
+    rising = walk(0.03, 1e-3, lambda points: [1.0 + 0.006 * math.log10(decay / 1e-3) for _, decay in points])
+    assert rising.best == (0.03, 0.01)  # a hundredth from where it ended, not from one decay to the next
+
+
+def test_the_walk_that_finds_nothing_says_so():
     assert not math.isfinite(walk(0.03, 1e-3, lambda points: [math.inf] * len(points)).tried[0.03, 1e-3])
 
 

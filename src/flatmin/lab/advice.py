@@ -18,8 +18,8 @@ from flatmin.lab.strength import Strength
 from flatmin.lab.tune import Tune
 from flatmin.lab.walk import Walk, rounded
 
-# Times the control's learning rate (a perturbed method often takes a larger one) and weight decay.
-RATES, DECAYS = (0.5, 1.0, 2.0, 4.0), (0.0, 0.3, 1.0, 3.0)
+# Times the control's learning rate, up to where the walk found it no better, and its weight decay.
+RATES, DECAYS = (0.35, 0.7, 1.5, 3.0), (0.0, 0.3, 1.0, 3.0)
 
 
 @dataclass(frozen=True)
