@@ -286,3 +286,14 @@ def test_a_comparison_in_which_everything_diverges_still_reports(tmp_path, monke
     report = compare(tmp_path, num_gradients=400).run()
     assert "Diverged: nso on digits, seed 0: the loss became" in report.read_text()
     assert "diverged: nso on digits" in capsys.readouterr().out
+
+
+def test_a_comparison_names_runs_that_did_not_train(tmp_path, monkeypatch, capsys):
+    task = get_task("digits")
+    monkeypatch.setitem(task.settings, "nso", Settings(lr=1e-9, radius=0.05))  # type: ignore[arg-type]
+    report = compare(tmp_path, num_gradients=400).run()
+    summary = json.loads((report.parent / "summary.json").read_text())["methods"]
+    assert [len(summary[name]["untrained"]) for name in ("base", "nso")] == [0, 3]
+    assert summary["nso"]["columns"]["test_loss"]["mean"] > 2  # they count
+    assert "Not trained: nso on digits, seed 0: the training loss went from 2.3" in report.read_text()
+    assert "not trained: nso on digits, seed 2" in capsys.readouterr().out

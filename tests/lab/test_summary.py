@@ -200,6 +200,26 @@ def diverged(seed):
     return RunRecord({"spec": {"seed": seed}}, [], {"status": "diverged", "message": "no"})
 
 
+@pytest.mark.parametrize(
+    ("initial", "final", "untrained"),
+    [
+        (2.31, 2.30, True),
+        (2.3, 2.0, False),
+        (1.0, 5.0, True),
+        (-1.0, -1.05, True),
+        (-1.0, -2.0, False),
+        (None, 2.3, False),
+    ],
+)
+def test_runs_that_did_not_train_are_named_and_count(initial, final, untrained):
+    one = record(3, 0.1)
+    one.header["spec"].update(method="base", task="digits")
+    one.result.update({"train_loss": final} | ({} if initial is None else {"initial_loss": initial}))
+    entry = summarize({"base": [one, record(4, 0.9)]})["methods"]["base"]
+    assert [m.startswith("base on digits, seed 3") for m in entry["untrained"]] == [True] * untrained
+    assert entry["columns"]["test_accuracy"]["values"] == pytest.approx([10, 90])
+
+
 def test_a_method_that_diverged_is_never_best():
     # On the seeds that nso finished it is better; the hard seeds, which lower base's mean, are those that it lost.
     base = [0.90, 0.91, 0.92, 0.90, 0.60, 0.61]

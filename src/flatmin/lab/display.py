@@ -134,6 +134,8 @@ def print_table(summary: dict[str, Any], console: Console | None = None) -> None
     for name in names:
         for message in summary["methods"][name]["messages"]:
             console.print(f"[red]diverged[/]: {escape(message)}", highlight=False)
+        for message in summary["methods"][name]["untrained"]:
+            console.print(f"[yellow]not trained[/]: {escape(message)}", highlight=False)
 
 
 def note(text: str) -> None:

@@ -28,6 +28,7 @@ from scipy.special import stdtr, stdtrit  # scipy.stats takes a second to import
 from flatmin.lab.records import RunRecord
 
 LEVEL = 0.05
+TENTH = 0.1  # of where a training loss began, the least by which it is to fall
 BY_HALF = 1.5  # training losses so far apart are not the same, however few the seeds and however wild
 
 
@@ -103,6 +104,7 @@ def summarize(runs: Runs) -> dict[str, Any]:
             "num_runs": len(records),
             "num_diverged": sum(not r.finished for r in records),
             "messages": [r.result["message"] for r in records if not r.finished],
+            "untrained": [_untrained(r) for r in records if _is_untrained(r)],
             "columns": {c.key: describe([c.of(r) for r in records if r.finished]) for c in columns},
             "trace_stderr": _rms([r.result["flatness"]["trace"]["stderr"] for r in records if r.finished]),
         }
@@ -115,6 +117,21 @@ def summarize(runs: Runs) -> dict[str, Any]:
         "best": {c.key: _best(runs, c, versus[c.key]) for c in judged},
         "versus": versus,
     }
+
+
+def _is_untrained(record: RunRecord) -> bool:
+    """Whether its training loss fell by less than a tenth; runs of older versions do not say where it began."""
+    initial = record.result.get("initial_loss")
+    return record.finished and initial is not None and record.result["train_loss"] > initial - TENTH * abs(initial)
+
+
+def _untrained(record: RunRecord) -> str:
+    spec, result = record.header["spec"], record.result
+    return (
+        f"{spec['method']} on {spec['task']}, seed {spec['seed']}: the training loss went from "
+        f"{result['initial_loss']:.4g} to {result['train_loss']:.4g} only. The run counts like the others, and may "
+        "decide what is told apart."
+    )
 
 
 def mixed_versions(runs: Runs) -> str | None:

@@ -126,6 +126,7 @@ def _train(
     training = training_of(spec, model, criterion, splits)
     evaluate, scheduler = training.evaluation(optimizer), training.schedule(optimizer, spec.num_steps)
     replica, stepper, scheduler = processes.prepare(model, optimizer, scheduler)
+    initial = _initial_loss(model, criterion, splits)
     shown = max(1, spec.num_steps // NUM_PROGRESS)
     times = num_progress(task, splits, spec.num_steps * gradients_per_step) if spec.measured else 1
     scored = max(1, spec.num_steps // times)
@@ -147,7 +148,7 @@ def _train(
                 writer.write({"type": "progress", "step": step, "gradients": step * gradients_per_step, **scores})
             if step % shown == 0 or step == spec.num_steps:
                 report(spec.name, step, spec.num_steps, loss)
-        result = {"status": "finished", **scores}
+        result = {"status": "finished", **scores, "initial_loss": initial}
         if spec.measured:
             with training.worn():
                 result["flatness"] = _flatness(spec, model, criterion, splits)
@@ -257,6 +258,16 @@ def scores_of(model: nn.Module, criterion: nn.Module, splits: Splits) -> dict[st
             scores[f"{name}_accuracy"] = float(hits.double().mean())
     model.train()
     return {**scores, "gap": scores["test_loss"] - scores["train_loss"]}
+
+
+@torch.no_grad()
+def _initial_loss(model: nn.Module, criterion: nn.Module, splits: Splits) -> float | None:
+    """On the training data, before training; `None` if it is not finite."""
+    inputs, labels = splits.train
+    model.eval()
+    loss = float(criterion(model(inputs), labels))
+    model.train()
+    return loss if math.isfinite(loss) else None
 
 
 def _check_step(spec: RunSpec, step: int, loss: float, num_skipped: int) -> None:

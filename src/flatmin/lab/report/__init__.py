@@ -45,6 +45,7 @@ def write_report(path: Path, summary: dict[str, Any], runs: Mapping[str, Sequenc
         settings=[_settings(name, records[0].header) for name, records in runs.items() if records],
         header=first.header if first else {},
         messages=[m for entry in summary["methods"].values() for m in entry["messages"]],
+        untrained=[m for entry in summary["methods"].values() for m in entry["untrained"]],
     )
     write_text(path, html)
     return path
