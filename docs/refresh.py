@@ -26,15 +26,19 @@ from docs.flatness import RECORD
 from docs.flatness_pictures import flatness_tables
 from flatmin.lab.claims import CLAIMS
 from flatmin.lab.claims.reproduce import TITLES
-from flatmin.lab.compare import read_runs
-from flatmin.lab.display import differences_table, format_difference, markdown_table
-from flatmin.lab.summary import summarize
+from flatmin.lab.display import SIGNS, differences_table, format_difference, markdown_table
 from flatmin.lab.tuned import at_edge
 from tests.contracts.combinations import table as combinations_table
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "docs" / "records"
 KEYS = ("lr", "weight_decay", "radius")
+EXPERIMENTS = {  # records -> how it was tuned, and where
+    "earlier": ("by hand, 5 tuning seeds, noise in another order", "earlier"),
+    "by-hand": ("by hand, 5 tuning seeds", "by-hand"),
+    "suggested": ("suggested, 5 tuning seeds", "suggest/digits"),
+    "digits": ("suggested, 20 tuning seeds", "digits"),
+}
 PAGES = (
     "results.md",
     "claims.md",
@@ -68,25 +72,34 @@ def methods_table() -> str:
     return "\n".join(rows)
 
 
-def tuned_table(now: dict[str, Any], earlier: dict[str, Any]) -> str:
-    """What was chosen each time, and what the earlier choice is worth now: lr, radius, mean validation loss."""
+def experiments_table() -> str:
+    """The digits, each time that they were tuned: what was chosen, and what came out, less the control."""
     rows = [
-        "| method | chosen: lr, radius | validation loss | chosen earlier | its validation loss now |",
-        "|---|---|---:|---|---:|",
+        "| tuned | method | lr, weight decay, radius | validation loss | test loss less base | trace less base |",
+        "|---|---|---|---:|---:|---:|",
     ]
-    for method, best in now["best"].items():
-        before = earlier["best"][method]
-        same = [t for t in now["trials"][method] if all(t[key] == before[key] for key in KEYS)]
-        losses = f"{best['validation_loss']:.4f}", f"{same[0]['validation_loss']:.4f}"
-        rows.append(f"| {method} | {_setting(best)} | {losses[0]} | {_setting(before)} | {losses[1]} |")
+    for name, (how, place) in EXPERIMENTS.items():
+        summary, tuning = (
+            json.loads((RECORDS / path).read_text()) for path in (f"{name}/summary.json", f"{place}/tuning.json")
+        )
+        for number, method in enumerate(summary["methods"]):
+            best = tuning["best"][method]
+            setting = ", ".join(f"{best[key]:g}" for key in KEYS if best[key] is not None)
+            cells = [_versus(summary["versus"][column].get(method)) for column in ("test_loss", "trace")]
+            first = f"{how}; {summary['num_seeds']} seeds" if number == 0 else ""
+            rows.append(f"| {first} | {method} | {setting} | {best['validation_loss']:.4f} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def _versus(entry: dict[str, Any] | None) -> str:
+    return f"{format_difference(entry)} {SIGNS.get(entry['mark'], '')}".rstrip() if entry else ""
 
 
 def suggested_table() -> str:
     """The best settings on grids that were chosen by hand, and on those of `flatmin suggest`."""
     rows = ["| task | method | by hand: lr, radius | validation loss | suggested: lr, radius | validation loss |"]
     rows.append("|---|---|---|---:|---|---:|")
-    for task, by_hand in (("digits", "digits"), ("cancer", "claims/cancer"), ("diabetes", "claims/diabetes")):
+    for task, by_hand in (("digits", "by-hand"), ("cancer", "claims/cancer"), ("diabetes", "claims/diabetes")):
         hand, ours = (
             json.loads((RECORDS / place / "tuning.json").read_text()) for place in (by_hand, f"suggest/{task}")
         )
@@ -100,23 +113,14 @@ def suggested_table() -> str:
     return "\n".join(rows)
 
 
-def trained_table(name: str) -> str:
-    """Differences to the control over the seeds at which the control did not end at chance: chosen after the fact."""
-    config = json.loads((RECORDS / name / "comparison.json").read_text())
-    runs = read_runs(RECORDS / name, config)
-    control = runs[config["methods"][0]]
-    kept = [i for i, run in enumerate(control) if run.result["test_accuracy"] > 0.5]
-    found = summarize({method: [records[i] for i in kept] for method, records in runs.items()})
-    return differences_table({**config, **found})
-
-
-def verdicts_table(claims: dict[str, Any]) -> str:
-    """What is claimed, by whom, and the verdict."""
-    rows = ["| claim | verdict |", "|---|---|"]
+def verdicts_table(claims: dict[str, Any], before: dict[str, Any]) -> str:
+    """What is claimed, by whom, the verdict, and the verdict when settings were tuned otherwise."""
+    rows = ["| claim | verdict | before |", "|---|---|---|"]
     for name, judged in claims.items():
         claim = CLAIMS[name]
         said = f"{claim.statement} ({claim.paper})."
-        rows.append(f"| {' '.join(filter(None, (said, claim.here)))} `{name}` | **{judged['verdict']}** |")
+        text = f"{' '.join(filter(None, (said, claim.here)))} `{name}`"
+        rows.append(f"| {text} | **{judged['verdict']}** | {before[name]['verdict']} |")
     return "\n".join(rows)
 
 
@@ -138,12 +142,12 @@ def _setting(trial: dict[str, Any]) -> str:
 
 def main() -> None:
     """Replaces what stands between `<!-- name -->` and `<!-- /name -->`."""
-    summary, halves, earlier, suggested = (
-        json.loads((RECORDS / name / "summary.json").read_text())
-        for name in ("digits", "halves", "earlier", "suggested")
+    summary, halves, solar = (
+        json.loads((RECORDS / name / "summary.json").read_text()) for name in ("digits", "halves", "solar-cells")
     )
-    tunings = [json.loads((RECORDS / name / "tuning.json").read_text()) for name in ("digits", "earlier")]
-    claims = json.loads((RECORDS / "claims" / "claims.json").read_text())["claims"]
+    claims, before = (
+        json.loads((RECORDS / name / "claims.json").read_text())["claims"] for name in ("claims", "claims-by-hand")
+    )
     peers = json.loads((ROOT / "benchmarks" / "results" / "step_peers.json").read_text())
     cost = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())
     split = json.loads((ROOT / "benchmarks" / "results" / "split_batch.json").read_text())
@@ -154,14 +158,11 @@ def main() -> None:
         "demo": markdown_table(summary),
         "differences": differences_table(summary),
         "halves": markdown_table(halves),
-        "earlier": markdown_table(earlier),
-        "earlier-differences": differences_table(earlier),
-        "suggested-digits": markdown_table(suggested),
-        "suggested-differences": differences_table(suggested),
-        "suggested-trained": trained_table("suggested"),
-        "tuned": tuned_table(*tunings),
+        "experiments": experiments_table(),
+        "solar-cells": markdown_table(solar),
+        "solar-differences": differences_table(solar),
         "suggested": suggested_table(),
-        "verdicts": verdicts_table(claims),
+        "verdicts": verdicts_table(claims, before),
         "outcomes": outcomes_table(claims),
         "cost": cost_table(cost),
         "peers": peers_table(peers),
