@@ -7,6 +7,7 @@ import pytest
 
 import flatmin.lab.pool as pool
 from flatmin.lab.folder import unfinished
+from flatmin.lab.further import further
 from flatmin.lab.records import read_run
 from flatmin.lab.tasks import Settings
 from flatmin.lab.train import RunSpec, train
@@ -69,6 +70,38 @@ def test_methods_may_have_radii_of_their_own(tmp_path, capsys):
         "asam": [0.5, 2.0],
     }
     assert "est --radii asam that was tried" in capsys.readouterr().out
+
+
+def test_after_the_grid_every_method_has_as_many_trials_more_in_what_its_grid_did_not_vary(tmp_path):
+    options = {"methods": ("base", "sam", "base+ema"), "lr": (0.05, 0.1, 0.2), "weight_decay": (0.0, 1e-3, 1e-2)}
+    tune(tmp_path, **options, rho=(0.05, 0.1, 0.2), num_gradients=20).run()
+    found = json.loads((tmp_path / "tuning" / "tuning.json").read_text())
+    for name, trials in found["trials"].items():
+        grid, more = trials[:9], trials[9:]
+        assert len(more) == 2
+        best = min(grid, key=lambda trial: trial["validation_loss"])
+        key = "weight_decay" if name == "sam" else "lr"
+        assert all(trial[k] == best[k] for trial in more for k in ("lr", "weight_decay", "radius") if k != key)
+        others = {0.0, 1e-3, 1e-2} - {best["weight_decay"]} if name == "sam" else {0.0707, 0.141}
+        assert {trial[key] for trial in more} == others
+        assert found["best"][name] == min(trials, key=lambda trial: trial["validation_loss"])
+    (decay,) = {trial["weight_decay"] for trial in found["trials"]["sam"][:9]}
+    assert decay == found["best"]["base"]["weight_decay"]
+
+
+@pytest.mark.parametrize(
+    ("best", "borrowed", "expected"),
+    [
+        (Settings(lr=0.1, weight_decay=1e-3), False, [0.141, 0.0548]),
+        (Settings(lr=0.2, weight_decay=1e-3, radius=0.1), True, [1e-4, 1e-2]),
+        (Settings(lr=0.2, weight_decay=1e-2, radius=0.1), True, [1e-3, 1e-4]),
+        (Settings(lr=0.2, weight_decay=0.0, radius=0.1), True, [1e-4, 1e-3]),
+    ],
+)
+def test_what_is_near_is_tried_first(best, borrowed, expected):
+    found = further(best, (0.03, 0.1, 0.2), (0.0, 1e-4, 1e-3, 1e-2), borrowed=borrowed)
+    assert [s.weight_decay if borrowed else s.lr for s in found] == expected
+    assert {s.radius for s in found} == {best.radius}
 
 
 def test_a_grid_is_extended_without_doing_its_runs_again(tmp_path, monkeypatch):

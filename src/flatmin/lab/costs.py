@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from flatmin.curvature import measure
+from flatmin.lab.further import number_further
 from flatmin.lab.parts import split_name
 from flatmin.lab.standing import Standing
 from flatmin.lab.tasks import Splits, Task
@@ -18,7 +19,8 @@ from flatmin.lab.train import num_progress, one_thread, scores_of, shuffled
 from flatmin.lab.tune import Tune
 
 SECONDS, ROUNDS = 0.1, 7  # of steps in each round, and how many rounds
-NUM_TRIALS, NUM_TUNING_SEEDS = len(Tune.lr) * len(Tune.weight_decay), Tune.num_seeds  # by default
+NUM_TRIALS = len(Tune.lr) * len(Tune.weight_decay) + number_further(Tune.lr, Tune.weight_decay)  # by default
+NUM_TUNING_SEEDS = Tune.num_seeds
 
 
 @dataclass(frozen=True)

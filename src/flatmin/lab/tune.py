@@ -1,7 +1,7 @@
 """Choosing settings on validation data: the same number of trials for every method, the test set untouched.
 
-The rule, fixed beforehand: of all settings on the grid, the one with the lowest mean validation loss over the tuning
-seeds (a diverged run counts as infinite). Tuning seeds start at 1000, so that no run of a comparison is among them.
+The rule, fixed beforehand: of all settings that were tried, the one with the lowest mean validation loss over the
+tuning seeds (a diverged run counts as infinite). These start at 1000, so that no run of a comparison is among them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from flatmin.lab.fingerprint import fingerprint
 from flatmin.lab.folder import check_counts, locked
+from flatmin.lab.further import further
 from flatmin.lab.parts import split_name
 from flatmin.lab.pool import IF_STOPPED, check_importing
 from flatmin.lab.records import environment, make_writable, write_json
@@ -33,9 +34,10 @@ class Tune:
     """Choose learning rate and radius for each method by validation loss, on an equal number of trials each.
 
     The control is tuned over learning rate x weight decay, the other methods over learning rate x radius at the
-    control's best weight decay (at none for bSAM, which has a prior in its place). Interrupted, or with a larger grid,
-    it continues where it stopped. What it finds is written to tuning.json, from which `compare --tuned` takes it, and
-    printed as it stands in a task's `settings`.
+    control's best weight decay (at none for bSAM, which has a prior in its place); then, at the best of that, the
+    control over learning rates in between, and the others over the other weight decays. Interrupted, or with a larger
+    grid, it continues where it stopped. What it finds is written to tuning.json, from which `compare --tuned` takes it,
+    and printed as it stands in a task's `settings`.
     """
 
     task: str = "digits"
@@ -190,14 +192,22 @@ class Tune:
         return RunSpec(task=self.task, method=method, seed=seed, num_steps=steps, settings=settings, measured=False)
 
     def _tune(self, method: str) -> list[dict[str, Any]]:
-        candidates = self._settings(method, self.best.get(self.methods[0], {}).get("weight_decay", 0.0))
+        rule = split_name(method)[0]
+        on_grid = self._settings(method, self.best.get(self.methods[0], {}).get("weight_decay", 0.0))
+        trials = self._trials(method, on_grid, str(self.folder))
+        best = on_grid[trials.index(_best(method, trials))]
+        borrowed = rule.radius_name is not None and not rule.replaces_momentum
+        more = further(best, self.lr, self.weight_decay, borrowed=borrowed)
+        return trials + (self._trials(method, more, f"{self.folder}, near the best,") if more else [])
+
+    def _trials(self, method: str, candidates: list[Settings], where: str) -> list[dict[str, Any]]:
         found = train_trials(
             candidates,
             partial(self._spec, method),
             self._seeds,
             lambda settings: self.folder / f"{method}-{label(settings)}",
             jobs=self.jobs,
-            title=f"{self.folder} {method}",
+            title=f"{where} {method}",
         )
         return [_outcome(settings, results) for settings, results in zip(candidates, found, strict=True)]
 
