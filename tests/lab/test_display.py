@@ -102,7 +102,7 @@ def test_two_seeds_leave_the_mean_its_digits():
 
 def test_markup_in_a_message_is_only_text(capsys):
     entry = {"columns": {c.key: {"mean": None} for c in COLUMNS}, "trace_stderr": None, "messages": ["at [0/1] [/red]"]}
-    entry["untrained"] = ["[red]"]
+    entry["untrained"] = ["seed [0]"]
     config = {"task": "digits", "num_seeds": 1, "budget": "steps", "amount": 1}
     print_table({**config, "methods": {"base": entry}, "best": {}, "versus": {}})
     assert "diverged: at [0/1] [/red]" in capsys.readouterr().out

@@ -169,19 +169,40 @@ def test_the_walk_does_not_go_on_over_nothing():
     assert found.ended
 
 
-@pytest.mark.parametrize(("end", "decay"), [(0.05, 0.01), (0.5, 0.1), (1e-3, 1e-3), (math.inf, 10.0)])
-def test_of_decays_that_do_the_same_the_walk_takes_the_largest(end, decay):
+def acting_from(end):
     def losses(points):
         return [1.0 - 1e-4 * math.log10(lr) + (decay > end) * math.log10(decay / min(end, 1e9)) for lr, decay in points]
 
-    found = walk(0.03, 1e-3, losses)
+    return losses
+
+
+@pytest.mark.parametrize(("end", "decay"), [(0.05, 0.01), (0.5, 0.1), (1e-3, 1e-3), (math.inf, 1e-3)])
+def test_of_decays_that_do_nothing_the_walk_takes_the_largest(end, decay):
+    found = walk(0.03, 1e-3, acting_from(end))
     assert found.best == (0.03, decay)
+    assert found.ended
+    assert found.indifferent == (end == math.inf)
+    assert max(wd for _, wd in found.tried) <= 10
+
+
+def test_the_walk_goes_on_where_a_decay_begins_to_help():
+    def losses(points):
+        return [
+            2.0 - (decay >= 0.5) + 0.5 * abs(math.log10(lr / (0.03 if decay < 0.5 else 0.3))) for lr, decay in points
+        ]
+
+    found = walk(0.03, 1e-3, losses)
+    assert found.best == (0.3, 1.0)
     assert found.ended
 
 
-def test_the_walk_does_not_climb_to_decays_that_are_worse():
-    rising = walk(0.03, 1e-3, lambda points: [1.0 + 0.006 * math.log10(decay / 1e-3) for _, decay in points])
-    assert rising.best == (0.03, 0.01)  # a hundredth from where it ended, not from one decay to the next
+def test_a_decay_that_changes_what_was_learned_does_something():
+    rising = walk(0.03, 1e-3, lambda points: [1.0 + 0.002 * math.log10(decay / 1e-3) for _, decay in points])
+    assert rising.best == (0.03, 0.01)  # a quarter of a hundredth from where it ended, not from one decay to the next
+    fading = {1e-4: 0.7015, 1e-3: 0.7013, 1e-2: 0.6968, 0.1: 0.6934}  # until the weights are 0
+    found = walk(0.03, 1e-3, lambda points: [fading.get(decay, 0.6934) for _, decay in points], untrained=0.7204)
+    assert found.best == (0.03, 1e-3)
+    assert walk(0.03, 1e-3, lambda points: [1.0] * len(points), untrained=0.9).best == (0.03, 1e-3)
 
 
 def test_the_walk_that_finds_nothing_says_so():

@@ -200,24 +200,30 @@ def diverged(seed):
     return RunRecord({"spec": {"seed": seed}}, [], {"status": "diverged", "message": "no"})
 
 
+def trained(*losses):
+    """Runs whose training losses went from the first to the second of each pair."""
+    found = [record(seed, 0.9) for seed in range(len(losses))]
+    for one, (first, last) in zip(found, losses, strict=True):
+        one.result.update(train_loss=last, **({} if first is None else {"initial_loss": first}))
+    return found
+
+
 @pytest.mark.parametrize(
-    ("initial", "final", "untrained"),
+    ("losses", "seeds"),
     [
-        (2.31, 2.30, True),
-        (2.3, 2.0, False),
-        (1.0, 5.0, True),
-        (-1.0, -1.05, True),
-        (-1.0, -2.0, False),
-        (None, 2.3, False),
+        ([(2.31, 2.30), (2.3, 0.01), (2.3, 0.01)], [0]),
+        ([(2.31, 0.01), (2.3, 5.0), (2.3, 0.01)], [1]),  # it rose
+        ([(0.72, 0.70), (0.71, 0.70), (0.72, 0.69)], []),  # there is not much to learn
+        ([(21.0, 20.1), (21.0, 20.99), (21.0, 20.1)], [1]),  # a constant in the loss
+        ([(-1.0, -3.0), (-1.0, -1.1), (-1.0, -3.0)], [1]),
+        ([(2.3, 2.4), (2.3, 2.3), (2.3, 2.3)], []),  # none trained: nothing to compare with
+        ([(None, 2.3), (2.3, 0.1), (2.3, 0.1)], []),  # a run of an older version
     ],
 )
-def test_runs_that_did_not_train_are_named_and_count(initial, final, untrained):
-    one = record(3, 0.1)
-    one.header["spec"].update(method="base", task="digits")
-    one.result.update({"train_loss": final} | ({} if initial is None else {"initial_loss": initial}))
-    entry = summarize({"base": [one, record(4, 0.9)]})["methods"]["base"]
-    assert [m.startswith("base on digits, seed 3") for m in entry["untrained"]] == [True] * untrained
-    assert entry["columns"]["test_accuracy"]["values"] == pytest.approx([10, 90])
+def test_runs_that_did_not_train_are_named_and_count(losses, seeds):
+    entry = summarize({"base": trained(*losses), "sam": trained((None, 0.1))})["methods"]["base"]
+    assert [int(words.split()[1]) for words in entry["untrained"]] == seeds
+    assert len(entry["columns"]["test_accuracy"]["values"]) == 3
 
 
 def test_a_method_that_diverged_is_never_best():

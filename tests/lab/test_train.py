@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import flatmin
+import flatmin.lab.tasks as tasks_module
 import flatmin.lab.train as train_module
 from flatmin.lab.records import read_run
 from flatmin.lab.tasks import Settings, get_task
@@ -179,6 +180,54 @@ def test_scores_on_the_way_take_at_most_half_as_long_as_the_gradients_beyond_fiv
     digits = get_task("digits")
     splits = digits.splits(0)  # 1,797 images, scored at the price of 29.95 gradients of 20
     assert [train_module.num_progress(digits, splits, n) for n in (10**6, 2000, 600, 300, 40)] == [20, 20, 10, 5, 5]
+    whole = dataclasses.replace(digits, batch_size=10**4)  # a gradient of all 200 images
+    assert train_module.num_progress(whole, splits, 40) == train_module.num_progress(
+        dataclasses.replace(digits, batch_size=200), splits, 40
+    )
+
+
+@pytest.mark.parametrize("steps", [7, 39, 100, 130])
+def test_fewer_scores_are_some_of_the_more(tmp_path, monkeypatch, steps):
+    seen = []
+    for times in (20, 10, 5):
+        monkeypatch.setattr(train_module, "num_progress", lambda *_, times=times: times)
+        (tmp_path / str(times)).mkdir()
+        seen.append({p["step"] for p in run(tmp_path / str(times), spec("base", steps=steps, radius=None)).progress})
+    assert seen[2] <= seen[1] <= seen[0]
+    assert steps in seen[2]
+
+
+class Noisy(torch.nn.Sequential):
+    """Draws random numbers in evaluation, too, and has a batch norm that is frozen on purpose."""
+
+    def forward(self, x):
+        return super().forward(x) + 0.0 * torch.randn(())
+
+
+def noisy():
+    norm = torch.nn.BatchNorm1d(64)
+    model = Noisy(norm, torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Dropout(0.5), torch.nn.Linear(32, 10))
+    norm.eval()
+    return model
+
+
+@pytest.mark.parametrize("build", [noisy, lambda: noisy().eval()])
+def test_scores_leave_nothing_behind(tmp_path, monkeypatch, build):
+    monkeypatch.setitem(tasks_module._TASKS, "digits", dataclasses.replace(get_task("digits"), build_model=build))
+    monkeypatch.setattr(train_module, "measure", lambda *_, **__: flatness)
+    flatness = type("Flatness", (), {"trace": Value, "top_eigenvalue": Value, "to_dict": lambda self: {}})()
+    found = []
+    for place, measured in (("trial", False), ("whole", True)):
+        (tmp_path / place).mkdir()
+        train(dataclasses.replace(spec(steps=40), measured=measured), tmp_path / place)
+        found.append(load_file(tmp_path / place / "nso-seed0.safetensors"))
+    assert all(torch.equal(a, b) for a, b in zip(found[0].values(), found[1].values(), strict=True))
+    moved = found[0]["0.running_mean"].any().item()
+    assert moved == (build is not noisy)  # a whole model in evaluation mode comes from a library; a part is frozen
+
+
+class Value:
+    value = 1.0
 
 
 def test_a_trial_is_scored_at_its_end_alone_and_comes_out_the_same(tmp_path, monkeypatch):
@@ -189,7 +238,8 @@ def test_a_trial_is_scored_at_its_end_alone_and_comes_out_the_same(tmp_path, mon
     trial = run(tmp_path / "trial", dataclasses.replace(run_spec, measured=False))
     assert len(scored) == len(trial.progress) == 1
     whole = run(tmp_path, run_spec)
-    assert len(scored) - 1 == len(whole.progress) == 5
+    assert len(scored) == 1 + 1 + 5  # the trial; before the run, and along it
+    assert len(whole.progress) == 5
     assert trial.progress == whole.progress[-1:]
     for name, value in trial.progress[-1].items():
         if name.endswith(("loss", "accuracy", "gap")):

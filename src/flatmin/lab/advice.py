@@ -93,6 +93,9 @@ class Advice:
         say(f"{self.methods[0]}: lr {lr:g}, weight decay {decay:g} ({found}).")
         if not self.walk.ended:
             say("That is where the search had to stop, and not a minimum: begin there with --lr and --weight-decay.")
+        if self.walk.indifferent:
+            most = max(wd for _, wd in self.walk.tried)
+            say(f"Weight decays up to {most:g} do the same: say larger ones by --weight-decay, or 0 for none.")
         if loss >= self.untrained:
             say(f"An untrained model has {self.untrained:.4g}: begin elsewhere, with --lr and --weight-decay.")
         rows = [(name, strength) for name, grid in self.grids.items() for strength in grid]

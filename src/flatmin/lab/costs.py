@@ -61,7 +61,7 @@ def costs(
     """
     with one_thread():
         own, criterion = copy.deepcopy(model), copy.deepcopy(task.criterion)  # both may have a state
-        scoring = _seconds(lambda: scores_of(own, criterion, splits))
+        scoring = _seconds(lambda: scores_of(own, criterion, splits._asdict()))
         measuring = _seconds(lambda: measure(own, criterion, [splits.train], seed=0))
         steps = _seconds_of_steps(task, splits, model, build)
     found = {}

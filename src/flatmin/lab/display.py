@@ -134,8 +134,13 @@ def print_table(summary: dict[str, Any], console: Console | None = None) -> None
     for name in names:
         for message in summary["methods"][name]["messages"]:
             console.print(f"[red]diverged[/]: {escape(message)}", highlight=False)
-        for message in summary["methods"][name]["untrained"]:
-            console.print(f"[yellow]not trained[/]: {escape(message)}", highlight=False)
+        if seeds := summary["methods"][name]["untrained"]:
+            console.print(f"[yellow]not trained[/]: {escape(not_trained(name, seeds))}", highlight=False)
+
+
+def not_trained(name: str, seeds: Sequence[str]) -> str:
+    """A sentence for the runs of a method that ended where they began."""
+    return f"{name}, {', '.join(seeds)}. They count like the others, and may decide what is told apart."
 
 
 def note(text: str) -> None:

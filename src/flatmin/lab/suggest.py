@@ -94,11 +94,11 @@ class Suggest:
         return self.num_gradients or get_task(self.task).num_gradients
 
     def _advice(self, task: Task, folder: Path) -> Advice:
-        found = self._walk(folder)
-        if not math.isfinite(found.tried[found.best]):
-            raise ValueError(f"{self.methods[0]} diverged at all rates near {self.lr:g}: begin at another --lr.")
         splits, model = task.splits(FIRST_SEED), task.model(FIRST_SEED)
         untrained = Objective(model, copy.deepcopy(task.criterion), [splits.validation]).loss()
+        found = self._walk(folder, untrained)
+        if not math.isfinite(found.tried[found.best]):
+            raise ValueError(f"{self.methods[0]} diverged at all rates near {self.lr:g}: begin at another --lr.")
         best = self._place(folder, self._settings(self.methods[0], *found.best))
         load_weights(model, best / f"{run_name(self.methods[0], FIRST_SEED)}.safetensors")
         unit = found.tried[found.best]
@@ -115,7 +115,7 @@ class Suggest:
             jobs=self.jobs,
         )
 
-    def _walk(self, folder: Path) -> Walk:
+    def _walk(self, folder: Path, untrained: float) -> Walk:
         control = self.methods[0]
 
         def losses(points: Sequence[tuple[float, float]]) -> list[float]:
@@ -129,7 +129,7 @@ class Suggest:
             )
             return [validation_loss(results) for results in found]
 
-        return walk(self.lr, self.weight_decay, losses)
+        return walk(self.lr, self.weight_decay, losses, untrained)
 
     @staticmethod
     def _place(folder: Path, settings: Settings) -> Path:

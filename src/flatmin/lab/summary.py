@@ -28,7 +28,7 @@ from scipy.special import stdtr, stdtrit  # scipy.stats takes a second to import
 from flatmin.lab.records import RunRecord
 
 LEVEL = 0.05
-TENTH = 0.1  # of where a training loss began, the least by which it is to fall
+TENTH = 0.1  # of the usual fall of the training loss: a run with less has not trained
 BY_HALF = 1.5  # training losses so far apart are not the same, however few the seeds and however wild
 
 
@@ -99,12 +99,13 @@ def shown(summary: Mapping[str, Any]) -> list[Column]:
 def summarize(runs: Runs) -> dict[str, Any]:
     """The summary as plain data: per method and column mean, interval and values; best and versus per column."""
     columns = [c for c in COLUMNS if all(c.is_in(r) for records in runs.values() for r in records if r.finished)]
+    untrained = _untrained(runs)
     methods = {
         name: {
             "num_runs": len(records),
             "num_diverged": sum(not r.finished for r in records),
             "messages": [r.result["message"] for r in records if not r.finished],
-            "untrained": [_untrained(r) for r in records if _is_untrained(r)],
+            "untrained": untrained[name],
             "columns": {c.key: describe([c.of(r) for r in records if r.finished]) for c in columns},
             "trace_stderr": _rms([r.result["flatness"]["trace"]["stderr"] for r in records if r.finished]),
         }
@@ -119,19 +120,23 @@ def summarize(runs: Runs) -> dict[str, Any]:
     }
 
 
-def _is_untrained(record: RunRecord) -> bool:
-    """Whether its training loss fell by less than a tenth; runs of older versions do not say where it began."""
-    initial = record.result.get("initial_loss")
-    return record.finished and initial is not None and record.result["train_loss"] > initial - TENTH * abs(initial)
+def _untrained(runs: Runs) -> dict[str, list[str]]:
+    """Of each method the runs whose training loss fell by less than a tenth of the median over all runs, in words.
 
-
-def _untrained(record: RunRecord) -> str:
-    spec, result = record.header["spec"], record.result
-    return (
-        f"{spec['method']} on {spec['task']}, seed {spec['seed']}: the training loss went from "
-        f"{result['initial_loss']:.4g} to {result['train_loss']:.4g} only. The run counts like the others, and may "
-        "decide what is told apart."
-    )
+    Runs of older versions do not say where it began.
+    """
+    falls = {
+        (name, r.header["spec"]["seed"]): (r.result["initial_loss"], r.result["train_loss"])
+        for name, records in runs.items()
+        for r in records
+        if r.finished and r.result.get("initial_loss") is not None
+    }
+    usual = float(np.median([first - last for first, last in falls.values()])) if falls else 0.0
+    found: dict[str, list[str]] = {name: [] for name in runs}
+    for (name, seed), (first, last) in falls.items():
+        if usual > 0 and first - last < TENTH * usual:
+            found[name].append(f"seed {seed} (training loss from {first:.4g} to {last:.4g})")
+    return found
 
 
 def mixed_versions(runs: Runs) -> str | None:

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,9 @@ from flatmin.lab.processes import Alone
 from flatmin.lab.records import RunWriter, Unwritten, environment
 from flatmin.lab.tasks import Settings, Splits, Task, get_task
 from flatmin.lab.tasks.check import counted
+from flatmin.quiet import undisturbed
 
-NUM_PROGRESS, LEAST_PROGRESS = 20, 5  # progress records of a run that is measured
+NUM_PROGRESS = (5, 10, 20)  # progress records of a run that is measured: each has those of the one before
 SHARE = 0.5  # of the time of its gradients, the most that they may take beyond the least
 
 Progress = Callable[[str, int, int, float], None]  # run name, step, number of steps, training loss
@@ -126,11 +127,13 @@ def _train(
     training = training_of(spec, model, criterion, splits)
     evaluate, scheduler = training.evaluation(optimizer), training.schedule(optimizer, spec.num_steps)
     replica, stepper, scheduler = processes.prepare(model, optimizer, scheduler)
-    initial = _initial_loss(model, criterion, splits)
-    shown = max(1, spec.num_steps // NUM_PROGRESS)
-    times = num_progress(task, splits, spec.num_steps * gradients_per_step) if spec.measured else 1
-    scored = max(1, spec.num_steps // times)
+    shown = max(1, spec.num_steps // NUM_PROGRESS[-1])
+    times = num_progress(task, splits, spec.num_steps * gradients_per_step)
+    scored = shown * (NUM_PROGRESS[-1] // times) if spec.measured else spec.num_steps
     seconds, step, scores = 0.0, 0, {}
+    initial = scores_of(model, criterion, {"train": splits.train})["train_loss"] if spec.measured else math.nan
+    if not model.training:  # as it comes from a library; a part of a model in training mode may be frozen on purpose
+        model.train()
     batches = shuffled(splits.train, task.batch_size, spec.seed)
     try:
         for step in range(1, spec.num_steps + 1):
@@ -143,13 +146,15 @@ def _train(
             if step % scored == 0 or step == spec.num_steps:
                 training.refresh(_in_order(splits.train, task.batch_size))
                 with training.worn():
-                    scores = scores_of(model, criterion, splits)
+                    scores = scores_of(model, criterion, splits._asdict())
+                scores["gap"] = scores["test_loss"] - scores["train_loss"]
                 _check_scores(spec, step, scores)
                 writer.write({"type": "progress", "step": step, "gradients": step * gradients_per_step, **scores})
             if step % shown == 0 or step == spec.num_steps:
                 report(spec.name, step, spec.num_steps, loss)
-        result = {"status": "finished", **scores, "initial_loss": initial}
+        result = {"status": "finished", **scores}
         if spec.measured:
+            result["initial_loss"] = initial if math.isfinite(initial) else None
             with training.worn():
                 result["flatness"] = _flatness(spec, model, criterion, splits)
     except Diverged as error:
@@ -232,13 +237,14 @@ def shuffled(data: tuple[Tensor, Tensor], size: int, seed: int) -> Iterator[tupl
 
 
 def num_progress(task: Task, splits: Splits, num_gradients: int) -> int:
-    """How often the scores of a measured run are recorded: as often as takes half as long as its gradients.
+    """How often the scores of a measured run are recorded: 5, 10 or 20 times.
 
-    But 5 times at least, and 20 at most. A forward pass counts for a third of a gradient. A trial, of which only the
-    outcome is wanted, is scored at its end alone.
+    As often as takes half as long as its gradients, but 5 times at least; a forward pass counts for a third of one.
+    A trial, of which only the outcome is wanted, is scored at its end alone.
     """
-    scoring = sum(len(labels) for _, labels in splits) / task.batch_size / 3
-    return min(NUM_PROGRESS, max(LEAST_PROGRESS, int(SHARE * num_gradients / scoring)))
+    batch = min(task.batch_size, len(splits.train[1]))
+    times = SHARE * num_gradients * 3 * batch / sum(len(labels) for _, labels in splits)
+    return max((n for n in NUM_PROGRESS if n <= times), default=NUM_PROGRESS[0])
 
 
 def _in_order(data: tuple[Tensor, Tensor], size: int) -> list[tuple[Tensor, ...]]:
@@ -246,28 +252,18 @@ def _in_order(data: tuple[Tensor, Tensor], size: int) -> list[tuple[Tensor, ...]
 
 
 @torch.no_grad()
-def scores_of(model: nn.Module, criterion: nn.Module, splits: Splits) -> dict[str, float]:
-    """Losses, the gap between them, and the accuracies where targets are labels."""
-    model.eval()
+def scores_of(model: nn.Module, criterion: nn.Module, splits: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """The loss on each, in evaluation mode, and the accuracy where targets are labels; nothing is left of it behind."""
+    criterion = copy.deepcopy(criterion)  # it may have a state
     scores: dict[str, float] = {}
-    for name, (inputs, labels) in splits._asdict().items():
-        outputs = model(inputs)
-        scores[f"{name}_loss"] = float(criterion(outputs, labels))
-        if not labels.is_floating_point():
-            hits = (outputs.argmax(1) == labels)[counted(labels, criterion)]
-            scores[f"{name}_accuracy"] = float(hits.double().mean())
-    model.train()
-    return {**scores, "gap": scores["test_loss"] - scores["train_loss"]}
-
-
-@torch.no_grad()
-def _initial_loss(model: nn.Module, criterion: nn.Module, splits: Splits) -> float | None:
-    """On the training data, before training; `None` if it is not finite."""
-    inputs, labels = splits.train
-    model.eval()
-    loss = float(criterion(model(inputs), labels))
-    model.train()
-    return loss if math.isfinite(loss) else None
+    with undisturbed(model):
+        for name, (inputs, labels) in splits.items():
+            outputs = model(inputs)
+            scores[f"{name}_loss"] = float(criterion(outputs, labels))
+            if not labels.is_floating_point():
+                hits = (outputs.argmax(1) == labels)[counted(labels, criterion)]
+                scores[f"{name}_accuracy"] = float(hits.double().mean())
+    return scores
 
 
 def _check_step(spec: RunSpec, step: int, loss: float, num_skipped: int) -> None:

@@ -8,7 +8,15 @@ from typing import Any
 
 from flatmin.curvature.results import rounded
 from flatmin.extras import need
-from flatmin.lab.display import SIGNS, budget_line, confounded_note, format_cell, format_difference, trace_error
+from flatmin.lab.display import (
+    SIGNS,
+    budget_line,
+    confounded_note,
+    format_cell,
+    format_difference,
+    not_trained,
+    trace_error,
+)
 from flatmin.lab.fingerprint import FIRST_BASE
 from flatmin.lab.parts import split_name
 from flatmin.lab.records import RunRecord, write_text
@@ -45,7 +53,7 @@ def write_report(path: Path, summary: dict[str, Any], runs: Mapping[str, Sequenc
         settings=[_settings(name, records[0].header) for name, records in runs.items() if records],
         header=first.header if first else {},
         messages=[m for entry in summary["methods"].values() for m in entry["messages"]],
-        untrained=[m for entry in summary["methods"].values() for m in entry["untrained"]],
+        untrained=[not_trained(n, e["untrained"]) for n, e in summary["methods"].items() if e["untrained"]],
     )
     write_text(path, html)
     return path

@@ -88,6 +88,8 @@ def _curves(figure: Any, runs: Runs, colours: Mapping[str, str]) -> None:
     score = _score(runs)
     for name, records in runs.items():
         gradients, lines = _common(records)
+        if not gradients:
+            continue
         for axes, key, scale in ((left, "train_loss", 1), (right, score.key, score.scale)):
             values = scale * np.array([[p[key] for p in run] for run in lines])
             if key == "train_loss":  # on a logarithmic axis the interval is that of the logarithms
@@ -96,7 +98,7 @@ def _curves(figure: Any, runs: Runs, colours: Mapping[str, str]) -> None:
             else:
                 mean, half = _interval(values)
                 low, high = mean - half, mean + half
-            axes.plot(gradients, mean, color=colours[name], label=name)
+            axes.plot(gradients, mean, color=colours[name], label=name, marker="o" if len(gradients) < 3 else None)
             axes.fill_between(gradients, low, high, color=colours[name], alpha=0.15, lw=0)
             axes.set_xlabel("mini-batch gradients")
     left.set_yscale("log")
