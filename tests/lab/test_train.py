@@ -192,7 +192,7 @@ def test_fewer_scores_are_some_of_the_more(tmp_path, monkeypatch, steps):
     for times in (20, 10, 5):
         monkeypatch.setattr(train_module, "num_progress", lambda *_, times=times: times)
         (tmp_path / str(times)).mkdir()
-        seen.append({p["step"] for p in run(tmp_path / str(times), spec("base", steps=steps, radius=None)).progress})
+        seen.append({p["step"] for p in run(tmp_path / str(times), spec("base", steps=steps)).progress})
     assert seen[2] <= seen[1] <= seen[0]
     assert steps in seen[2]
 
@@ -200,8 +200,8 @@ def test_fewer_scores_are_some_of_the_more(tmp_path, monkeypatch, steps):
 class Noisy(torch.nn.Sequential):
     """Draws random numbers in evaluation, too, and has a batch norm that is frozen on purpose."""
 
-    def forward(self, x):
-        return super().forward(x) + 0.0 * torch.randn(())
+    def forward(self, input):
+        return super().forward(input) + 0.0 * torch.randn(())
 
 
 def noisy():
