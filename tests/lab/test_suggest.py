@@ -202,6 +202,8 @@ def test_a_decay_that_changes_what_was_learned_does_something():
     fading = {1e-4: 0.7015, 1e-3: 0.7013, 1e-2: 0.6968, 0.1: 0.6934}  # until the weights are 0
     found = walk(0.03, 1e-3, lambda points: [fading.get(decay, 0.6934) for _, decay in points], untrained=0.7204)
     assert found.best == (0.03, 1e-3)
+    little = {1e-4: 20.0, 1e-3: 20.0, 1e-2: 20.04}  # a loss with a constant in it: 0.04 of 0.5 that was learned
+    assert walk(0.03, 1e-3, lambda points: [little.get(d, 20.5) for _, d in points], 20.5).best == (0.03, 1e-3)
     assert walk(0.03, 1e-3, lambda points: [1.0] * len(points), untrained=0.9).best == (0.03, 1e-3)
 
 

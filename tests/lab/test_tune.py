@@ -73,7 +73,8 @@ def test_methods_may_have_radii_of_their_own(tmp_path, capsys):
 
 
 def test_after_the_grid_every_method_has_as_many_trials_more_in_what_its_grid_did_not_vary(tmp_path):
-    options = {"methods": ("base", "sam", "base+ema"), "lr": (0.05, 0.1, 0.2), "weight_decay": (0.0, 1e-3, 1e-2)}
+    methods = ("base", "sam", "base+ema", "bsam")  # bSAM has a prior in place of a weight decay
+    options = {"methods": methods, "lr": (0.05, 0.1, 0.2), "weight_decay": (0.0, 1e-3, 1e-2)}
     tune(tmp_path, **options, rho=(0.05, 0.1, 0.2), num_gradients=20).run()
     found = json.loads((tmp_path / "tuning" / "tuning.json").read_text())
     for name, trials in found["trials"].items():
@@ -93,6 +94,7 @@ def test_after_the_grid_every_method_has_as_many_trials_more_in_what_its_grid_di
     ("best", "borrowed", "expected"),
     [
         (Settings(lr=0.1, weight_decay=1e-3), False, [0.141, 0.0548]),
+        (Settings(lr=0.03, weight_decay=1e-3), False, [0.0548, 0.141]),
         (Settings(lr=0.2, weight_decay=1e-3, radius=0.1), True, [1e-4, 1e-2]),
         (Settings(lr=0.2, weight_decay=1e-2, radius=0.1), True, [1e-3, 1e-4]),
         (Settings(lr=0.2, weight_decay=0.0, radius=0.1), True, [1e-4, 1e-3]),
