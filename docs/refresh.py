@@ -33,11 +33,13 @@ from tests.contracts.combinations import table as combinations_table
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "docs" / "records"
 KEYS = ("lr", "weight_decay", "radius")
-EXPERIMENTS = {  # records -> how it was tuned, and where
-    "earlier": ("by hand, 5 tuning seeds, noise in another order", "earlier"),
-    "by-hand": ("by hand, 5 tuning seeds", "by-hand"),
-    "suggested": ("suggested, 5 tuning seeds", "suggest/digits"),
-    "digits": ("suggested, 20 tuning seeds", "digits"),
+DECAYS = (0.0003, 0.001, 0.003)
+EXPERIMENTS = {  # records -> how it was tuned
+    "earlier": "by hand, 5 tuning seeds, noise in another order",
+    "by-hand": "by hand, 5 tuning seeds",
+    "suggested": "suggested, 5 tuning seeds",
+    "one-decay": "suggested, 20 tuning seeds",
+    "digits": "suggested, 20 tuning seeds, each method's decay",
 }
 PAGES = (
     "results.md",
@@ -45,6 +47,7 @@ PAGES = (
     "methods.md",
     "how-to/compare.md",
     "decisions/0013-stopping.md",
+    "decisions/0015-tuning.md",
     *(f"concepts/{name}.md" for name in ("step", "scale", "flatness", "measuring")),
 )
 
@@ -78,10 +81,8 @@ def experiments_table() -> str:
         "| tuned | method | lr, weight decay, radius | validation loss | test loss less base | trace less base |",
         "|---|---|---|---:|---:|---:|",
     ]
-    for name, (how, place) in EXPERIMENTS.items():
-        summary, tuning = (
-            json.loads((RECORDS / path).read_text()) for path in (f"{name}/summary.json", f"{place}/tuning.json")
-        )
+    for name, how in EXPERIMENTS.items():
+        summary, tuning = (json.loads((RECORDS / name / f"{part}.json").read_text()) for part in ("summary", "tuning"))
         for number, method in enumerate(summary["methods"]):
             best = tuning["best"][method]
             setting = ", ".join(f"{best[key]:g}" for key in KEYS if best[key] is not None)
@@ -91,25 +92,38 @@ def experiments_table() -> str:
     return "\n".join(rows)
 
 
+def decays_table() -> str:
+    """Validation losses of the digits by weight decay, at the learning rate and radius that are best for the method."""
+    trials = json.loads((RECORDS / "digits" / "tuning.json").read_text())["trials"]
+    rows = ["| weight decay | " + " | ".join(f"{decay:g}" for decay in DECAYS) + " |", "|---|" + "---:|" * len(DECAYS)]
+    for method, tried in trials.items():
+        best = min(tried, key=lambda trial: trial["validation_loss"])
+        line = {
+            t["weight_decay"]: t["validation_loss"] for t in tried if all(t[k] == best[k] for k in ("lr", "radius"))
+        }
+        cells = [f"{line[decay]:.4f}" for decay in DECAYS]
+        rows.append(f"| {method} (lr {best['lr']:g}{_radius(best)}) | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _radius(setting: dict[str, Any]) -> str:
+    return "" if setting["radius"] is None else f", radius {setting['radius']:g}"
+
+
 def _versus(entry: dict[str, Any] | None) -> str:
     return f"{format_difference(entry)} {SIGNS.get(entry['mark'], '')}".rstrip() if entry else ""
 
 
 def suggested_table() -> str:
-    """The best settings on grids that were chosen by hand, and on those of `flatmin suggest`."""
-    rows = ["| task | method | by hand: lr, radius | validation loss | suggested: lr, radius | validation loss |"]
-    rows.append("|---|---|---|---:|---|---:|")
-    for task, by_hand in (("digits", "by-hand"), ("cancer", "claims/cancer"), ("diabetes", "claims/diabetes")):
-        hand, ours = (
-            json.loads((RECORDS / place / "tuning.json").read_text()) for place in (by_hand, f"suggest/{task}")
-        )
-        for method in ours["best"]:
-            cells = [
-                f"{_setting(tuning['best'][method])}{'*' if at_edge(tuning['trials'][method]) else ''} "
-                f"| {tuning['best'][method]['validation_loss']:.4f}"
-                for tuning in (hand, ours)
-            ]
-            rows.append(f"| {task} | {method} | {' | '.join(cells)} |")
+    """The best settings on the grids of `flatmin suggest`."""
+    rows = ["| task | method | lr | weight decay | radius | validation loss |", "|---|---|---:|---:|---:|---:|"]
+    for task in ("digits", "cancer", "diabetes", "solar-cells"):
+        place = RECORDS / ("claims" if task in ("cancer", "diabetes") else "") / task
+        tuning = json.loads((place / "tuning.json").read_text())
+        for method, best in tuning["best"].items():
+            edges = at_edge(tuning["trials"][method])
+            cells = [f"{best[key]:g}{'*' if key in edges else ''}" if best[key] is not None else "" for key in KEYS]
+            rows.append(f"| {task} | {method} | {' | '.join(cells)} | {best['validation_loss']:.4f} |")
     return "\n".join(rows)
 
 
@@ -136,10 +150,6 @@ def outcomes_table(claims: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _setting(trial: dict[str, Any]) -> str:
-    return ", ".join(f"{trial[key]:g}" for key in ("lr", "radius") if trial[key] is not None)
-
-
 def main() -> None:
     """Replaces what stands between `<!-- name -->` and `<!-- /name -->`."""
     summary, halves, solar = (
@@ -159,6 +169,7 @@ def main() -> None:
         "differences": differences_table(summary),
         "halves": markdown_table(halves),
         "experiments": experiments_table(),
+        "decays": decays_table(),
         "solar-cells": markdown_table(solar),
         "solar-differences": differences_table(solar),
         "suggested": suggested_table(),

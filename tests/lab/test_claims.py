@@ -165,7 +165,8 @@ def test_the_committed_verdicts_follow_from_the_committed_values(name):
 
 @pytest.mark.parametrize("task", ["digits", "cancer", "diabetes", "bad-start"])
 def test_the_settings_are_the_winners_of_the_committed_tuning(task):
-    tuning = json.loads((RECORD.parent / task / "tuning.json").read_text())
+    place = RECORD.parents[1] if task == "digits" else RECORD.parent  # those of the demo
+    tuning = json.loads((place / task / "tuning.json").read_text())
     for method, trials in tuning["trials"].items():
         best, settings = min(trials, key=lambda trial: trial["validation_loss"]), get_task(task).settings[method]
         assert dataclasses.asdict(settings) == {key: best[key] for key in dataclasses.asdict(settings)}
