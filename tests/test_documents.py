@@ -30,7 +30,7 @@ from tests.contracts import combinations
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "docs" / "records" / "digits"
-OTHERS = (("halves", "by-hand"), ("solar-cells", "solar-cells"))  # records, and where they were tuned
+OTHERS = (("halves", "by-hand"),)  # records, and where they were tuned
 BLOCK = re.compile(r"```python\n(.*?)```", re.S)
 CONTINUED = "<!-- continued -->\n```python\n"  # a block that goes on where the one before it has ended
 
@@ -139,7 +139,7 @@ def test_the_table_of_the_experiments_is_computed_from_the_records():
     assert experiments_table() in (ROOT / "docs" / "results.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["digits", "solar-cells"])
+@pytest.mark.parametrize("name", ["digits"])
 def test_the_tables_of_differences_are_computed_from_the_records(name):
     assert differences_table(committed_summary(name)) in (ROOT / "docs" / "results.md").read_text()
     assert markdown_table(committed_summary(name)) in (ROOT / "docs" / "results.md").read_text()
