@@ -26,21 +26,28 @@ from docs.flatness import RECORD
 from docs.flatness_pictures import flatness_tables
 from flatmin.lab.claims import CLAIMS
 from flatmin.lab.claims.reproduce import TITLES
-from flatmin.lab.compare import read_runs
-from flatmin.lab.display import differences_table, format_difference, markdown_table
-from flatmin.lab.summary import summarize
+from flatmin.lab.display import SIGNS, differences_table, format_difference, markdown_table
 from flatmin.lab.tuned import at_edge
 from tests.contracts.combinations import table as combinations_table
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "docs" / "records"
 KEYS = ("lr", "weight_decay", "radius")
+DECAYS = (0.0003, 0.001, 0.003)
+EXPERIMENTS = {  # records -> how it was tuned
+    "earlier": "by hand, 5 tuning seeds, noise in another order",
+    "by-hand": "by hand, 5 tuning seeds",
+    "suggested": "suggested, 5 tuning seeds",
+    "one-decay": "suggested, 20 tuning seeds",
+    "digits": "suggested, 20 tuning seeds, each method's decay",
+}
 PAGES = (
     "results.md",
     "claims.md",
     "methods.md",
     "how-to/compare.md",
     "decisions/0013-stopping.md",
+    "decisions/0015-tuning.md",
     *(f"concepts/{name}.md" for name in ("step", "scale", "flatness", "measuring")),
 )
 
@@ -68,55 +75,66 @@ def methods_table() -> str:
     return "\n".join(rows)
 
 
-def tuned_table(now: dict[str, Any], earlier: dict[str, Any]) -> str:
-    """What was chosen each time, and what the earlier choice is worth now: lr, radius, mean validation loss."""
+def experiments_table() -> str:
+    """The digits, each time that they were tuned: what was chosen, and what came out, less the control."""
     rows = [
-        "| method | chosen: lr, radius | validation loss | chosen earlier | its validation loss now |",
-        "|---|---|---:|---|---:|",
+        "| tuned | method | lr, weight decay, radius | validation loss | test loss less base | trace less base |",
+        "|---|---|---|---:|---:|---:|",
     ]
-    for method, best in now["best"].items():
-        before = earlier["best"][method]
-        same = [t for t in now["trials"][method] if all(t[key] == before[key] for key in KEYS)]
-        losses = f"{best['validation_loss']:.4f}", f"{same[0]['validation_loss']:.4f}"
-        rows.append(f"| {method} | {_setting(best)} | {losses[0]} | {_setting(before)} | {losses[1]} |")
+    for name, how in EXPERIMENTS.items():
+        summary, tuning = (json.loads((RECORDS / name / f"{part}.json").read_text()) for part in ("summary", "tuning"))
+        for number, method in enumerate(summary["methods"]):
+            best = tuning["best"][method]
+            setting = ", ".join(f"{best[key]:g}" for key in KEYS if best[key] is not None)
+            cells = [_versus(summary["versus"][column].get(method)) for column in ("test_loss", "trace")]
+            first = f"{how}; {summary['num_seeds']} seeds" if number == 0 else ""
+            rows.append(f"| {first} | {method} | {setting} | {best['validation_loss']:.4f} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def decays_table() -> str:
+    """Validation losses of the digits by weight decay, at the learning rate and radius that are best for the method."""
+    trials = json.loads((RECORDS / "digits" / "tuning.json").read_text())["trials"]
+    rows = ["| weight decay | " + " | ".join(f"{decay:g}" for decay in DECAYS) + " |", "|---|" + "---:|" * len(DECAYS)]
+    for method, tried in trials.items():
+        best = min(tried, key=lambda trial: trial["validation_loss"])
+        line = {
+            t["weight_decay"]: t["validation_loss"] for t in tried if all(t[k] == best[k] for k in ("lr", "radius"))
+        }
+        cells = [f"{line[decay]:.4f}" for decay in DECAYS]
+        rows.append(f"| {method} (lr {best['lr']:g}{_radius(best)}) | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _radius(setting: dict[str, Any]) -> str:
+    return "" if setting["radius"] is None else f", radius {setting['radius']:g}"
+
+
+def _versus(entry: dict[str, Any] | None) -> str:
+    return f"{format_difference(entry)} {SIGNS.get(entry['mark'], '')}".rstrip() if entry else ""
 
 
 def suggested_table() -> str:
-    """The best settings on grids that were chosen by hand, and on those of `flatmin suggest`."""
-    rows = ["| task | method | by hand: lr, radius | validation loss | suggested: lr, radius | validation loss |"]
-    rows.append("|---|---|---|---:|---|---:|")
-    for task, by_hand in (("digits", "digits"), ("cancer", "claims/cancer"), ("diabetes", "claims/diabetes")):
-        hand, ours = (
-            json.loads((RECORDS / place / "tuning.json").read_text()) for place in (by_hand, f"suggest/{task}")
-        )
-        for method in ours["best"]:
-            cells = [
-                f"{_setting(tuning['best'][method])}{'*' if at_edge(tuning['trials'][method]) else ''} "
-                f"| {tuning['best'][method]['validation_loss']:.4f}"
-                for tuning in (hand, ours)
-            ]
-            rows.append(f"| {task} | {method} | {' | '.join(cells)} |")
+    """The best settings on the grids of `flatmin suggest`."""
+    rows = ["| task | method | lr | weight decay | radius | validation loss |", "|---|---|---:|---:|---:|---:|"]
+    for task in ("digits", "cancer", "diabetes"):
+        place = RECORDS / ("claims" if task in ("cancer", "diabetes") else "") / task
+        tuning = json.loads((place / "tuning.json").read_text())
+        for method, best in tuning["best"].items():
+            edges = at_edge(tuning["trials"][method])
+            cells = [f"{best[key]:g}{'*' if key in edges else ''}" if best[key] is not None else "" for key in KEYS]
+            rows.append(f"| {task} | {method} | {' | '.join(cells)} | {best['validation_loss']:.4f} |")
     return "\n".join(rows)
 
 
-def trained_table(name: str) -> str:
-    """Differences to the control over the seeds at which the control did not end at chance: chosen after the fact."""
-    config = json.loads((RECORDS / name / "comparison.json").read_text())
-    runs = read_runs(RECORDS / name, config)
-    control = runs[config["methods"][0]]
-    kept = [i for i, run in enumerate(control) if run.result["test_accuracy"] > 0.5]
-    found = summarize({method: [records[i] for i in kept] for method, records in runs.items()})
-    return differences_table({**config, **found})
-
-
-def verdicts_table(claims: dict[str, Any]) -> str:
-    """What is claimed, by whom, and the verdict."""
-    rows = ["| claim | verdict |", "|---|---|"]
+def verdicts_table(claims: dict[str, Any], before: dict[str, Any]) -> str:
+    """What is claimed, by whom, the verdict, and the verdict when settings were tuned otherwise."""
+    rows = ["| claim | verdict | before |", "|---|---|---|"]
     for name, judged in claims.items():
         claim = CLAIMS[name]
         said = f"{claim.statement} ({claim.paper})."
-        rows.append(f"| {' '.join(filter(None, (said, claim.here)))} `{name}` | **{judged['verdict']}** |")
+        text = f"{' '.join(filter(None, (said, claim.here)))} `{name}`"
+        rows.append(f"| {text} | **{judged['verdict']}** | {before[name]['verdict']} |")
     return "\n".join(rows)
 
 
@@ -132,18 +150,12 @@ def outcomes_table(claims: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _setting(trial: dict[str, Any]) -> str:
-    return ", ".join(f"{trial[key]:g}" for key in ("lr", "radius") if trial[key] is not None)
-
-
 def main() -> None:
     """Replaces what stands between `<!-- name -->` and `<!-- /name -->`."""
-    summary, halves, earlier, suggested = (
-        json.loads((RECORDS / name / "summary.json").read_text())
-        for name in ("digits", "halves", "earlier", "suggested")
+    summary, halves = (json.loads((RECORDS / name / "summary.json").read_text()) for name in ("digits", "halves"))
+    claims, before = (
+        json.loads((RECORDS / name / "claims.json").read_text())["claims"] for name in ("claims", "claims-by-hand")
     )
-    tunings = [json.loads((RECORDS / name / "tuning.json").read_text()) for name in ("digits", "earlier")]
-    claims = json.loads((RECORDS / "claims" / "claims.json").read_text())["claims"]
     peers = json.loads((ROOT / "benchmarks" / "results" / "step_peers.json").read_text())
     cost = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text())
     split = json.loads((ROOT / "benchmarks" / "results" / "split_batch.json").read_text())
@@ -154,14 +166,10 @@ def main() -> None:
         "demo": markdown_table(summary),
         "differences": differences_table(summary),
         "halves": markdown_table(halves),
-        "earlier": markdown_table(earlier),
-        "earlier-differences": differences_table(earlier),
-        "suggested-digits": markdown_table(suggested),
-        "suggested-differences": differences_table(suggested),
-        "suggested-trained": trained_table("suggested"),
-        "tuned": tuned_table(*tunings),
+        "experiments": experiments_table(),
+        "decays": decays_table(),
         "suggested": suggested_table(),
-        "verdicts": verdicts_table(claims),
+        "verdicts": verdicts_table(claims, before),
         "outcomes": outcomes_table(claims),
         "cost": cost_table(cost),
         "peers": peers_table(peers),

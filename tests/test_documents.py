@@ -20,7 +20,7 @@ from benchmarks.stopping import NOW, rules_table, starts_table
 from benchmarks.subsets import table as subsets_table
 from docs.flatness import RECORD as FLATNESS
 from docs.flatness_pictures import PICTURES, draw, flatness_tables
-from docs.refresh import methods_table, suggested_table, trained_table, tuned_table
+from docs.refresh import EXPERIMENTS, decays_table, experiments_table, methods_table, suggested_table
 from flatmin.lab.compare import read_runs
 from flatmin.lab.display import differences_table, markdown_table
 from flatmin.lab.records import read_run
@@ -30,6 +30,7 @@ from tests.contracts import combinations
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "docs" / "records" / "digits"
+OTHERS = (("halves", "by-hand"),)  # records, and where they were tuned
 BLOCK = re.compile(r"```python\n(.*?)```", re.S)
 CONTINUED = "<!-- continued -->\n```python\n"  # a block that goes on where the one before it has ended
 
@@ -76,20 +77,23 @@ def committed_summary(name="digits"):
     return json.loads((RECORDS.parent / name / "summary.json").read_text())
 
 
-def test_the_tables_of_what_was_suggested_are_computed_from_their_records():
+def test_the_table_of_decays_is_computed_from_the_tuning():
+    assert decays_table() in (ROOT / "docs" / "decisions" / "0015-tuning.md").read_text()
+
+
+def test_the_table_of_what_was_suggested_is_computed_from_its_records():
     assert suggested_table() in (ROOT / "docs" / "how-to" / "compare.md").read_text()
-    text, summary = (ROOT / "docs" / "results.md").read_text(), committed_summary("suggested")
-    assert markdown_table(summary) in text
-    assert differences_table(summary) in text
-    assert trained_table("suggested") in text
-    tuning = json.loads((RECORDS.parent / "suggest" / "digits" / "tuning.json").read_text())
-    for path in sorted((RECORDS.parent / "suggested" / "records").glob("*.jsonl")):
+
+
+@pytest.mark.parametrize(("name", "tuning"), [*((name, name) for name in EXPERIMENTS), *OTHERS])
+def test_the_runs_have_the_settings_that_were_tuned(name, tuning):
+    best = json.loads((RECORDS.parent / tuning / "tuning.json").read_text())["best"]
+    for path in sorted((RECORDS.parent / name / "records").glob("*.jsonl")):
         spec = read_run(path).header["spec"]
-        best = tuning["best"][spec["method"]]
-        assert spec["settings"] == {key: best[key] for key in ("lr", "weight_decay", "radius")}
+        assert spec["settings"] == {key: best[spec["method"]][key] for key in ("lr", "weight_decay", "radius")}
 
 
-@pytest.mark.parametrize("name", ["digits", "halves", "earlier", "suggested"])
+@pytest.mark.parametrize("name", [*EXPERIMENTS, *(name for name, _ in OTHERS)])
 def test_the_committed_summaries_are_computed_from_the_committed_records(name):
     summary = committed_summary(name)
     runs = read_runs(RECORDS.parent / name, summary | {"methods": list(summary["methods"])})
@@ -98,10 +102,11 @@ def test_the_committed_summaries_are_computed_from_the_committed_records(name):
 
 
 def test_the_settings_are_the_winners_of_the_committed_tuning():
-    tuning = json.loads((RECORDS / "tuning.json").read_text())
-    for method in tuning["trials"]:
-        settings = get_task("digits").settings[method]
-        best = min(tuning["trials"][method], key=lambda trial: trial["validation_loss"])
+    by_hand = json.loads((RECORDS.parent / "by-hand" / "tuning.json").read_text())["trials"]
+    trials = {"nso-split": by_hand["nso-split"], **json.loads((RECORDS / "tuning.json").read_text())["trials"]}
+    assert trials.keys() == get_task("digits").settings.keys()
+    for method, settings in get_task("digits").settings.items():
+        best = min(trials[method], key=lambda trial: trial["validation_loss"])
         assert (settings.lr, settings.weight_decay, settings.radius) == (
             best["lr"],
             best["weight_decay"],
@@ -130,13 +135,14 @@ def test_the_table_of_half_batches_at_equal_cost_is_computed_from_the_records():
     assert markdown_table(committed_summary("halves")) in (ROOT / "docs" / "results.md").read_text()
 
 
-def test_the_tables_of_both_experiments_are_computed_from_the_records():
-    text = (ROOT / "docs" / "results.md").read_text()
-    for name in ("digits", "earlier"):
-        assert markdown_table(committed_summary(name)) in text
-        assert differences_table(committed_summary(name)) in text
-    tunings = [json.loads((RECORDS.parent / name / "tuning.json").read_text()) for name in ("digits", "earlier")]
-    assert tuned_table(*tunings) in text
+def test_the_table_of_the_experiments_is_computed_from_the_records():
+    assert experiments_table() in (ROOT / "docs" / "results.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["digits"])
+def test_the_tables_of_differences_are_computed_from_the_records(name):
+    assert differences_table(committed_summary(name)) in (ROOT / "docs" / "results.md").read_text()
+    assert markdown_table(committed_summary(name)) in (ROOT / "docs" / "results.md").read_text()
 
 
 def test_the_table_of_methods_is_computed_from_the_registry():

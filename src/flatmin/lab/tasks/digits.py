@@ -48,12 +48,12 @@ DIGITS = Task(
     batch_size=20,
     num_gradients=2000,
     settings={
-        "base": Settings(lr=0.1, weight_decay=1e-3),
-        "sam": Settings(lr=0.1, weight_decay=1e-3, radius=0.2),
-        "nso-one-point": Settings(lr=0.1, weight_decay=1e-3, radius=0.08),
-        "nso": Settings(lr=0.2, weight_decay=1e-3, radius=0.04),
-        "base+tail-average": Settings(lr=0.1, weight_decay=1e-3, parts={"tail-average": 0.75}),
+        "base": Settings(lr=0.14, weight_decay=1e-3),
+        "sam": Settings(lr=0.14, weight_decay=3e-3, radius=0.13),
+        "nso-one-point": Settings(lr=0.14, weight_decay=3e-3, radius=0.037),
+        "nso": Settings(lr=0.14, weight_decay=3e-3, radius=0.013),
+        "base+tail-average": Settings(lr=0.14, weight_decay=1e-3, parts={"tail-average": 0.75}),
         "nso-split": Settings(lr=0.2, weight_decay=1e-3, radius=0.02),
     },
-    tuning=by_validation(5, 16),
+    tuning=f"{by_validation(20, 19)} nso-split: on 5 seeds, 16 settings.",
 )

@@ -50,13 +50,13 @@ CANCER = Task(
     batch_size=20,
     num_gradients=1000,
     settings={
-        "base": Settings(lr=0.003, weight_decay=1e-3),
-        "base+tail-average": Settings(lr=0.003, weight_decay=0.01, parts={"tail-average": 0.75}),
-        "sam": Settings(lr=0.01, weight_decay=1e-3, radius=0.2),
-        "nso-one-point": Settings(lr=0.003, weight_decay=1e-3, radius=0.08),
-        "nso": Settings(lr=0.01, weight_decay=1e-3, radius=0.16),
+        "base": Settings(lr=0.0033, weight_decay=0.01),
+        "base+tail-average": Settings(lr=0.0033, weight_decay=0.03, parts={"tail-average": 0.75}),
+        "sam": Settings(lr=0.0066, weight_decay=0.01, radius=0.15),
+        "nso-one-point": Settings(lr=0.0033, weight_decay=0.01, radius=0.19),
+        "nso": Settings(lr=0.0066, weight_decay=0.01, radius=0.19),
     },
-    tuning=by_validation(5, 16),
+    tuning=by_validation(20, 19),
 )
 
 DIABETES = Task(
@@ -72,9 +72,9 @@ DIABETES = Task(
     settings={
         "base": Settings(lr=0.01, weight_decay=0.1),
         "base+tail-average": Settings(lr=0.01, weight_decay=0.1, parts={"tail-average": 0.75}),
-        "sam": Settings(lr=0.03, weight_decay=0.1, radius=0.05),
-        "nso-one-point": Settings(lr=0.03, weight_decay=0.1, radius=0.0025),
-        "nso": Settings(lr=0.03, weight_decay=0.1, radius=0.0025),
+        "sam": Settings(lr=0.01, weight_decay=0.1, radius=0.012),
+        "nso-one-point": Settings(lr=0.01, weight_decay=0.1, radius=0.0033),
+        "nso": Settings(lr=0.01, weight_decay=0.1, radius=0.0033),
     },
-    tuning=by_validation(5, 16),
+    tuning=by_validation(20, 19),
 )
