@@ -117,7 +117,7 @@ def _versus(entry: dict[str, Any] | None) -> str:
 def suggested_table() -> str:
     """The best settings on the grids of `flatmin suggest`."""
     rows = ["| task | method | lr | weight decay | radius | validation loss |", "|---|---|---:|---:|---:|---:|"]
-    for task in ("digits", "cancer", "diabetes"):
+    for task in ("digits", "cancer", "diabetes", "solar-cells"):
         place = RECORDS / ("claims" if task in ("cancer", "diabetes") else "") / task
         tuning = json.loads((place / "tuning.json").read_text())
         for method, best in tuning["best"].items():
@@ -152,7 +152,9 @@ def outcomes_table(claims: dict[str, Any]) -> str:
 
 def main() -> None:
     """Replaces what stands between `<!-- name -->` and `<!-- /name -->`."""
-    summary, halves = (json.loads((RECORDS / name / "summary.json").read_text()) for name in ("digits", "halves"))
+    summary, halves, solar = (
+        json.loads((RECORDS / name / "summary.json").read_text()) for name in ("digits", "halves", "solar-cells")
+    )
     claims, before = (
         json.loads((RECORDS / name / "claims.json").read_text())["claims"] for name in ("claims", "claims-by-hand")
     )
@@ -166,6 +168,8 @@ def main() -> None:
         "demo": markdown_table(summary),
         "differences": differences_table(summary),
         "halves": markdown_table(halves),
+        "solar-cells": markdown_table(solar),
+        "solar-differences": differences_table(solar),
         "experiments": experiments_table(),
         "decays": decays_table(),
         "suggested": suggested_table(),

@@ -30,7 +30,7 @@ from tests.contracts import combinations
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "docs" / "records" / "digits"
-OTHERS = (("halves", "by-hand"),)  # records, and where they were tuned
+OTHERS = (("halves", "by-hand"), ("solar-cells", "solar-cells"))  # records, and where they were tuned
 BLOCK = re.compile(r"```python\n(.*?)```", re.S)
 CONTINUED = "<!-- continued -->\n```python\n"  # a block that goes on where the one before it has ended
 
@@ -114,6 +114,14 @@ def test_the_settings_are_the_winners_of_the_committed_tuning():
         )
 
 
+def test_the_settings_of_the_photos_are_the_winners_too():
+    best = json.loads((RECORDS.parent / "solar-cells" / "tuning.json").read_text())["best"]
+    settings = get_task("solar-cells").settings
+    assert {m: (s.lr, s.weight_decay, s.radius) for m, s in settings.items()} == {
+        m: (b["lr"], b["weight_decay"], b["radius"]) for m, b in best.items()
+    }
+
+
 def test_the_tables_of_measuring_are_computed_from_the_record():
     record = json.loads((ROOT / "benchmarks" / "results" / "measuring.json").read_text())
     assert measuring_tables(record) in (ROOT / "docs" / "results.md").read_text()
@@ -139,7 +147,7 @@ def test_the_table_of_the_experiments_is_computed_from_the_records():
     assert experiments_table() in (ROOT / "docs" / "results.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["digits"])
+@pytest.mark.parametrize("name", ["digits", "solar-cells"])
 def test_the_tables_of_differences_are_computed_from_the_records(name):
     assert differences_table(committed_summary(name)) in (ROOT / "docs" / "results.md").read_text()
     assert markdown_table(committed_summary(name)) in (ROOT / "docs" / "results.md").read_text()

@@ -89,7 +89,7 @@ def test_what_pip_says_is_passed_on(small, monkeypatch, capsys):
 
 def test_a_task_says_what_it_needs(cache, capsys):
     assert main(["train", "--task", "solar-cells", "--method", "base"]) == 2
-    assert "has no settings for base" in capsys.readouterr().err
+    assert "flatmin data --fetch elpv-dataset" in capsys.readouterr().err
     with pytest.raises(ValueError, match="flatmin data --fetch elpv-dataset"):
         get_task("solar-cells").splits(0)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flatmin.extras import need
 from flatmin.lab.packages import ELPV, LITE0, cache
 from flatmin.lab.tasks.lite0 import HEAD, trained
-from flatmin.lab.tasks.task import Splits, Task
+from flatmin.lab.tasks.task import Settings, Splits, Task, by_validation
 
 SIZE, BATCH = 96, 64
 NUM_TRAIN, NUM_POOL = 300, 1000
@@ -88,4 +88,10 @@ SOLAR = Task(
     criterion=nn.CrossEntropyLoss(),
     batch_size=20,
     num_gradients=400,
+    settings={
+        "base": Settings(lr=0.0014, weight_decay=0.03),
+        "sam": Settings(lr=0.0029, weight_decay=0.03, radius=0.06),
+        "nso": Settings(lr=0.0029, weight_decay=0.03, radius=0.0085),
+    },
+    tuning=by_validation(3, 19),
 )
