@@ -194,6 +194,7 @@ def test_fewer_scores_are_some_of_the_more(tmp_path, monkeypatch, steps):
         (tmp_path / str(times)).mkdir()
         seen.append({p["step"] for p in run(tmp_path / str(times), spec("base", steps=steps)).progress})
     assert seen[2] <= seen[1] <= seen[0]
+    assert [len(found) for found in seen] == [min(steps, times) for times in (20, 10, 5)]
     assert steps in seen[2]
 
 

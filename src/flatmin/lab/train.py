@@ -127,9 +127,8 @@ def _train(
     training = training_of(spec, model, criterion, splits)
     evaluate, scheduler = training.evaluation(optimizer), training.schedule(optimizer, spec.num_steps)
     replica, stepper, scheduler = processes.prepare(model, optimizer, scheduler)
-    shown = max(1, spec.num_steps // NUM_PROGRESS[-1])
-    times = num_progress(task, splits, spec.num_steps * gradients_per_step)
-    scored = shown * (NUM_PROGRESS[-1] // times) if spec.measured else spec.num_steps
+    times = num_progress(task, splits, spec.num_steps * gradients_per_step) if spec.measured else 1
+    shown, scored = _evenly(spec.num_steps, NUM_PROGRESS[-1]), _evenly(spec.num_steps, times)
     seconds, step, scores = 0.0, 0, {}
     initial = scores_of(model, criterion, {"train": splits.train})["train_loss"] if spec.measured else math.nan
     if not model.training:  # as it comes from a library; a part of a model in training mode may be frozen on purpose
@@ -143,14 +142,14 @@ def _train(
             training.after_step()
             seconds += time.perf_counter() - started
             _check_step(spec, step, loss, 0 if processes.finds_scale else getattr(optimizer, "num_skipped", 0))
-            if step % scored == 0 or step == spec.num_steps:
+            if step in scored:
                 training.refresh(_in_order(splits.train, task.batch_size))
                 with training.worn():
                     scores = scores_of(model, criterion, splits._asdict())
                 scores["gap"] = scores["test_loss"] - scores["train_loss"]
                 _check_scores(spec, step, scores)
                 writer.write({"type": "progress", "step": step, "gradients": step * gradients_per_step, **scores})
-            if step % shown == 0 or step == spec.num_steps:
+            if step in shown:
                 report(spec.name, step, spec.num_steps, loss)
         result = {"status": "finished", **scores}
         if spec.measured:
@@ -245,6 +244,11 @@ def num_progress(task: Task, splits: Splits, num_gradients: int) -> int:
     batch = min(task.batch_size, len(splits.train[1]))
     times = SHARE * num_gradients * 3 * batch / sum(len(labels) for _, labels in splits)
     return max((n for n in NUM_PROGRESS if n <= times), default=NUM_PROGRESS[0])
+
+
+def _evenly(num_steps: int, times: int) -> set[int]:
+    """So many steps, or all if there are fewer; the last is one of them."""
+    return {-(-num_steps * k // times) for k in range(1, times + 1)}
 
 
 def _in_order(data: tuple[Tensor, Tensor], size: int) -> list[tuple[Tensor, ...]]:
