@@ -107,12 +107,13 @@ def test_a_finished_comparison_is_not_run_again(finished, monkeypatch, capsys):
     assert (finished / "runs" / "small" / "report.html").read_text() == before
 
 
-def test_the_report_draws_runs_of_another_version_with_more_progress(finished, tmp_path):
+@pytest.mark.parametrize(("runs", "lost"), [("nso-seed1", 1), ("*", 5)])
+def test_the_report_draws_runs_of_another_version_with_other_progress(finished, tmp_path, runs, lost):
     shutil.copytree(finished / "runs" / "small", tmp_path / "runs" / "small")
-    record = tmp_path / "runs" / "small" / "records" / "nso-seed1.jsonl"
-    lines = record.read_text().splitlines(keepends=True)
-    assert '"progress"' in lines[1]
-    record.write_text("".join(lines[:1] + lines[2:]))
+    for record in (tmp_path / "runs" / "small" / "records").glob(f"{runs}.jsonl"):
+        lines = record.read_text().splitlines(keepends=True)
+        assert all('"progress"' in line for line in lines[1:6])
+        record.write_text("".join(lines[:1] + lines[1 + lost :]))
     assert "<svg" in Report(name="small", out=tmp_path / "runs").run().read_text()
 
 

@@ -83,6 +83,27 @@ def test_noise_rises_by_the_trace_without_what_is_linear():
         assert found.rise == pytest.approx(rise / 2.0, rel=0.04)  # one draw: a standard error of 1%
 
 
+class Parted(Bowl):
+    """With a part that notes the mode it is used in."""
+
+    def __init__(self):
+        super().__init__([1.0], [1.0])
+        self.part, self.seen = nn.Dropout(0.0), set()
+
+    def forward(self, x):
+        self.seen.add(self.part.training)
+        return super().forward(self.part(x))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_part_that_is_frozen_stays_so_while_strengths_are_seen(whole):
+    model = Parted()
+    (model if whole else model.part).eval()
+    strengths(model, lambda base, r: flatmin.SAM(base, rho=r), mirrored=False).at(0.1)
+    assert model.seen == {whole}
+    assert not model.part.training
+
+
 def test_a_loss_that_overflows_has_an_infinite_rise():
     model = Bowl([1.0], [1.0])
     model.h = torch.tensor([1e30])

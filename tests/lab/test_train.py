@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -191,7 +192,6 @@ def test_fewer_scores_are_some_of_the_more(tmp_path, monkeypatch, steps):
     seen = []
     for times in (20, 10, 5):
         monkeypatch.setattr(train_module, "num_progress", lambda *_, times=times: times)
-        (tmp_path / str(times)).mkdir()
         seen.append({p["step"] for p in run(tmp_path / str(times), spec("base", steps=steps)).progress})
     assert seen[2] <= seen[1] <= seen[0]
     assert [len(found) for found in seen] == [min(steps, times) for times in (20, 10, 5)]
@@ -215,27 +215,23 @@ def noisy():
 @pytest.mark.parametrize("build", [noisy, lambda: noisy().eval()])
 def test_scores_leave_nothing_behind(tmp_path, monkeypatch, build):
     monkeypatch.setitem(tasks_module._TASKS, "digits", dataclasses.replace(get_task("digits"), build_model=build))
-    monkeypatch.setattr(train_module, "measure", lambda *_, **__: flatness)
-    flatness = type("Flatness", (), {"trace": Value, "top_eigenvalue": Value, "to_dict": lambda self: {}})()
+    value = SimpleNamespace(value=1.0)  # a model that draws random numbers could not be measured
+    report = SimpleNamespace(trace=value, top_eigenvalue=value, to_dict=dict)
+    monkeypatch.setattr(train_module, "measure", lambda *_, **__: report)
     found = []
-    for place, measured in (("trial", False), ("whole", True)):
-        (tmp_path / place).mkdir()
-        train(dataclasses.replace(spec(steps=40), measured=measured), tmp_path / place)
-        found.append(load_file(tmp_path / place / "nso-seed0.safetensors"))
+    for place in (tmp_path / "trial", tmp_path / "whole"):
+        place.mkdir()
+        train(dataclasses.replace(spec(steps=40), measured=place.name == "whole"), place)
+        found.append(load_file(place / "nso-seed0.safetensors"))
     assert all(torch.equal(a, b) for a, b in zip(found[0].values(), found[1].values(), strict=True))
     moved = found[0]["0.running_mean"].any().item()
     assert moved == (build is not noisy)  # a whole model in evaluation mode comes from a library; a part is frozen
-
-
-class Value:
-    value = 1.0
 
 
 def test_a_trial_is_scored_at_its_end_alone_and_comes_out_the_same(tmp_path, monkeypatch):
     scored, scores = [], train_module.scores_of
     monkeypatch.setattr(train_module, "scores_of", lambda *a: scored.append(0) or scores(*a))
     run_spec = spec(steps=40)
-    (tmp_path / "trial").mkdir()
     trial = run(tmp_path / "trial", dataclasses.replace(run_spec, measured=False))
     assert len(scored) == len(trial.progress) == 1
     whole = run(tmp_path, run_spec)

@@ -15,7 +15,7 @@ from flatmin.lab.further import number_further
 from flatmin.lab.parts import split_name
 from flatmin.lab.standing import Standing
 from flatmin.lab.tasks import Splits, Task
-from flatmin.lab.train import num_progress, one_thread, scores_of, shuffled
+from flatmin.lab.train import num_progress, one_thread, scores_of, shuffled, to_training
 from flatmin.lab.tune import Tune
 
 SECONDS, ROUNDS = 0.1, 7  # of steps in each round, and how many rounds
@@ -99,5 +99,6 @@ def _seconds_of_steps(
 
 def _steps(task: Task, splits: Splits, model: nn.Module, make: Callable[[nn.Module], Standing]) -> Callable[[], None]:
     """A function that takes one step, after which the weights are as before, so that nothing diverges."""
-    standing, batches = make(model.train()), shuffled(splits.train, task.batch_size, 0)
+    to_training(model)
+    standing, batches = make(model), shuffled(splits.train, task.batch_size, 0)
     return lambda: standing.step(next(batches))

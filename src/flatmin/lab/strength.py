@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flatmin.lab.standing import Standing
+from flatmin.lab.train import to_training
 from flatmin.quiet import undisturbed
 from flatmin.vectors import Vector
 
@@ -73,7 +74,7 @@ class Strengths:
 
     def _at(self, radius: float) -> Strength:
         with undisturbed(self._model, eval_mode=False):
-            self._model.train()
+            to_training(self._model)
             try:
                 standing = self._build(radius, self._model)
                 found = [probe for batch in self._batches for probe in self._probes(standing, batch)]

@@ -131,8 +131,7 @@ def _train(
     shown, scored = _evenly(spec.num_steps, NUM_PROGRESS[-1]), _evenly(spec.num_steps, times)
     seconds, step, scores = 0.0, 0, {}
     initial = scores_of(model, criterion, {"train": splits.train})["train_loss"] if spec.measured else math.nan
-    if not model.training:  # as it comes from a library; a part of a model in training mode may be frozen on purpose
-        model.train()
+    to_training(model)
     batches = shuffled(splits.train, task.batch_size, spec.seed)
     try:
         for step in range(1, spec.num_steps + 1):
@@ -233,6 +232,15 @@ def shuffled(data: tuple[Tensor, Tensor], size: int, seed: int) -> Iterator[tupl
     while True:
         for rows in torch.randperm(len(labels), generator=generator).split(size):
             yield inputs[rows], labels[rows]
+
+
+def to_training(model: nn.Module) -> None:
+    """Puts a model that is in evaluation mode as a whole (it may come so from a library) into training mode.
+
+    In one that is in training mode, parts may be frozen on purpose, and stay so.
+    """
+    if not model.training:
+        model.train()
 
 
 def num_progress(task: Task, splits: Splits, num_gradients: int) -> int:
