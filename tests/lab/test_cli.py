@@ -29,7 +29,7 @@ def test_help_is_generated_from_the_dataclass(capsys):
         "--budget",
         "gradients,steps",
         "--jobs",
-        "equal gradient budget",
+        "equal budget of gradients (or steps)",
     ):
         assert word in text
 

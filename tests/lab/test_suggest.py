@@ -16,6 +16,7 @@ import flatmin
 import flatmin.lab.costs as costs_module
 import flatmin.lab.pool as pool
 import flatmin.lab.suggest as suggest_module
+from flatmin.lab.budget import Budget
 from flatmin.lab.cli import main
 from flatmin.lab.costs import costs
 from flatmin.lab.parts import Training
@@ -330,6 +331,14 @@ def test_what_is_printed_is_what_tune_takes(more, capsys):
     assert given["jobs"] == "1"
 
 
+def test_equal_steps_are_handed_on(capsys):
+    options = ["--task", "diabetes", "--num-gradients", "40", "--jobs", "1", "--methods", "base", "sam"]
+    assert main(["suggest", *options, "--budget", "steps"]) == 0
+    found = json.loads(Path("runs/suggest-diabetes/suggest.json").read_text())
+    assert "--budget steps --num-gradients 40 " in found["command"]
+    assert (found["budget"], found["num_gradients"]) == ("steps", 40)
+
+
 def test_seconds_add_up_and_the_model_stays(monkeypatch):
     task = get_task("diabetes")
     splits, model = task.splits(0), task.build_model()
@@ -338,12 +347,14 @@ def test_seconds_add_up_and_the_model_stays(monkeypatch):
     made = {name: partial(standing, "diabetes", name, Settings(lr=0.1)) for name in names}
     monkeypatch.setattr(costs_module, "measure", lambda *_, **__: time.sleep(0.2))
     monkeypatch.setattr(costs_module, "scores_of", lambda *_: time.sleep(0.1))
-    price = costs(task, splits, model, made, num_gradients=600, num_seeds=10)
+    price = costs(task, splits, model, made, budget=Budget(600), num_seeds=10)
     for name, steps in zip(names, (600, 300, 500), strict=True):
         assert price[name].run == pytest.approx(steps * price[name].step)
         assert price[name].tuning - 95 * price[name].run == pytest.approx(95 * 0.1, rel=0.5)  # scores, once a trial
         assert price[name].comparison - 10 * price[name].run == pytest.approx(10 * (20 * 0.1 + 0.2), rel=0.5)
     assert price["sam"].step > price["base"].step > 0
+    price = costs(task, splits, model, made, budget=Budget(600, "steps"), num_seeds=10)
+    assert all(cost.run == pytest.approx(600 * cost.step) for cost in price.values())
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 

@@ -10,6 +10,7 @@ import pytest
 
 import flatmin.lab.pool as pool
 from flatmin.lab import Settings
+from flatmin.lab.budget import Budget
 from flatmin.lab.cli import main
 from flatmin.lab.compare import Compare
 from flatmin.lab.records import read_run
@@ -94,6 +95,29 @@ def test_another_budget_than_the_tuned_one_is_said(mine):
     assert "at a budget of 20 gradients; here it is 30 gradients, for which nothing was tuned" in report
 
 
+def test_settings_that_were_tuned_at_equal_steps_are_compared_at_equal_steps(mine, place, capsys):
+    tune("--budget", "steps")
+    for method in ("base", "sam"):
+        (record, *_) = (place / "runs" / "tuning-patients").glob(f"{method}-*/*.jsonl")
+        assert read_run(record).result["gradients"] == {"base": 20, "sam": 40}[method]
+    arguments = ["--task", "mine.py", "--tuned", "runs/tuning-patients", "--jobs", "1"]
+    assert main(["train", *arguments[:4], "--method", "sam"]) == 0
+    assert "sam-seed0: step 20 of 20" in capsys.readouterr().out
+    assert main(["compare", *arguments, *METHODS, "--num-seeds", "2"]) == 0
+    report = (place / "runs" / "patients" / "report.html").read_text()
+    assert "Equal steps: 20 a run" in report
+    assert "That was at a budget" not in report
+    assert main(["compare", *arguments, *METHODS, "--num-seeds", "2", "--budget", "gradients", "--name", "b"]) == 0
+    other = (place / "runs" / "b" / "report.html").read_text()
+    assert "That was at a budget of 20 steps; here it is 20 gradients, for which nothing was tuned" in other
+
+
+def test_equal_steps_are_not_the_gradients_that_a_task_was_tuned_for(place):
+    options = {"methods": ("base",), "num_seeds": 2, "budget": "steps", "jobs": 1}
+    report = Compare(**options, num_gradients=20).run().read_text()
+    assert "at a budget of 2000 gradients; here it is 20 steps, for which nothing was tuned" in report
+
+
 def test_a_file_that_was_edited_is_read_again_by_the_next_command_and_not_before(mine, monkeypatch):
     tune()
     edited = SHOWN.replace("nn.ReLU()", "nn.Tanh()")
@@ -137,12 +161,12 @@ def test_the_report_says_where_the_best_is_at_the_edge_and_trials_may_diverge(mi
     tune("--lr", "0.01", "1000000")
     trials = json.loads(Path("runs/tuning-patients/tuning.json").read_text())["trials"]["base"]
     assert trials[1]["validation_loss"] is None
-    told = read_tuning(Path("runs/tuning-patients"), get_task("mine.py")).tuning
+    told = read_tuning(Path("runs/tuning-patients"), get_task("mine.py")).task.tuning
     assert "The best is at the edge of the grid for base (lr), sam (lr)." in told
     tune("--lr", "0.01", "0.02")
     best = json.loads(Path("runs/tuning-patients/tuning.json").read_text())["best"]
     assert best.keys() == {"base", "sam"}
-    told = read_tuning(Path("runs/tuning-patients"), get_task("mine.py")).tuning
+    told = read_tuning(Path("runs/tuning-patients"), get_task("mine.py")).task.tuning
     assert "The best is at the edge of the grid for base (lr), sam (lr)." in told
 
 
@@ -232,10 +256,13 @@ def test_no_such_file(capsys):
 
 def test_winners_become_the_settings(mine):
     tune()
-    task = read_tuning(Path("runs/tuning-patients"), get_task("mine.py"))
+    task, budget = read_tuning(Path("runs/tuning-patients"), get_task("mine.py"))
     assert task.settings.keys() == {"base", "sam"}
     assert task.settings["sam"] == Settings(lr=task.settings["sam"].lr, radius=0.1)
-    assert task.num_gradients == 20
+    assert budget == Budget(20, "gradients")
+    path = Path("runs/tuning-patients/tuning.json")
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "budget"}))
+    assert read_tuning(path, get_task("mine.py")).budget == budget  # as it was before there was a choice
 
 
 def test_winners_that_another_call_of_tune_leaves_out_are_named(mine, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,51 +27,43 @@ class Advice:
     """Where to look.
 
     Attributes:
-        task: as the command line names it.
-        methods: the first is the control.
         walk: to a learning rate and weight decay of the control.
         walk_seeds: how many, of each point of the walk.
         untrained: the validation loss of the model as it is built.
         grids: method -> what its radii do; empty where none do what is looked for.
         price: method -> what it costs.
-        num_gradients: that were asked for; `None` for the task's.
-        jobs: processes at a time.
+        tuning: what will be tuned, with the default grids.
     """
 
-    task: str
-    methods: tuple[str, ...]
     walk: Walk
     walk_seeds: int
     untrained: float
     grids: Mapping[str, Sequence[Strength]]
     price: Mapping[str, Cost]
-    num_gradients: int | None
-    jobs: int
+    tuning: Tune
 
     @property
     def tune(self) -> Tune:
         """The command that tunes there."""
         lr, decay = self.walk.best
         radii = {name: [strength.radius for strength in grid] for name, grid in self.grids.items() if grid}
-        return Tune(
-            task=self.task,
-            methods=self.methods,
+        return replace(
+            self.tuning,
             lr=tuple(rounded(lr * factor) for factor in RATES),
             weight_decay=tuple(rounded(decay * factor) for factor in DECAYS) if decay else Tune.weight_decay,
             radii=tuple(f"{name}={','.join(f'{r:g}' for r in own)}" for name, own in radii.items()),
-            num_gradients=self.num_gradients,
-            jobs=self.jobs,
         )
 
     @property
     def command(self) -> str:
         """The same, to be typed."""
         tune = self.tune
-        words = ["flatmin", "tune", "--task", self.task, "--methods", *self.methods]
+        words = ["flatmin", "tune", "--task", tune.task, "--methods", *tune.methods]
         words += ["--lr", *(f"{rate:g}" for rate in tune.lr), "--weight-decay", *(f"{x:g}" for x in tune.weight_decay)]
         words += ["--radii", *tune.radii] if tune.radii else []
-        words += [] if self.num_gradients is None else ["--num-gradients", str(self.num_gradients)]
-        return shlex.join([*words, "--jobs", str(self.jobs)])
+        words += [] if tune.budget == "gradients" else ["--budget", tune.budget]
+        words += [] if tune.num_gradients is None else ["--num-gradients", str(tune.num_gradients)]
+        return shlex.join([*words, "--jobs", str(tune.jobs)])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""
@@ -87,10 +79,10 @@ class Advice:
 
     def print(self, console: Console, num_seeds: int) -> None:
         """The tables, the times (with a comparison of so many seeds) and the command."""
-        say = partial(console.print, highlight=False, markup=False)
+        say, jobs = partial(console.print, highlight=False, markup=False), self.tuning.jobs
         (lr, decay), loss = self.walk.best, self.walk.tried[self.walk.best]
         found = f"validation loss v = {loss:.4g}, {self.walk_seeds} seeds"
-        say(f"{self.methods[0]}: lr {lr:g}, weight decay {decay:g} ({found}).")
+        say(f"{self.tuning.methods[0]}: lr {lr:g}, weight decay {decay:g} ({found}).")
         if not self.walk.ended:
             say("That is where the search had to stop, and not a minimum: begin there with --lr and --weight-decay.")
         if self.walk.indifferent:
@@ -108,11 +100,10 @@ class Advice:
                 say(f"{name}: no four radii do what is looked for; tune takes its own --{radius}.")
         print_columns(list(self.price), _prices(self.price), console)
         tuning, comparison = (
-            _time(sum(getattr(cost, kind) for cost in self.price.values()) / self.jobs)
-            for kind in ("tuning", "comparison")
+            _time(sum(getattr(cost, kind) for cost in self.price.values()) / jobs) for kind in ("tuning", "comparison")
         )
         say(
-            f"On {self.jobs} process{'es' if self.jobs > 1 else ''}: about {tuning} to tune ({NUM_TRIALS} settings x "
+            f"On {jobs} process{'es' if jobs > 1 else ''}: about {tuning} to tune ({NUM_TRIALS} settings x "
             f"{NUM_TUNING_SEEDS} seeds each), {comparison} to compare ({num_seeds} seeds, measured).\nWhere to look:"
         )
         print(self.command)

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
+from flatmin.lab.budget import Budget, Kind
 from flatmin.lab.display import Live, print_table
 from flatmin.lab.folder import FORMAT, check_counts, locked, prepare, read_config, unfinished
-from flatmin.lab.parts import has_settings, settings_of, split_name
+from flatmin.lab.parts import has_settings, settings_of
 from flatmin.lab.pool import IF_STOPPED, check_importing, run_all
 from flatmin.lab.records import RunRecord, read_run, write_json
 from flatmin.lab.report import write_report
@@ -21,12 +22,12 @@ from flatmin.lab.tasks import Task, get_task
 from flatmin.lab.tasks.check import check_task
 from flatmin.lab.tasks.task import check_folder
 from flatmin.lab.train import RunSpec, run_name
-from flatmin.lab.tuned import read_tuning
+from flatmin.lab.tuned import Tuned, read_tuning, with_own_settings
 
 
 @dataclass(kw_only=True)
 class Compare:
-    """Train several methods on a task for several seeds at equal gradient budget, and report with intervals.
+    """Train several methods on a task for several seeds at an equal budget of gradients (or steps), with intervals.
 
     Writes <out>/<name>/ with one JSONL record and the weights of every run, summary.json and report.html. An
     interrupted comparison continues where it stopped and finished runs are not done again. With more seeds or other
@@ -39,8 +40,9 @@ class Compare:
     """Methods, by name (see: flatmin methods), alone or with parts: sam+swa, nso+mixup. The first is the control."""
     num_seeds: int = 10
     """Seeds 0 .. n-1. A seed fixes the training samples, the initial weights and the batch order of all methods."""
-    budget: Literal["gradients", "steps"] = "gradients"
-    """What is equal: mini-batch gradients (a two-gradient method takes half the steps), or steps."""
+    budget: Kind | None = None
+    """What is equal: mini-batch gradients (a two-gradient method takes half the steps), or steps. Default: what was
+    equal in the tuning, gradients for a task's own settings."""
     num_gradients: int | None = None
     """The budget: gradients per run, or steps with --budget steps. Default: the task's."""
     tuned: Path | None = None
@@ -73,14 +75,13 @@ class Compare:
         Raises:
             ValueError: for an unknown task or method, or one without settings for this task.
         """
-        task, amount = self._task, self._amount()
+        task, budget = self._tuned.task, self._budget
         if missing := [name for name in self.methods if not has_settings(task, name)]:
             raise ValueError(self._no_settings(task, missing))
         specs = []
         for seed in range(self.num_seeds):
             for name in self.methods:
-                method, settings = split_name(name)[0], settings_of(task, name)
-                steps = amount if self.budget == "steps" else method.num_steps(amount)
+                steps, settings = budget.num_steps(name), settings_of(task, name)
                 specs.append(RunSpec(task=self.task, method=name, seed=seed, num_steps=steps, settings=settings))
         return specs
 
@@ -88,11 +89,11 @@ class Compare:
         """What decides the numbers, as plain data."""
         return {
             "format": FORMAT,
-            "task": self._task.name,
+            "task": self._tuned.task.name,
             "methods": list(self.methods),
             "num_seeds": self.num_seeds,
-            "budget": self.budget,
-            "amount": self._amount(),
+            "budget": self._budget.kind,
+            "amount": self._budget.amount,
         }
 
     def run(self) -> Path:
@@ -110,10 +111,10 @@ class Compare:
             return (self._joined_with(known) if known else self)._run()
 
     @cached_property
-    def _task(self) -> Task:
+    def _tuned(self) -> Tuned:
         """The task, with its own settings or those that were tuned."""
         task = get_task(self.task)
-        return task if self.tuned is None else read_tuning(self.tuned, task)
+        return with_own_settings(task) if self.tuned is None else read_tuning(self.tuned, task)
 
     def _no_settings(self, task: Task, missing: list[str]) -> str:
         names = dict.fromkeys(["base", *self.methods])  # all: a tuning has what was named with it
@@ -124,8 +125,10 @@ class Compare:
             "and give them to compare by --tuned, or copy them into the task's settings."
         )
 
-    def _amount(self) -> int:
-        return self.num_gradients or self._task.num_gradients
+    @property
+    def _budget(self) -> Budget:
+        default = self._tuned.budget
+        return Budget(self.num_gradients or default.amount, self.budget or default.kind)
 
     def _joined_with(self, before: dict[str, Any]) -> Compare:
         """This comparison and the one that is there; the control stays the same."""
@@ -147,7 +150,7 @@ class Compare:
         records = self.folder / "records"
         todo = unfinished((spec, records) for spec in specs)
         config = self.config()
-        config["about"] = about(self._task, config)
+        config["about"] = about(self._tuned, config)
         write_json(self.folder / "comparison.json", config)
         with Live(len(specs), len(specs) - len(todo), str(self.folder)) as live:
             run_all(todo, self.jobs, live)
@@ -174,18 +177,16 @@ class Report:
             )
         config = read_config(folder)
         if "about" not in config:  # as it was when tasks had to be flatmin's own
-            config["about"] = about(get_task(config["task"]), config)
+            config["about"] = about(with_own_settings(get_task(config["task"])), config)
         return conclude(folder, config)
 
 
-def about(task: Task, config: Mapping[str, Any]) -> dict[str, str]:
+def about(tuned: Tuned, config: Mapping[str, Any]) -> dict[str, str]:
     """What a report says of the task, so that it can be written where the task cannot be read."""
+    task, here = tuned.task, Budget(config["amount"], config["budget"])
     tuning = f"{task.tuning.rstrip('.')}."
-    if config["amount"] != task.num_gradients:
-        tuning += (
-            f" That was at a budget of {task.num_gradients} gradients; here it is {config['amount']} "
-            f"{config['budget']}, for which nothing was tuned."
-        )
+    if here != tuned.budget:
+        tuning += f" That was at a budget of {tuned.budget}; here it is {here}, for which nothing was tuned."
     return {"summary": task.summary, "source": task.source, "licence": task.licence, "tuning": tuning}
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from flatmin.curvature import measure
+from flatmin.lab.budget import Budget
 from flatmin.lab.further import number_further
-from flatmin.lab.parts import split_name
 from flatmin.lab.standing import Standing
 from flatmin.lab.tasks import Splits, Task
 from flatmin.lab.train import num_progress, one_thread, scores_of, shuffled, to_training
@@ -46,7 +46,7 @@ def costs(
     model: nn.Module,
     build: Mapping[str, Callable[[nn.Module], Standing]],
     *,
-    num_gradients: int,
+    budget: Budget,
     num_seeds: int,
 ) -> dict[str, Cost]:
     """What each method takes, on one thread as `train` runs.
@@ -56,7 +56,7 @@ def costs(
         splits: its data.
         model: trained; steps are taken by copies of it.
         build: method -> (model -> the method at its weights).
-        num_gradients: of a run.
+        budget: of a run.
         num_seeds: of the comparison.
     """
     with one_thread():
@@ -66,8 +66,8 @@ def costs(
         steps = _seconds_of_steps(task, splits, model, build)
     found = {}
     for name, seconds in steps.items():
-        run = seconds * split_name(name)[0].num_steps(num_gradients)
-        ending = num_progress(task, splits, num_gradients) * scoring + measuring
+        run = seconds * budget.num_steps(name)
+        ending = num_progress(task, splits, budget.num_gradients(name)) * scoring + measuring
         trials = NUM_TRIALS * NUM_TUNING_SEEDS
         found[name] = Cost(seconds, run, (run + scoring) * trials, (run + ending) * num_seeds)
     return found

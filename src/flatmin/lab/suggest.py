@@ -16,6 +16,7 @@ from torch import nn
 
 from flatmin.curvature import Objective
 from flatmin.lab.advice import Advice
+from flatmin.lab.budget import Kind
 from flatmin.lab.costs import Cost, costs
 from flatmin.lab.folder import check_counts, locked
 from flatmin.lab.parts import split_name
@@ -57,8 +58,10 @@ class Suggest:
     """Learning rate of the control to begin with."""
     weight_decay: float = 1e-3
     """Its weight decay to begin with; at 0 it stays there."""
+    budget: Kind = "gradients"
+    """What is to be equal between methods: mini-batch gradients, or steps."""
     num_gradients: int | None = None
-    """Mini-batch gradients of a run. Default: the task's."""
+    """Mini-batch gradients of a run, or steps with --budget steps. Default: the task's."""
     num_seeds: int = 10
     """Seeds of the comparison whose time is told."""
     out: Path | None = None
@@ -77,21 +80,30 @@ class Suggest:
         task = get_task(self.task)
         check_counts(num_seeds=self.num_seeds)
         Settings(lr=self.lr, weight_decay=self.weight_decay)
-        Tune(task=self.task, methods=self.methods, num_gradients=self.num_gradients, jobs=self.jobs).check()
+        self._tuning.check()
         check_importing()
         check_task(task, FIRST_SEED)
         folder = Path("runs") / f"suggest-{task.name}" if self.out is None else self.out
         make_writable(folder)
         with locked(folder):
             advice = self._advice(task, folder)
-        record = {"format": FORMAT, **environment(), "task": task.name, "num_gradients": self._budget}
+        equal = self._tuning.equal
+        budget = {"budget": equal.kind, "num_gradients": equal.amount}
+        record = {"format": FORMAT, **environment(), "task": task.name, **budget}
         write_json(folder / "suggest.json", {**record, **advice.to_dict()})
         advice.print(Console(), self.num_seeds)
         print(f"all numbers: {folder / 'suggest.json'}")
 
     @property
-    def _budget(self) -> int:
-        return self.num_gradients or get_task(self.task).num_gradients
+    def _tuning(self) -> Tune:
+        """What will be tuned, but for the grids."""
+        return Tune(
+            task=self.task,
+            methods=self.methods,
+            budget=self.budget,
+            num_gradients=self.num_gradients,
+            jobs=self.jobs,
+        )
 
     def _advice(self, task: Task, folder: Path) -> Advice:
         splits, model = task.splits(FIRST_SEED), task.model(FIRST_SEED)
@@ -104,15 +116,12 @@ class Suggest:
         unit = found.tried[found.best]
         grids = {name: self._grid(task, splits, model, name, unit) for name in self.methods[1:]}
         return Advice(
-            task=self.task,
-            methods=self.methods,
             walk=found,
             walk_seeds=len(SEEDS),
             untrained=untrained,
             grids=grids,
             price=self._price(task, splits, model, grids),
-            num_gradients=self.num_gradients,
-            jobs=self.jobs,
+            tuning=self._tuning,
         )
 
     def _walk(self, folder: Path, untrained: float) -> Walk:
@@ -139,7 +148,7 @@ class Suggest:
         return Settings(lr=lr, weight_decay=decay, radius=radius, parts=split_name(method)[1])
 
     def _spec(self, method: str, settings: Settings, seed: int) -> RunSpec:
-        steps = split_name(method)[0].num_steps(self._budget)
+        steps = self._tuning.equal.num_steps(method)
         return RunSpec(task=self.task, method=method, seed=seed, num_steps=steps, settings=settings, measured=False)
 
     def _standing(self, task: Task, splits: Splits, method: str, radius: float | None, model: nn.Module) -> Standing:
@@ -164,4 +173,4 @@ class Suggest:
     def _price(self, task: Task, splits: Splits, model: nn.Module, grids: dict[str, list[Strength]]) -> dict[str, Cost]:
         middle = {name: grid[len(grid) // 2].radius for name, grid in grids.items() if grid}
         build = {name: partial(self._standing, task, splits, name, middle.get(name)) for name in self.methods}
-        return costs(task, splits, model, build, num_gradients=self._budget, num_seeds=self.num_seeds)
+        return costs(task, splits, model, build, budget=self._tuning.equal, num_seeds=self.num_seeds)

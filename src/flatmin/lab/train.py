@@ -243,7 +243,7 @@ def to_training(model: nn.Module) -> None:
         model.train()
 
 
-def num_progress(task: Task, splits: Splits, num_gradients: int) -> int:
+def num_progress(task: Task, splits: Splits, num_gradients: float) -> int:
     """How often the scores of a measured run are recorded: 5, 10 or 20 times.
 
     As often as takes half as long as its gradients, but 5 times at least; a forward pass counts for a third of one.

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from flatmin.lab.budget import Budget, Kind
 from flatmin.lab.fingerprint import fingerprint
 from flatmin.lab.folder import check_counts, locked
 from flatmin.lab.further import further
@@ -56,8 +57,10 @@ class Tune:
     """Radii of single methods, in place of --rho and --sigma: --radii asam=0.25,0.5,1,2 nso=0.01,0.02,0.04,0.08."""
     num_seeds: int = 5
     """Seeds of every trial."""
+    budget: Kind = "gradients"
+    """What is equal between methods: mini-batch gradients (a two-gradient method takes half the steps), or steps."""
     num_gradients: int | None = None
-    """Mini-batch gradients of a trial. Default: the task's, which is what the winners are for."""
+    """Of a trial, or steps with --budget steps. Default: the task's. That is what the winners are for."""
     out: Path | None = None
     """Where the runs and tuning.json are written. Default: runs/tuning-<task>."""
     jobs: int = 2
@@ -91,10 +94,9 @@ class Tune:
         check_counts(num_seeds=self.num_seeds, jobs=self.jobs, num_gradients=self.num_gradients)
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"--methods names at least one method, and none twice, got {' '.join(self.methods)!r}.")
-        rules = {name: split_name(name)[0] for name in self.methods}
-        for rule in rules.values():
-            rule.num_steps(self._budget)
-        radii = {name: rule.radius_name for name, rule in rules.items()}
+        radii = {name: split_name(name)[0].radius_name for name in self.methods}
+        for name in self.methods:
+            self.equal.num_steps(name)
         control = self.methods[0]
         if radii[control] is not None:
             raise ValueError(
@@ -126,7 +128,8 @@ class Tune:
             "task": task.name,
             "fingerprint": fingerprint(task, task.splits(FIRST_SEED)),
             "num_seeds": self.num_seeds,
-            "num_gradients": self._budget,
+            "budget": self.equal.kind,
+            "num_gradients": self.equal.amount,
             **environment(),
         }
         path = self.folder / NAME
@@ -141,8 +144,9 @@ class Tune:
             )
 
     @property
-    def _budget(self) -> int:
-        return self.num_gradients or get_task(self.task).num_gradients
+    def equal(self) -> Budget:
+        """What every method may spend in a trial."""
+        return Budget(self.num_gradients or get_task(self.task).num_gradients, self.budget)
 
     def _at_the_edge(self, method: str, trials: list[dict[str, Any]]) -> list[str]:
         """What to add to the grid: the best may lie beyond it."""
@@ -188,7 +192,7 @@ class Tune:
 
     def _spec(self, method: str, settings: Settings, seed: int) -> RunSpec:
         """A trial's; flatness chooses nothing, and to measure it would take longer than the training."""
-        steps = split_name(method)[0].num_steps(self._budget)
+        steps = self.equal.num_steps(method)
         return RunSpec(task=self.task, method=method, seed=seed, num_steps=steps, settings=settings, measured=False)
 
     def _tune(self, method: str) -> list[dict[str, Any]]:

@@ -7,8 +7,9 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from flatmin.lab.budget import Budget
 from flatmin.lab.fingerprint import changed, fingerprint
 from flatmin.lab.tasks import Settings, Task
 from flatmin.lab.tasks.task import by_validation
@@ -17,8 +18,20 @@ NAME = "tuning.json"
 FIRST_SEED = 1000  # of tuning, so that no run of a comparison is among its trials
 
 
-def read_tuning(path: Path, task: Task) -> Task:
-    """The task with the winners of `flatmin tune` as its settings, and the budget that they were chosen at as its own.
+class Tuned(NamedTuple):
+    """A task, and the budget at which its settings were chosen."""
+
+    task: Task
+    budget: Budget
+
+
+def with_own_settings(task: Task) -> Tuned:
+    """The task as it is: its settings are for its gradients."""
+    return Tuned(task, Budget(task.num_gradients))
+
+
+def read_tuning(path: Path, task: Task) -> Tuned:
+    """The task with the winners of `flatmin tune` as its settings, and the budget that they were chosen at.
 
     Args:
         path: tuning.json, or the folder that it is in.
@@ -32,7 +45,8 @@ def read_tuning(path: Path, task: Task) -> Task:
     try:
         tuning = json.loads(file.read_text(encoding="utf-8"))
         settings = {method: _settings_of(best) for method, best in tuning["best"].items()}
-        name, seeds, budget = tuning["task"], tuning["num_seeds"], tuning["num_gradients"]
+        name, seeds = tuning["task"], tuning["num_seeds"]
+        budget = Budget(tuning["num_gradients"], tuning.get("budget", "gradients"))  # not said by earlier versions
         counts = {len(trials) for trials in tuning["trials"].values()}
     except OSError as error:
         raise ValueError(f"--tuned {path}: {error.strerror or 'it cannot be read'}. flatmin tune writes it.") from error
@@ -48,7 +62,7 @@ def read_tuning(path: Path, task: Task) -> Task:
         f"{method} ({', '.join(at)})" for method, trials in tuning["trials"].items() if (at := at_edge(trials))
     ]:
         how += f" The best is at the edge of the grid for {', '.join(edges)}."
-    return dataclasses.replace(task, settings=settings, tuning=how, num_gradients=budget)
+    return Tuned(dataclasses.replace(task, settings=settings, tuning=how), budget)
 
 
 def at_edge(trials: Sequence[Mapping[str, Any]]) -> list[str]:
