@@ -353,7 +353,10 @@ def test_seconds_add_up_and_the_model_stays(monkeypatch):
         assert price[name].tuning - 95 * price[name].run == pytest.approx(95 * 0.1, rel=0.5)  # scores, once a trial
         assert price[name].comparison - 10 * price[name].run == pytest.approx(10 * (20 * 0.1 + 0.2), rel=0.5)
     assert price["sam"].step > price["base"].step > 0
+    gradients = []
+    monkeypatch.setattr(costs_module, "num_progress", lambda _, __, number: gradients.append(number) or 5)
     price = costs(task, splits, model, made, budget=Budget(600, "steps"), num_seeds=10)
+    assert gradients == pytest.approx([600, 1200, 720])
     assert all(cost.run == pytest.approx(600 * cost.step) for cost in price.values())
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
