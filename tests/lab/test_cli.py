@@ -40,6 +40,9 @@ def test_lists(capsys):
     text = capsys.readouterr().out
     for word in ("nso-one-point", "2 gradient(s) a step, radius rho", "arXiv:2306.08553", "digits", "CC BY 4.0"):
         assert word in text
+    *listed, of_claims = text.strip().splitlines()
+    assert of_claims.startswith("For claims of the papers (flatmin reproduce): bad-start, digits-x3, ")
+    assert [line.split(":")[0] for line in listed if line.startswith(("digits", "bad"))] == ["digits"]
 
 
 @pytest.mark.parametrize(

@@ -48,11 +48,13 @@ class Tasks:
     """List the tasks: data, model, source and licence."""
 
     def run(self) -> None:
-        """Prints a few lines per task."""
-        from flatmin.lab.tasks import tasks
+        """Prints a few lines per task, and the names of those that only claims use."""
+        from flatmin.lab.tasks import OF_CLAIMS, tasks
 
         for task in tasks().values():
-            print(f"{task.name}: {task.summary}\n  data: {task.source}; {task.licence}\n  settings: {task.tuning}")
+            if task.name not in OF_CLAIMS:
+                print(f"{task.name}: {task.summary}\n  data: {task.source}; {task.licence}\n  settings: {task.tuning}")
+        print(f"\nFor claims of the papers (flatmin reproduce): {', '.join(OF_CLAIMS)}")
 
 
 class Interrupted(KeyboardInterrupt):

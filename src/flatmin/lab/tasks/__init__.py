@@ -16,8 +16,8 @@ from flatmin.lab.tasks.task import Settings, Splits, Task
 from flatmin.optim.registry import unknown
 
 _BEYOND = tuple(beyond(task, factor) for factor in (3, 8) for task in (DIGITS, CANCER, DIABETES))
-_ALL = (DIGITS, CANCER, DIABETES, SOLAR, BAD_START, *_BEYOND)
-_TASKS = {task.name: task for task in _ALL}
+_TASKS = {task.name: task for task in (DIGITS, CANCER, DIABETES, SOLAR, BAD_START, *_BEYOND)}
+OF_CLAIMS = tuple(task.name for task in (BAD_START, *_BEYOND))  # made for one claim of a paper each
 
 
 def tasks() -> Mapping[str, Task]:
@@ -46,4 +46,4 @@ def get_task(name: str | Path) -> Task:
     return _TASKS[name]
 
 
-__all__ = ["Settings", "Splits", "Task", "get_task", "tasks"]
+__all__ = ["OF_CLAIMS", "Settings", "Splits", "Task", "get_task", "tasks"]
