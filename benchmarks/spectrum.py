@@ -28,8 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flatmin
 from benchmarks.measured import CASES, Batches, Case
-from flatmin.curvature.lanczos import Lanczos
-from flatmin.curvature.space import Space, flatten
+from flatmin.curvature.products.space import Space, flatten
+from flatmin.curvature.spectra.lanczos import Lanczos
 
 RESULTS = Path(__file__).parent / "results" / "spectrum.json"
 SEEDS = {"MLP": 20, "ResNet": 3, "transformer": 3}  # of this library

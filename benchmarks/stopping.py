@@ -22,8 +22,8 @@ import torch
 import flatmin
 from benchmarks.spectra import KINDS, Network, simulated, unit
 from benchmarks.spectrum import error
-from flatmin.curvature.eigen import FALL, FALLS, MIN_PRODUCTS, STABLE, TINY
-from flatmin.curvature.lanczos import Lanczos
+from flatmin.curvature.spectra.eigen import FALL, FALLS, MIN_PRODUCTS, STABLE, TINY
+from flatmin.curvature.spectra.lanczos import Lanczos
 from flatmin.vectors import Vector
 
 RESULTS = Path(__file__).parent / "results" / "stopping.json"

@@ -27,7 +27,7 @@ from docs.flatness_pictures import flatness_tables
 from flatmin.lab.claims import CLAIMS
 from flatmin.lab.claims.reproduce import TITLES
 from flatmin.lab.display import SIGNS, differences_table, format_difference, markdown_table
-from flatmin.lab.tuned import at_edge
+from flatmin.lab.tuning.tuned import at_edge
 from tests.contracts.combinations import table as combinations_table
 
 ROOT = Path(__file__).parent.parent

@@ -56,6 +56,15 @@ MAY_IMPORT = {
     "__init__": {"vectors", "optim", "curvature", "problems", "bounds"},
     "__main__": {"lab"},
 }
+# The rooms within curvature, from the bottom up; files beside them put together what the rooms have.
+WITHIN_CURVATURE = {
+    "function": set(),
+    "products": {"function"},
+    "per_sample": {"products"},
+    "traces": {"function", "products", "per_sample", "results"},
+    "spectra": {"function", "products", "results"},
+    "sharpness": {"function", "products", "results"},
+}
 CORE = {"torch", "numpy", "scipy"}
 FRAMEWORKS = {"accelerate", "lightning", "transformers"}
 THIRD_PARTY = {"problems": {"torch"}, "lab": {*CORE, "rich", "tyro"}, "integrations": {*CORE, *FRAMEWORKS}}
@@ -116,6 +125,13 @@ def check_imports(path, room):
             assert package in THIRD_PARTY.get(room, CORE), f"{room} may not import {package}"
 
 
+@pytest.mark.parametrize("room", WITHIN_CURVATURE)
+def test_import_directions_within_curvature(room):
+    for path in (SOURCE / "curvature" / room).glob("*.py"):
+        targets = {name.split(".")[2] for name in imports(path) if name.startswith("flatmin.curvature.")}
+        assert targets <= {room, *WITHIN_CURVATURE[room]}, path.name
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_a_file_is_one_room(path):
     assert len(path.read_text().splitlines()) <= 350
@@ -128,6 +144,7 @@ def test_warnings_go_through_one_function(path):
 
 def test_every_room_has_a_rule():
     assert {room_of(path) for path in FILES} == set(MAY_IMPORT)
+    assert {path.parent.name for path in (SOURCE / "curvature").glob("*/*.py")} == set(WITHIN_CURVATURE)
 
 
 def test_public_names_are_frozen():

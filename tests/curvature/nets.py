@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flatmin.curvature.differences import dots
+from flatmin.curvature.products.differences import dots
 
 
 class Attention(nn.Module):

@@ -10,7 +10,7 @@ from torch.optim import SGD
 
 import flatmin
 from tests.curvature.nets import criterion, dense_hessian, make
-from tests.curvature.test_products import Never, Once, custom
+from tests.curvature.products.test_products import Never, Once, custom
 
 
 class Clock:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import flatmin
 from benchmarks.collectives import Collectives
-from flatmin.curvature.operators import ResidualOperator
+from flatmin.curvature.products.operators import ResidualOperator
 from flatmin.distributed import fsdp_modules, reshard
 from flatmin.noise import Noise
 from flatmin.radii import Radii

@@ -13,7 +13,7 @@ from flatmin.lab.launch import Train
 from flatmin.lab.tasks import Splits, Task, get_task, tasks
 from flatmin.lab.tasks.check import check_task
 from flatmin.lab.train import scores_of
-from flatmin.lab.tune import Tune
+from flatmin.lab.tuning.tune import Tune
 
 SAME = nn.Linear(3, 2)
 

@@ -14,7 +14,7 @@ import pytest
 from flatmin.lab.cli import Interrupted, Methods, Tasks, Terminated, main
 from flatmin.lab.compare import Compare
 from flatmin.lab.launch import Train
-from flatmin.lab.tune import Tune
+from flatmin.lab.tuning.tune import Tune
 
 
 def test_help_is_generated_from_the_dataclass(capsys):

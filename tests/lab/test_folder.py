@@ -12,7 +12,7 @@ import pytest
 from flatmin.lab.compare import Compare
 from flatmin.lab.folder import locked
 from flatmin.lab.records import make_writable, write_json
-from flatmin.lab.tune import Tune
+from flatmin.lab.tuning.tune import Tune
 
 
 def compare(tmp_path, **options):

@@ -16,7 +16,7 @@ from flatmin.lab.fingerprint import fingerprint
 from flatmin.lab.records import read_run
 from flatmin.lab.tasks import Settings, Splits, Task
 from flatmin.lab.train import RunSpec, build_optimizer
-from flatmin.lab.tune import Tune
+from flatmin.lab.tuning.tune import Tune
 
 
 def splits(seed: int) -> Splits:

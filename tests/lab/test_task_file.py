@@ -15,7 +15,7 @@ from flatmin.lab.cli import main
 from flatmin.lab.compare import Compare
 from flatmin.lab.records import read_run
 from flatmin.lab.tasks import get_task
-from flatmin.lab.tuned import read_tuning
+from flatmin.lab.tuning.tuned import read_tuning
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "compare.md"
 SHOWN = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)[0]

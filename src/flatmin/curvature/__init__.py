@@ -1,20 +1,20 @@
 """Measuring: an objective, Hessian products, and what is estimated from them, each with its error."""
 
-from flatmin.curvature.ascent import AscentResult, ascent_sharpness
-from flatmin.curvature.blocks import RayleighSum, block_eigenvalues, layerwise_rayleigh_sum
-from flatmin.curvature.density import DensityResult, spectral_density
-from flatmin.curvature.eigen import top_eigenvalues
-from flatmin.curvature.factored import FisherOperator, GaussNewtonOperator
 from flatmin.curvature.flat import FlatMinimumEstimate, flat_minimum_estimate, model_function
+from flatmin.curvature.function.objective import Objective
 from flatmin.curvature.manifold import FlatMinimum, flat_minimum, limit_map
 from flatmin.curvature.matched import MatchedComparison, compare_at_matched_loss
-from flatmin.curvature.objective import Objective
-from flatmin.curvature.operators import HessianOperator, Operator, ResidualOperator
+from flatmin.curvature.products.factored import FisherOperator, GaussNewtonOperator
+from flatmin.curvature.products.operators import HessianOperator, Operator, ResidualOperator
 from flatmin.curvature.report import FlatnessReport, measure
 from flatmin.curvature.results import EigenResult, Estimate, Measurement, TraceResult
-from flatmin.curvature.sharpness import SharpnessResult, average_sharpness, noise_stability
-from flatmin.curvature.slices import LossSlice, direction_to, loss_slice, random_direction
-from flatmin.curvature.trace import trace
+from flatmin.curvature.sharpness.ascent import AscentResult, ascent_sharpness
+from flatmin.curvature.sharpness.average import SharpnessResult, average_sharpness, noise_stability
+from flatmin.curvature.sharpness.slices import LossSlice, direction_to, loss_slice, random_direction
+from flatmin.curvature.spectra.blocks import RayleighSum, block_eigenvalues, layerwise_rayleigh_sum
+from flatmin.curvature.spectra.density import DensityResult, spectral_density
+from flatmin.curvature.spectra.eigen import top_eigenvalues
+from flatmin.curvature.traces.trace import trace
 from flatmin.curvature.tracker import FreeTrace, Tracker, TrackPoint
 
 __all__ = [

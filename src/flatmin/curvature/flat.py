@@ -25,15 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from flatmin.checks import check_whole
-from flatmin.curvature.arguments import of_objective
-from flatmin.curvature.eigen import top_eigenvalues
-from flatmin.curvature.graph import check_differentiable, first_line
-from flatmin.curvature.objective import Objective
-from flatmin.curvature.operators import HessianOperator
-from flatmin.curvature.probes import stderr
-from flatmin.curvature.products import NOT_DIFFERENTIABLE, differentiable_twice
+from flatmin.curvature.function.arguments import of_objective
+from flatmin.curvature.function.objective import Objective
+from flatmin.curvature.products.graph import check_differentiable, first_line
+from flatmin.curvature.products.operators import HessianOperator
+from flatmin.curvature.products.probes import stderr
+from flatmin.curvature.products.space import flatten, shaped
+from flatmin.curvature.products.ways import NOT_DIFFERENTIABLE, differentiable_twice
 from flatmin.curvature.results import Estimate
-from flatmin.curvature.space import flatten, shaped
+from flatmin.curvature.spectra.eigen import top_eigenvalues
 from flatmin.noise import draw_like, mix_seeds
 from flatmin.vectors import Vector
 

@@ -11,14 +11,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from flatmin.checks import check_whole
-from flatmin.curvature.ascent import AscentResult, ascent_sharpness
-from flatmin.curvature.density import DensityResult, spectral_density
-from flatmin.curvature.eigen import top_eigenvalues
-from flatmin.curvature.objective import Forward, Objective
+from flatmin.curvature.function.objective import Forward, Objective
 from flatmin.curvature.results import EigenResult, Measurement, TraceResult, aligned
-from flatmin.curvature.sharpness import SharpnessResult, noise_stability
+from flatmin.curvature.sharpness.ascent import AscentResult, ascent_sharpness
+from flatmin.curvature.sharpness.average import SharpnessResult, noise_stability
+from flatmin.curvature.spectra.density import DensityResult, spectral_density
+from flatmin.curvature.spectra.eigen import top_eigenvalues
 from flatmin.curvature.store import Store, revived
-from flatmin.curvature.trace import trace
+from flatmin.curvature.traces.trace import trace
 from flatmin.extras import need
 
 KINDS: dict[str, Any] = {

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from flatmin.curvature.arguments import reduction_of
-from flatmin.curvature.objective import Objective
+from flatmin.curvature.function.arguments import reduction_of
+from flatmin.curvature.function.objective import Objective
 from flatmin.curvature.results import Estimate
 from flatmin.notices import warn
 from flatmin.shards import local

@@ -18,14 +18,14 @@ import numpy as np
 from torch import Tensor
 
 from flatmin.checks import check_positive, check_whole
-from flatmin.curvature.arguments import of_objective
-from flatmin.curvature.lanczos import Lanczos
-from flatmin.curvature.objective import Objective
-from flatmin.curvature.operators import HessianOperator
-from flatmin.curvature.probes import VectorProbes, stderr
+from flatmin.curvature.function.arguments import of_objective
+from flatmin.curvature.function.objective import Objective
+from flatmin.curvature.products.operators import HessianOperator
+from flatmin.curvature.products.probes import VectorProbes, stderr
+from flatmin.curvature.products.space import NUDGE, Space
 from flatmin.curvature.results import Estimate, Measurement, aligned, plain
-from flatmin.curvature.sharpness import noise_stability
-from flatmin.curvature.space import NUDGE, Space
+from flatmin.curvature.sharpness.average import noise_stability
+from flatmin.curvature.spectra.lanczos import Lanczos
 from flatmin.extras import need
 from flatmin.noise import mix_seeds
 

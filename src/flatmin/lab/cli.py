@@ -99,14 +99,14 @@ def _parsed(arguments: Sequence[str]) -> Any:
     if list(arguments) == ["--version"]:
         return Version()
     tyro = need("tyro", "lab")
+    from flatmin.lab.checkpoints.landscape import Landscape
+    from flatmin.lab.checkpoints.measuring import Measure
     from flatmin.lab.claims.reproduce import Reproduce
     from flatmin.lab.compare import Compare, Report
     from flatmin.lab.datasets import Data
-    from flatmin.lab.landscape import Landscape
     from flatmin.lab.launch import Train
-    from flatmin.lab.measuring import Measure
-    from flatmin.lab.suggest import Suggest
-    from flatmin.lab.tune import Tune
+    from flatmin.lab.tuning.suggest import Suggest
+    from flatmin.lab.tuning.tune import Tune
 
     commands = (
         Annotated[Compare, tyro.conf.subcommand("compare")]

@@ -22,7 +22,7 @@ from flatmin.lab.tasks import Task, get_task
 from flatmin.lab.tasks.check import check_task
 from flatmin.lab.tasks.task import check_folder
 from flatmin.lab.train import RunSpec, run_name
-from flatmin.lab.tuned import Tuned, read_tuning, with_own_settings
+from flatmin.lab.tuning.tuned import Tuned, read_tuning, with_own_settings
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,1 @@
+"""Gradients of single samples, read off the graph that autograd recorded."""

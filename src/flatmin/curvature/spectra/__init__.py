@@ -1,0 +1,1 @@
+"""Eigenvalues and the spectral density, by Lanczos iteration."""

@@ -1,0 +1,1 @@
+"""The trace of the Hessian: exactly where possible, else estimated, with its error."""

@@ -1,0 +1,1 @@
+"""Where to look for settings, and choosing them on validation data."""
