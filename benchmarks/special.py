@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flatmin.noise import mix_seeds
-from flatmin.optim import unobserved
+from flatmin.optim.engine import unobserved
 
 Closure = Callable[[], Tensor]
 RHO, SIGMA = 0.05, 0.01

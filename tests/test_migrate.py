@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import flatmin
-from flatmin.optim.migration import FUNCTIONS
+from flatmin.optim.engine.migration import FUNCTIONS
 
 PAGE = (Path(__file__).parent.parent / "docs" / "how-to" / "migrate.md").read_text()
 CODE = re.compile(r"^`([^`]+)`$")

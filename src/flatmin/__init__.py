@@ -75,7 +75,7 @@ from flatmin.optim import (
     mixup,
     norm_parameters,
 )
-from flatmin.optim.migration import not_here
+from flatmin.optim.engine.migration import not_here
 from flatmin.vectors import Vector
 
 __version__ = "0.1.0"

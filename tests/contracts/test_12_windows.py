@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
-from flatmin.optim.window import Window
+from flatmin.optim.engine.window import Window
 from tests.contracts.cases import METHODS, OPTIONS, Case, assert_same, build, differs, each_method
 
 WHOLE = [m for m in METHODS if m not in ("sap", "esam", "nso-split", "rwp")]

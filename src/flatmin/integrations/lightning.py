@@ -22,8 +22,8 @@ from torch import Tensor
 from flatmin.extras import need
 from flatmin.integrations.unwrap import flat_optimizer
 from flatmin.notices import warn
-from flatmin.optim.averaging import Averager
-from flatmin.optim.window import Window
+from flatmin.optim.companions.averaging import Averager
+from flatmin.optim.engine.window import Window
 
 Callback: Any = need("lightning.pytorch", "lightning").Callback
 

@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 from flatmin.extras import need
 from flatmin.integrations.unwrap import flat_optimizer
 from flatmin.notices import warn
-from flatmin.optim.averaging import Averager
-from flatmin.optim.window import Window
+from flatmin.optim.companions.averaging import Averager
+from flatmin.optim.engine.window import Window
 
 Trainer: Any = need("transformers", "hf").Trainer
 TrainerCallback: Any = need("transformers", "hf").TrainerCallback

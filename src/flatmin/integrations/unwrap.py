@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flatmin.optim.engine import FlatOptimizer
+from flatmin.optim.engine.optimizer import FlatOptimizer
 
 NOT_OURS = (
     "{where} needs a flatmin optimizer, got {name}. Wrap the one that you have: "

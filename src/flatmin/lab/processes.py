@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from flatmin.extras import need
 from flatmin.integrations.accelerate import probes
 from flatmin.optim import FlatOptimizer
-from flatmin.optim.losses import Losses
+from flatmin.optim.engine.losses import Losses
 from flatmin.optim.rule import HERE
 
 STARTED = ("ACCELERATE_MIXED_PRECISION", "WORLD_SIZE")  # `accelerate launch` and `torchrun` set them

@@ -1,10 +1,10 @@
 """Training: rules, the engine that runs them, and the registry of methods."""
 
-from flatmin.optim.averaging import Averager
-from flatmin.optim.distance import DistancePenalty, DistanceProjection
-from flatmin.optim.engine import FlatOptimizer
+from flatmin.optim.companions.averaging import Averager
+from flatmin.optim.companions.distance import DistancePenalty, DistanceProjection
+from flatmin.optim.companions.mixup import mixup
+from flatmin.optim.engine.optimizer import FlatOptimizer
 from flatmin.optim.escape import RSP, SAP
-from flatmin.optim.mixup import mixup
 from flatmin.optim.monge import MongeSAM
 from flatmin.optim.nso import NSO
 from flatmin.optim.options import EngineOptions

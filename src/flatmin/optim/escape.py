@@ -9,7 +9,7 @@ from typing import Any, Unpack
 from torch.optim import Optimizer
 
 from flatmin.checks import check_whole
-from flatmin.optim.engine import FlatOptimizer
+from flatmin.optim.engine.optimizer import FlatOptimizer
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.parts import some
 from flatmin.optim.registry import register

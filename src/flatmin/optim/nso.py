@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from flatmin.checks import check_choice, check_whole
 from flatmin.noise import Law, Scale, check_law
-from flatmin.optim.engine import FlatOptimizer
+from flatmin.optim.engine.optimizer import FlatOptimizer
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.parts import half
 from flatmin.optim.registry import register

@@ -12,7 +12,7 @@ With g the gradient at the weights, and r = rho g / |g|:
     NSO          yield Probe(u, weight=1/2); yield Probe(-u, weight=1/2)
 
 A rule never touches a parameter, never calls a loss, and does not know the base optimizer. So it can be run on a
-paper function (`drive`) as well as inside a training step (`flatmin.optim.engine`).
+paper function (`drive`) as well as inside a training step (`flatmin.optim.engine.optimizer`).
 
 A gradient that is handed out may be kept: it is copied before the next one could be written over it. What shares its
 memory (`radii.select(g)`) is not; so keep g.
@@ -29,7 +29,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flatmin.optim.misuse import NOT_CHOSEN, NOT_PER_SAMPLE, NOT_TAKEN
+from flatmin.optim.engine.misuse import NOT_CHOSEN, NOT_PER_SAMPLE, NOT_TAKEN
 from flatmin.optim.parts import Part, num_rows, take_rows
 from flatmin.vectors import Displacement, Vector
 

@@ -7,7 +7,7 @@ from typing import Unpack
 from torch.optim import Optimizer
 
 from flatmin.checks import check_number
-from flatmin.optim.engine import FlatOptimizer
+from flatmin.optim.engine.optimizer import FlatOptimizer
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
 from flatmin.optim.rule import ASCENT, Rule

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from flatmin.distributed import Ranks, rank
 from flatmin.noise import Noise, Scale, mix_seeds
-from flatmin.optim.host import Host
-from flatmin.optim.memory import Memory
+from flatmin.optim.engine.host import Host
+from flatmin.optim.engine.memory import Memory
 from flatmin.radii import Radii
 from flatmin.shards import any_sharded
 from flatmin.vectors import Vector

@@ -8,7 +8,7 @@ from torch.optim import SGD, Optimizer
 
 from flatmin.checks import check_number, check_positive, check_whole
 from flatmin.notices import warn
-from flatmin.optim.engine import FlatOptimizer
+from flatmin.optim.engine.optimizer import FlatOptimizer
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
 from flatmin.optim.rule import Rule

@@ -9,7 +9,7 @@ One training step, whatever the method:
     5. the direction goes into `.grad` and the base optimizer steps
 
 The engine contains no method's formula. Nothing of the size of the parameters is kept between steps, except what a
-rule asks to remember (flatmin.optim.memory).
+rule asks to remember (flatmin.optim.engine.memory).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torch.optim import Optimizer
 
 from flatmin.checks import check_choice, check_number
 from flatmin.distributed import explain
-from flatmin.optim import compiled
-from flatmin.optim.losses import Losses
-from flatmin.optim.memory import make_room
-from flatmin.optim.misuse import (
+from flatmin.optim.engine import compiled
+from flatmin.optim.engine.losses import Losses
+from flatmin.optim.engine.memory import make_room
+from flatmin.optim.engine.misuse import (
     CLEARED_IN_LOOP,
     SCALER_STEP,
     check_base,
@@ -38,9 +38,9 @@ from flatmin.optim.misuse import (
     check_window,
     is_of_lightning,
 )
+from flatmin.optim.engine.scaling import UNSCALED, Scaling
+from flatmin.optim.engine.session import Session
 from flatmin.optim.rule import Probe
-from flatmin.optim.scaling import UNSCALED, Scaling
-from flatmin.optim.session import Session
 from flatmin.place import Restore
 
 

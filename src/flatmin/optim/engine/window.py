@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from flatmin.optim.engine import FlatOptimizer
-from flatmin.optim.scaling import Scaling
+from flatmin.optim.engine.optimizer import FlatOptimizer
+from flatmin.optim.engine.scaling import Scaling
 from flatmin.quiet import RandomState, random_state, set_random_state
 
 

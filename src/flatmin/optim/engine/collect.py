@@ -15,7 +15,7 @@ import weakref
 from torch import Tensor
 
 from flatmin.distributed import Ranks
-from flatmin.optim.misuse import CLEARED_IN_LOOP, NO_BACKWARD
+from flatmin.optim.engine.misuse import CLEARED_IN_LOOP, NO_BACKWARD
 from flatmin.optim.rule import NOTHING, Probe
 from flatmin.shards import local
 from flatmin.vectors import Vector

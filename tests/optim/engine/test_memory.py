@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import SGD
 
 import flatmin
-from flatmin.optim.memory import Memory
+from flatmin.optim.engine.memory import Memory
 from flatmin.vectors import Vector
 from tests.contracts.cases import METHODS, Case, build
 

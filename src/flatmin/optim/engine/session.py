@@ -13,18 +13,18 @@ from typing import Any, Literal
 from torch import Tensor
 
 from flatmin.distributed import Ranks, explain
-from flatmin.optim.collect import Collector
-from flatmin.optim.ending import Ending
-from flatmin.optim.memory import Memory
-from flatmin.optim.misuse import ALREADY_UNDER_WAY, DIRECTION_LOST, SHARE_NOT_AVERAGED, check_dense
+from flatmin.optim.engine.collect import Collector
+from flatmin.optim.engine.ending import Ending
+from flatmin.optim.engine.memory import Memory
+from flatmin.optim.engine.misuse import ALREADY_UNDER_WAY, DIRECTION_LOST, SHARE_NOT_AVERAGED, check_dense
+from flatmin.optim.engine.scaling import UNSCALED, Scaling
 from flatmin.optim.rule import Probe, Requests, Rule, Update, plain
-from flatmin.optim.scaling import UNSCALED, Scaling
 from flatmin.place import Place, refuse_if_worn
 from flatmin.quiet import Quiet
 from flatmin.radii import Radii
 from flatmin.vectors import Vector
 
-# What a step is doing: nothing, evaluating by a closure, in a loop or in a framework's loop (flatmin.optim.window), or
+# What a step is doing: nothing, evaluating by a closure, in a loop or in a framework's loop (`window.py`), or
 # waiting for `step()` after a loop ("ready").
 Stage = Literal["idle", "closure", "loop", "window", "ready"]
 

@@ -12,8 +12,14 @@ from typing import Any
 from torch.optim import Optimizer
 
 from flatmin.distributed import random_seed
-from flatmin.optim.migration import Migration
-from flatmin.optim.misuse import check_minimises, check_names, check_radius_name, warn_leftover, warn_other_method
+from flatmin.optim.engine.migration import Migration
+from flatmin.optim.engine.misuse import (
+    check_minimises,
+    check_names,
+    check_radius_name,
+    warn_leftover,
+    warn_other_method,
+)
 from flatmin.radii import check_radius
 
 
@@ -33,7 +39,7 @@ class Host(Migration, Optimizer):
     radius_name: str = "radius"
     base: Optimizer
     train, eval = OfTheBase("train"), OfTheBase("eval")  # trainers ask for them: schedule-free optimizers have modes
-    remembers: tuple[str, ...] = ()  # the vectors that the method keeps between steps (flatmin.optim.memory)
+    remembers: tuple[str, ...] = ()  # the vectors that the method keeps between steps (flatmin.optim.engine.memory)
     finds_once: tuple[str, ...] = ()  # those of them that the first micro-batch of a step finds for all
     replaces_momentum: bool = False  # and weight decay: the base should be plain SGD
     takes_sparse: bool = True  # whether its formula can be evaluated on sparse gradients

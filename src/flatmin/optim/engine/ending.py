@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin.optim import unobserved
-from flatmin.optim.losses import Losses
-from flatmin.optim.memory import Memory
-from flatmin.optim.misuse import (
+from flatmin.optim.engine import unobserved
+from flatmin.optim.engine.losses import Losses
+from flatmin.optim.engine.memory import Memory
+from flatmin.optim.engine.misuse import (
     ABANDONED,
     DIRECTION_CLEARED,
     NOTHING_TO_STEP,
@@ -23,8 +23,8 @@ from flatmin.optim.misuse import (
     UNSCALED_NEEDED,
     warn_skipped,
 )
+from flatmin.optim.engine.scaling import UNSCALED, Scaling
 from flatmin.optim.rule import Probe
-from flatmin.optim.scaling import UNSCALED, Scaling
 from flatmin.optim.tools import Tools
 from flatmin.place import Place
 from flatmin.quiet import Quiet

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from flatmin.buffers import Buffers
 from flatmin.distributed import reshard
 from flatmin.notices import warn
-from flatmin.optim.iterates import Kind, first_step, next_share
-from flatmin.optim.names import Known, matched
-from flatmin.optim.norms import Forward, Norms
+from flatmin.optim.companions.iterates import Kind, first_step, next_share
+from flatmin.optim.companions.norms import Forward, Norms
+from flatmin.optim.engine.names import Known, matched
 from flatmin.place import Place, warn_if_away
 from flatmin.quiet import undisturbed
 from flatmin.shards import any_sharded, is_sharded, part_of, parts
