@@ -80,3 +80,14 @@ def test_neighbours_that_are_drawn_together_have_a_sigma_of_their_own():
     own = Noise(like, Radii([1.0, 0.5, 2.0]), "normal", seed=3).vector().present
     for sigma, a, b in zip([1.0, 0.5, 2.0], same, own, strict=True):
         torch.testing.assert_close(sigma * a, b)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_a_complex_number_is_two_real_ones_each_with_that_standard_deviation(law):
+    n, sigma = 200 * 200, 0.1
+    (u,) = Noise([torch.zeros(200, 200, dtype=torch.complex128)], Radii([sigma]), law, seed=3).vector().present
+    for part in (u.real, u.imag):
+        stderr = ((KURTOSIS[law] - 1) / n) ** 0.5 + 1e-12
+        assert abs(float(part.square().mean()) / sigma**2 - 1) < 4 * stderr
+        assert abs(float(part.mean())) < 4 * sigma / n**0.5
+    assert abs(float((u.real * u.imag).mean())) < 4 * sigma**2 / n**0.5

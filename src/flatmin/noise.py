@@ -89,8 +89,14 @@ def draw_like(tensor: Tensor, law: str, generator: torch.Generator, scale: float
     """
     if is_sharded(tensor):
         part = local(tensor)
-        return part_of(_DRAW[law](part.new_empty(tensor.shape, requires_grad=False), scale, generator), tensor)
-    return _DRAW[law](torch.empty_like(tensor, requires_grad=False), scale, generator)
+        return part_of(_fill(part.new_empty(tensor.shape, requires_grad=False), law, scale, generator), tensor)
+    return _fill(torch.empty_like(tensor, requires_grad=False), law, scale, generator)
+
+
+def _fill(out: Tensor, law: str, scale: float, generator: torch.Generator) -> Tensor:
+    """Draws into `out`; a complex number is two real ones, each with that standard deviation."""
+    _DRAW[law](torch.view_as_real(out) if out.is_complex() else out, scale, generator)
+    return out
 
 
 class _ForCPU(threading.local):
@@ -209,10 +215,10 @@ class Noise:
 
     def _draw_slab(self, slab: Slab, generator: torch.Generator) -> Sequence[Tensor]:
         """This process's parts of the draws in `slab`."""
-        draw, scale = _DRAW[self._law], self._sigma.values[slab.order[0]]
+        law, scale = self._law, self._sigma.values[slab.order[0]]
         if slab.simple:
             generator.manual_seed(mix_seeds(self._seed + slab.pieces[0].key))
-            return (draw(torch.empty_like(self._like[slab.order[0]], requires_grad=False), scale, generator),)
+            return (_fill(torch.empty_like(self._like[slab.order[0]], requires_grad=False), law, scale, generator),)
         members, scales = [self._like[i] for i in slab.order], [self._sigma.values[i] for i in slab.order]
         alike = scales.count(scale) == len(scales)
         first = local(members[0]) if self._sharded else members[0]
@@ -220,7 +226,7 @@ class Noise:
         outs = (flat,) if len(slab.pieces) == 1 else flat.split_with_sizes(slab.sizes)
         for piece, out in zip(slab.pieces, outs, strict=True):
             generator.manual_seed(mix_seeds(self._seed + piece.key))
-            _draw_piece(out, piece, draw, scale if alike else 1.0, generator)
+            _draw_piece(out, piece, law, scale if alike else 1.0, generator)
         if slab.views is not None:
             draws = [flat.as_strided(*view) for view in slab.views]
         else:
@@ -231,11 +237,11 @@ class Noise:
         return draws
 
 
-def _draw_piece(out: Tensor, piece: Piece, draw: Draw, scale: float, generator: torch.Generator) -> None:
+def _draw_piece(out: Tensor, piece: Piece, law: str, scale: float, generator: torch.Generator) -> None:
     if out.numel() == piece.numel:
-        draw(out, scale, generator)
+        _fill(out, law, scale, generator)
     else:
-        out.copy_(draw(out.new_empty(piece.numel), scale, generator)[piece.first : piece.last])
+        out.copy_(_fill(out.new_empty(piece.numel), law, scale, generator)[piece.first : piece.last])
 
 
 def filter_norms(weights: Sequence[Tensor]) -> list[Tensor]:

@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from flatmin.notices import warn
 from flatmin.shards import is_sharded, parts
@@ -78,6 +79,15 @@ def refuse_if_worn(params: Iterable[Tensor]) -> None:
                 "a training step inside averager.applied(): the weights there are the average, and the step would be "
                 "undone on leaving. Move it out of the block."
             )
+
+
+def refuse_if_cached() -> None:
+    """Raises a `ValueError` inside `parametrize.cached()`: what is computed from weights there stays."""
+    if getattr(parametrize, "_cache_enabled", 0):
+        raise ValueError(
+            "inside torch.nn.utils.parametrize.cached() parametrized weights stay as they were computed, so that "
+            "moving their originals changes nothing. Leave the block first, or enter it for single forward passes."
+        )
 
 
 class Place:

@@ -11,17 +11,19 @@ several dropout masks. With `Quiet` the first probe is an ordinary forward; for 
 
 If the step is skipped, because a loss is not finite, the buffers go back to where they were before it.
 
-Modules are found without the caller's help, by a forward hook that lives only inside a probe. `torch.compile(model)` is
-found as a whole, and the hook is away while it runs. Where the hook is compiled in (`model.compile()`, or a function
-around the model) it only notes the module. What runs without hooks nobody can see, and the model must be named
-(`model=`): a compiled function that ran before the first step, or a module whose `forward` is never called (only a
-`training_step` of its own, say).
+Modules are found without the caller's help, by a forward hook that lives only inside a probe, and that looks only at
+what its own thread evaluates: another one may train another model. `torch.compile(model)` is found as a whole, and the
+hook is away while it runs. Where the hook is compiled in (`model.compile()`, or a function around the model) it only
+notes the module. What runs without hooks nobody can see, and the model must be named (`model=`): a compiled function
+that ran before the first step, or a module whose `forward` is never called (only a `training_step` of its own, say).
+Then only what is named is looked after: `model=nn.ModuleList([model, criterion])` for a loss with buffers.
 
 Measuring. Inside `undisturbed(model)` anything may be run; afterwards random state, buffers and mode are restored.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -58,15 +60,17 @@ def set_random_state(states: RandomState) -> None:
 
 
 @contextmanager
-def undisturbed(model: nn.Module, *, eval_mode: bool = True) -> Iterator[None]:
+def undisturbed(model: nn.Module, *others: nn.Module, eval_mode: bool = True) -> Iterator[None]:
     """Restores random state, buffers and train/eval mode of `model` on leaving; switches to eval inside if asked.
 
-    Modes are switched by `eval()` and `train()`, which in some modules do work (LoRA layers merge their update).
+    The buffers of `others`, such as a loss, are restored, too. Modes are switched by `eval()` and `train()`, which in
+    some modules do work (LoRA layers merge their update).
     """
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
     states = random_state({p.device for module in modules for p in module._parameters.values() if p is not None})
-    buffers, renormalised = Buffers(modules), _renormalised(modules)
+    buffers = Buffers(dict.fromkeys([*modules, *(part for other in others for part in other.modules())]))
+    renormalised = _renormalised(modules)
     try:
         try:
             if eval_mode and any(training for _, training in modes):
@@ -202,10 +206,13 @@ class Quiet:
     def _watcher(self) -> Callable[[nn.Module, object], None]:
         """The hook. It runs at every call of a module, so it looks up little."""
         known, is_compiling = self._known.seen.get, torch.compiler.is_dynamo_compiling
+        thread_now, thread = threading.get_ident, threading.get_ident()
 
         def meet(module: nn.Module, _args: object) -> None:
             if is_compiling():
                 self._inside.append(module)  # a compiler can follow this, and little else
+                return
+            if thread_now() != thread:
                 return
             seen = known(id(module))
             if (

@@ -109,3 +109,20 @@ def test_rwp_mixes_the_gradient_of_one_half_with_that_of_the_other_in_filter_noi
     close(u, v * z.norm())  # one filter: all of (1, 3)
     expected = clean * model.gradient(z, slice(0, 3)) + (1 - clean) * model.gradient(z + u, slice(3, 6))
     close(direction, expected)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (
+            (torch.ones(10, 10), torch.randn(64, 3), torch.ones(64)),
+            "not the same for all tensors that it was given: 10, 64",
+        ),
+        ((nn.utils.rnn.pack_sequence([torch.ones(3, 2), torch.ones(2, 2)]), torch.ones(2)), "out of a PackedSequence"),
+    ],
+)
+def test_what_has_no_rows_in_common_is_refused(batch, message):
+    optimizer = flatmin.NSO(torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=0.1), split_batch=True)
+    probe = next(optimizer.probes())
+    with pytest.raises(ValueError, match=message):
+        probe.take(*batch)

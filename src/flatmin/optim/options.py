@@ -13,7 +13,8 @@ from flatmin.place import Restore
 class EngineOptions(TypedDict, total=False):
     """What every method takes beside its own arguments.
 
-    model: the model, needed only where it cannot be found by itself (a compiled one, see flatmin.quiet).
+    model: the model, needed only where it cannot be found by itself (a compiled one, see flatmin.quiet). Then only what
+        is in it is looked after: `nn.ModuleList([model, criterion])` for a loss with buffers.
     perturb: the parameters that may be moved, e.g. `flatmin.norm_parameters(model)`; `None` for all. All of them are
         trained; the norm is over the moved ones.
     restore: "exact" (default) keeps one copy of the moved parameters while they are away; "recompute" keeps none

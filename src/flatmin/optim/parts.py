@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 Part = Callable[[int], Any]  # number of samples -> an index into the leading dimension
 
@@ -33,14 +34,32 @@ def some(count: int, seed: int) -> Part:
 
 
 def num_rows(batch: Any) -> int:
-    """The leading dimension of the first tensor in a batch of any nesting."""
+    """The leading dimension of all tensors in a batch of any nesting.
+
+    Raises:
+        ValueError: if there is none, if they do not agree, or for packed sequences, whose rows are no samples.
+    """
+    sizes = {len(tensor) for tensor in _tensors(batch)}
+    if len(sizes) > 1:
+        raise ValueError(
+            "take() takes samples along the leading dimension, which is not the same for all tensors that it was "
+            f"given: {', '.join(map(str, sorted(sizes)))}. Give it inputs and targets only, batch first."
+        )
+    if not sizes:
+        raise ValueError("take() found no tensor to count samples by.")
+    return sizes.pop()
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
     if isinstance(batch, Tensor):
-        return len(batch)
-    items = batch.values() if isinstance(batch, Mapping) else batch
-    for item in items:
-        if isinstance(item, (Tensor, Mapping, tuple, list)):
-            return num_rows(item)
-    raise ValueError("take() found no tensor to count samples by.")
+        yield batch
+    elif isinstance(batch, PackedSequence):
+        raise ValueError(
+            "take() cannot take samples out of a PackedSequence. Give it padded ones, and pack them after."
+        )
+    elif isinstance(batch, (Mapping, tuple, list)):
+        for item in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(item)
 
 
 def take_rows(batch: Any, rows: Any) -> Any:

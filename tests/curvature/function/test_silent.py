@@ -324,6 +324,7 @@ def test_a_model_that_returns_no_loss_is_not_told_about_a_criterion(loss, messag
         flatmin.Objective(model, None, [(x, y)], forward=loss).loss()
 
 
+@pytest.mark.filterwarnings("ignore:what autograd gives is not the gradient")  # as it is, where rows are shortened
 def test_a_table_that_forward_shortens_is_left_as_it_was():
     torch.manual_seed(0)
     table = nn.Embedding(7, 4, max_norm=0.5)
@@ -425,3 +426,28 @@ def test_a_measurement_stands_for_its_number():
     assert float(result) == result.value
     assert f"{result:.3f}" == f"{result.value:.3f}"
     assert f"{result}" == str(result)
+
+
+def test_a_criterion_with_a_state_is_left_as_it_was_and_named_where_it_changes_the_loss():
+    class Logging(nn.CrossEntropyLoss):
+        mean: torch.Tensor
+
+        def __init__(self, centred):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(3, dtype=torch.float64))
+            self.centred = centred
+
+        def forward(self, input, target):
+            self.mean.lerp_(input.detach().mean(0), 0.1)
+            return super().forward(input - self.mean if self.centred else input, target)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    data = [(torch.randn(12, 6, dtype=torch.float64), torch.randint(3, (12,))) for _ in range(2)]
+    logging = Logging(centred=False)
+    flatmin.measure(model, logging, data)
+    assert torch.equal(logging.mean, torch.zeros(3))
+    centred = Logging(centred=True)
+    with pytest.raises(ValueError, match="or Logging may have a state or be random"):
+        flatmin.measure(model, centred, data)
+    assert torch.equal(centred.mean, torch.zeros(3))

@@ -149,7 +149,8 @@ class Wrong(torch.autograd.Function):
 
 def test_the_cross_check_shows_a_second_derivative_that_is_silently_wrong():
     assert checked(choose_way(custom(torch.tanh)[0])) < 1e-6
-    assert checked(choose_way(custom(Wrong.apply)[0])) > 0.05
+    with pytest.warns(RuntimeWarning, match="the second derivative of a custom autograd function may be wrong"):
+        assert checked(choose_way(custom(Wrong.apply)[0])) > 0.05
 
 
 def test_a_way_can_be_asked_for_and_is_refused_where_impossible():

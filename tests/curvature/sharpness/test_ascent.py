@@ -1,10 +1,12 @@
 """The largest rise in a ball, against the closed form for quadratics (the secular equation)."""
 
+import copy
 import math
 
 import pytest
 import torch
 from scipy.optimize import brentq
+from torch import nn
 
 import flatmin
 from flatmin.vectors import Vector
@@ -60,7 +62,8 @@ def test_a_quadratic_reaches_the_maximum(metric, rho, indefinite):
         result = flatmin.ascent_sharpness(objective, rho, metric, num_steps=40)
         assert result.value <= truth * (1 + 1e-9)  # a lower bound
         assert result.value == pytest.approx(truth, rel=2e-3)
-        assert result.one_step <= result.starts[0] <= result.value
+        rounding = 1e-14 * (1 + result.value)  # which the value is less
+        assert result.one_step <= result.starts[0] <= result.value + rounding
 
 
 def test_at_a_minimum_it_is_the_largest_eigenvalue():
@@ -114,3 +117,23 @@ def test_more_than_one_step_and_more_than_the_mean():
     with torch.no_grad():
         (direction * (0.5 / direction.norm())).add_to(objective.params)
     assert objective.loss() - result.clean_loss < result.value
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_rise_that_rounding_makes_is_none(dtype):
+    """Near a minimum, in 16 bits: the value must not exceed what a search in double precision finds."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    x, y = torch.randn(64, 6), torch.randint(3, (64,))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02, weight_decay=1e-3)
+    for _ in range(1000):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    model, x = model.to(dtype), x.to(dtype)
+    exact = copy.deepcopy(model).double()
+    for rho in (1e-5, 1e-3, 1e-2, 0.2):
+        found = flatmin.ascent_sharpness(flatmin.Objective(model, nn.CrossEntropyLoss(), [(x, y)]), rho).value
+        objective = flatmin.Objective(exact, nn.CrossEntropyLoss(), [(x.double(), y)])
+        assert 0 <= found <= 1.01 * flatmin.ascent_sharpness(objective, rho).value
+    assert found > 0

@@ -25,7 +25,7 @@ from flatmin.curvature.function.batches import (
 from flatmin.curvature.function.members import Members
 from flatmin.curvature.function.sharded import NOT_POSSIBLE, Holders, gradients
 from flatmin.distributed import reshard
-from flatmin.place import Place, displaced, warn_if_away
+from flatmin.place import Place, displaced, refuse_if_cached, warn_if_away
 from flatmin.quiet import undisturbed
 from flatmin.shards import any_sharded
 from flatmin.vectors import Vector
@@ -47,7 +47,8 @@ class Objective:
         criterion: `criterion(outputs, targets)`, a mean over the batch (or a sum, if it says
             `reduction = "sum"`); `None` if the model returns its own loss.
         data: anything that can be iterated more than once and yields batches. A pair (inputs, targets) by default.
-        forward: `forward(model, batch) -> (outputs, targets)`, for batches of any other kind.
+        forward: `forward(model, batch) -> (outputs, targets)`, for batches of any other kind. The leading dimension of
+            targets counts the samples that a batch is weighted by: of time-major ones return the transpose.
         params: what to differentiate by: `None` for all trainable parameters, names, or a predicate
             `(name, parameter) -> bool`.
         eval_mode: measure in evaluation mode (dropout off, batch norm with its running statistics).
@@ -157,9 +158,11 @@ class Objective:
     def quiet(self) -> Iterator[None]:
         """Inside, the model may be evaluated; on leaving everything is as before."""
         warn_if_away(self.params, "measuring")
+        refuse_if_cached()
         own = [(generator, generator.get_state()) for generator in generators(self.data)]
+        others = [self.criterion] if isinstance(self.criterion, nn.Module) else []
         try:
-            with undisturbed(self.model, eval_mode=self.eval_mode), self._undisturbed_shards(), one_path():
+            with undisturbed(self.model, *others, eval_mode=self.eval_mode), self._undisturbed_shards(), one_path():
                 yield
         finally:
             for generator, state in own:
@@ -306,9 +309,12 @@ class Objective:
                 "on which samples share a batch, so a shuffling loader gives another function every time. Use "
                 "eval_mode=True, or a fixed list of batches."
             )
+        state = ""
+        if isinstance(self.criterion, nn.Module) and (self.criterion.training or any(self.criterion.buffers())):
+            state = f", or {type(self.criterion).__name__} may have a state or be random (its mode is left as it is)"
         return (
             f"The model is in evaluation mode, so look at the data: {type(self.data).__name__} may augment or sample "
-            "at random. Pass a fixed list of batches, e.g. list(loader)."
+            f"at random{state}. Pass a fixed list of batches, e.g. list(loader)."
         )
 
     def batch_loss(self, outputs: Any, targets: Any, count: int) -> Tensor:

@@ -21,6 +21,15 @@ _LINEAR = (
     "Index IndexSelect Gather MaskedFill Where PixelShuffle Flip Roll Repeat Embedding"
 )
 LINEAR = frozenset(_LINEAR.split())
+# Those whose slope jumps somewhere, and what may choose between branches.
+_KINKED = (
+    "Relu LeakyRelu Prelu PreluKernel Rrelu RreluWithNoise Threshold Hardtanh Hardswish Hardsigmoid Hardshrink "
+    "Softshrink Elu Abs Sgn Sign Clamp ClampMin ClampMax Max Min Amax Amin Maximum Minimum Fmax Fmin Sort Topk Median "
+    "Kthvalue Cummax Cummin Where MaskedFill Round Floor Ceil Trunc Frac Remainder L1Loss SmoothL1Loss HuberLoss Norm "
+    "LinalgVectorNorm Dist Cdist MultiMarginLoss MultilabelMarginLoss AdaptiveMaxPool2D AdaptiveMaxPool3D "
+    "MaxPool2DWithIndices MaxPool3DWithIndices MkldnnMaxPool2D"
+)
+KINKED = frozenset(_KINKED.split())
 # Linear in each of the inputs; those after the first two are added (bias).
 BILINEAR = {"Mul", "Mm", "Bmm", "Mv", "Dot", "Convolution", "NativeBatchNorm", "CudnnBatchNorm", "Prelu", "PreluKernel"}
 
@@ -48,6 +57,11 @@ def nodes(results: Iterable[Tensor]) -> Iterator[Node]:
             if child is not None and child not in seen:
                 seen.add(child)
                 waiting.append(child)
+
+
+def may_have_kinks(results: Iterable[Tensor]) -> bool:
+    """Whether an operation was recorded whose slope may jump."""
+    return any(kind(node) in KINKED for node in nodes(results))
 
 
 def check_not_reentrant(results: Iterable[Tensor]) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatmin.curvature.function.objective import Objective
+from flatmin.curvature.function.sharded import gradients
 from flatmin.curvature.products.differences import (
     GradientDifference,
     LossDifference,
@@ -33,17 +34,23 @@ from flatmin.curvature.products.differences import (
     lengths,
     relative_difference,
 )
-from flatmin.curvature.products.graph import check_differentiable, check_not_reentrant, first_line
+from flatmin.curvature.products.doubts import (
+    NEAR,
+    check_of_smooth,
+    slope_ratio,
+    warn_if_kinked,
+    warn_if_no_gradient,
+    warn_if_not_symmetric,
+)
+from flatmin.curvature.products.graph import check_differentiable, check_not_reentrant, first_line, may_have_kinks
 from flatmin.curvature.products.pairing import Pairing
 from flatmin.curvature.products.swapped import Swapped, worthwhile
 from flatmin.noise import draw_like, mix_seeds
-from flatmin.notices import warn
 from flatmin.shards import local, summed_apart
 from flatmin.vectors import Vector
 
 NAMES = {"autograd": "double backward", "difference": "differences of gradients", "loss": "differences of losses"}
 SHARDED = "sharded parameters, FSDP2"
-KINKED = 0.3  # relative difference of differences of two lengths from which on a warning is due
 ASYMMETRY = 10  # in units of the root of the rounding
 NOT_DIFFERENTIABLE = (RuntimeError,)  # what autograd raises, for a missing derivative too
 
@@ -130,6 +137,7 @@ class Way:
         length: the displacement of a difference.
         reason: why a way before it was not possible.
         swaps: whether the loss has operations with a faster second derivative of our own (`swapped.py`).
+        slope: the slope of the loss along the gradient, over what the gradient says: 1, or autograd's is another field.
     """
 
     name: str
@@ -138,6 +146,7 @@ class Way:
     length: float = 0.0
     reason: str = ""
     swaps: bool = False
+    slope: float = 1.0
 
     @property
     def text(self) -> str:
@@ -146,7 +155,7 @@ class Way:
         if self.cross_check is None:
             return text
         other = "other lengths" if self.name != "autograd" else NAMES["difference"]
-        if self.cross_check > 0.1 and self.name == "autograd":
+        if self.cross_check > NEAR and self.name == "autograd":
             return f"{text} ({other} see kinks too: they differ by {self.cross_check:.1g} on one batch)"
         return f"{text}, within {self.cross_check:.1g} of {other} on one batch"
 
@@ -175,9 +184,10 @@ class Way:
 def choose_way(objective: Objective, products: str = "auto", *, seed: int = 0) -> Way:
     """The way to compute products with the Hessian of `objective`: `products`, or the first that works ("auto").
 
-    Warns (RuntimeWarning) if it comes to differences, and those of another length are off by `KINKED` or more.
+    Warns (RuntimeWarning) if it comes to differences, and those of another length are off by `KINKED` or more; and if
+    what autograd gives is not the gradient of the loss.
 
-    Cost: about seven gradients of the first batch (eight more if it comes to differences).
+    Cost: about eight gradients of the first batch (eight more if it comes to differences).
 
     Raises:
         ValueError: if `products` is unknown, or the way that it names is not possible ("autograd" of a sharded model).
@@ -201,7 +211,9 @@ def choose_way(objective: Objective, products: str = "auto", *, seed: int = 0) -
     for way in ways:
         try:
             found = _try(objective, replace(way, reason=reason), seed)
-            _warn_if_kinked(found)
+            if found.name != "autograd":
+                warn_if_kinked(NAMES[found.name], found.cross_check)
+            warn_if_no_gradient(found.slope)
             return found
         except torch.OutOfMemoryError:
             raise
@@ -221,31 +233,26 @@ def _try(objective: Objective, way: Way, seed: int) -> Way:
             with _GraphSize(params) as graph:
                 loss = batch.evaluate().loss
                 check_differentiable([loss])
+                smooth = not may_have_kinks([loss])
                 hessian, size = BatchHessian(loss, params), 1 + abs(float(loss.detach()))
                 del loss
             hessian.check()
+            gradient = Vector(hessian.take_gradient())
             product = Vector(hessian.product(v))
             _check_symmetric(hessian, v, product, size, seed)
             del hessian
         else:
-            return _with_length(way, lambda: batch.evaluate().loss, params, v)
+            return _with_length(way, lambda: batch.evaluate().loss, params, v, seed)
     with objective.quiet():  # the kernels as the user has them
+        slope = slope_ratio(lambda: batch.evaluate().loss, params, gradient)
         try:
             other = GradientDifference(lambda: batch.evaluate().loss, params, lengths(params, 1 / 3)[1])
             check = relative_difference(Vector(other.product(v)), product)
+            if smooth and check > NEAR and slope == 1:
+                check = check_of_smooth(lambda: batch.evaluate().loss, params, v, product)
         except NOT_DIFFERENTIABLE:
             check = None
-    return replace(way, cross_check=check, graph_bytes=graph.total / batch.size)
-
-
-def _warn_if_kinked(way: Way) -> None:
-    if way.name != "autograd" and way.cross_check is not None and way.cross_check > KINKED:
-        warn(
-            f"{NAMES[way.name]} of other lengths are off by {way.cross_check:.1g} on one batch: the loss has kinks "
-            "near the weights, or single precision is too coarse. What is measured is as uncertain as that, and no "
-            "standard error covers it. A loss that can be differentiated twice, or float64, mends it.",
-            RuntimeWarning,
-        )
+    return replace(way, cross_check=check, graph_bytes=graph.total / batch.size, slope=slope)
 
 
 def _check_symmetric(hessian: BatchHessian, v: list[Tensor], product: Vector, loss: float, seed: int) -> None:
@@ -264,7 +271,7 @@ def _check_symmetric(hessian: BatchHessian, v: list[Tensor], product: Vector, lo
         raise RuntimeError("the second derivative of an operation is not symmetric")
 
 
-def _with_length(way: Way, scalar: Scalar, params: Sequence[Tensor], v: list[Tensor]) -> Way:
+def _with_length(way: Way, scalar: Scalar, params: Sequence[Tensor], v: list[Tensor], seed: int) -> Way:
     tried = lengths(params, 1 / 3 if way.name == "difference" else 1 / 4)
     found = []
     for length in tried:
@@ -273,7 +280,13 @@ def _with_length(way: Way, scalar: Scalar, params: Sequence[Tensor], v: list[Ten
         else:
             found.append(Vector([LossDifference(scalar, params, length).forms(v)]))
     length, gap = best_length(tried, found)
-    return replace(way, cross_check=gap, length=length)
+    slope = 1.0
+    if way.name == "difference":
+        slope = slope_ratio(scalar, params, Vector(gradients(scalar(), params)))
+        if slope == 1:
+            u, product = _random(params, mix_seeds(seed, 1)), found[tried.index(length)]
+            warn_if_not_symmetric(GradientDifference(scalar, params, length), u, v, product, gap)
+    return replace(way, cross_check=gap, length=length, slope=slope)
 
 
 def _random(params: Sequence[Tensor], seed: int) -> list[Tensor]:

@@ -76,7 +76,8 @@ def ascent_sharpness(
         seed: of the random starts.
 
     Returns:
-        AscentResult with `value` (never negative: d = 0 is in the ball), `starts`, `one_step`.
+        AscentResult with `value` (never negative: d = 0 is in the ball; less what rounding may have added to the
+        difference of the two losses, so that it stays a lower bound in 16 bits), `starts`, `one_step`.
 
     Cost: at most 1 + num_starts (1 + num_steps) gradients of the data, and 2 losses to see that it stays the same.
     Memory: eight copies of the parameters; two more for "adaptive" and "monge", one for "filter".
@@ -102,7 +103,7 @@ def ascent_sharpness(
         if from_gradient:
             one_step = begin - clean
     return AscentResult(
-        value=max(0.0, *rises),
+        value=max(0.0, max(rises) - objective.rounding * (abs(clean) + abs(clean + max(rises)))),
         stderr=math.nan,
         method=f"projected gradient ascent in the {metric} ball; a lower bound",
         num_samples=objective.num_samples,

@@ -2,7 +2,8 @@
 
 A probe with a weight leaves its gradient in `.grad` and lets the next one add to it: no extra memory, and one
 unscaling, clipping and all-reduce for the whole step. That needs a caller who does not clear gradients, so with a
-closure (which does) the running sum is set aside instead, in memory of its own.
+closure (which does) the running sum is set aside instead, in memory of its own; and so it is where a hook sees `.grad`
+after each backward, which may clip it.
 
 A gradient may lie in the caller's memory, who writes the next one into it: a view of DDP's buckets, the output of a
 captured graph, a buffer that a hook moves gradients to. So what a rule keeps beyond the next evaluation is copied.
@@ -145,8 +146,6 @@ def _mark(grad: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 def _replaced_by_autograd(p: Tensor) -> bool:
-    """Whether a new `.grad` object can hold the old sum: out-of-place accumulation, or a hook that assigned it."""
+    """Whether a new `.grad` object can hold the old sum: out-of-place accumulation."""
     grad = p.grad
-    if grad is None:
-        return False
-    return grad.requires_grad or grad.is_sparse or bool(getattr(p, "_post_accumulate_grad_hooks", None))
+    return grad is not None and (grad.requires_grad or grad.is_sparse)

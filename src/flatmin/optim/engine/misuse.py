@@ -44,6 +44,11 @@ DIRECTION_LOST = (
     "after the loop, or opt.zero_grad() to drop the direction."
 )
 
+WAITS_ELSEWHERE = (
+    "another optimizer ({}) of some of the same parameters has had its probes() loop and has not stepped yet: its "
+    "direction stands in their .grad. Call its step() first, or its zero_grad() to drop the direction."
+)
+
 STEP_IN_LOOP = "step() inside the probes() loop: move it after the loop (unindent it)."
 
 ABANDONED = (

@@ -6,6 +6,7 @@ however it ends.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Generator
 from typing import Any, Literal
@@ -16,10 +17,16 @@ from flatmin.distributed import Ranks, explain
 from flatmin.optim.engine.collect import Collector
 from flatmin.optim.engine.ending import Ending
 from flatmin.optim.engine.memory import Memory
-from flatmin.optim.engine.misuse import ALREADY_UNDER_WAY, DIRECTION_LOST, SHARE_NOT_AVERAGED, check_dense
+from flatmin.optim.engine.misuse import (
+    ALREADY_UNDER_WAY,
+    DIRECTION_LOST,
+    SHARE_NOT_AVERAGED,
+    WAITS_ELSEWHERE,
+    check_dense,
+)
 from flatmin.optim.engine.scaling import UNSCALED, Scaling
 from flatmin.optim.rule import Probe, Requests, Rule, Update, plain
-from flatmin.place import Place, refuse_if_worn
+from flatmin.place import Place, refuse_if_cached, refuse_if_worn
 from flatmin.quiet import Quiet
 from flatmin.radii import Radii
 from flatmin.vectors import Vector
@@ -66,6 +73,7 @@ class Session(Ending):
         self._micro_share: float | None = None
         self._num_draws = 0
         self._dropped = self._is_looping = False
+        self._thread = 0
         self._radii: Radii | None = None
 
     def rule(self) -> Rule:
@@ -85,7 +93,8 @@ class Session(Ending):
         quiet = self._quiet
         assert quiet is not None
         others = None if self.ranks.alone else self.ranks
-        collector, active = Collector(params, stage != "closure", others), self._active()
+        stays = stage != "closure" and not any(getattr(p, "_post_accumulate_grad_hooks", None) for p in params)
+        collector, active = Collector(params, stays, others), self._active()
         requests = Requests(self.rule() if active else plain())
         elsewhere: list[tuple[list[Tensor], Vector]] = []
         try:
@@ -93,7 +102,7 @@ class Session(Ending):
                 if stage == "loop":
                     place.announce()
                 if len(_LOOPING) > self._is_looping:
-                    self._set_aside_elsewhere(params, elsewhere)
+                    self._set_aside_elsewhere(elsewhere)
                 probe = requests.next(None)
                 while probe is not None:
                     self._go_to(probe, place, collector)
@@ -155,14 +164,24 @@ class Session(Ending):
         if not self.takes_sparse:
             check_dense([p.grad for p in self.params], type(self).__name__)
 
-    def _set_aside_elsewhere(self, params: list[Tensor], found: list[tuple[list[Tensor], Vector]]) -> None:
-        """Takes away what other optimizers are about to step along: a loss here may add gradients to it."""
+    def _waiting(self) -> list[Session]:
+        """The others in this thread that have had a loop and not stepped yet."""
+        found = [other for seen in _LOOPING if (other := seen()) is not None and other is not self]
+        return [other for other in found if other._stage == "ready" and other._thread == self._thread]
+
+    def _refuse_shared(self, params: list[Tensor]) -> None:
+        """Refuses to begin where a direction of somebody else stands in the gradients of some of `params`."""
         own = {id(p) for p in params}
-        for other in [seen() for seen in _LOOPING]:
-            if other is not None and other is not self and other._stage == "ready":
-                theirs = [p for p in other.params if id(p) not in own]
-                found.append((theirs, Vector([p.grad for p in theirs])))
-                _install(theirs, Vector([None] * len(theirs)))
+        for other in self._waiting():
+            if any(id(p) in own for p in other.params):
+                raise ValueError(WAITS_ELSEWHERE.format(type(other).__name__))
+
+    def _set_aside_elsewhere(self, found: list[tuple[list[Tensor], Vector]]) -> None:
+        """Takes away what others are about to step along: a loss here may add gradients to it."""
+        for other in self._waiting():
+            theirs = other.params
+            found.append((theirs, Vector([p.grad for p in theirs])))
+            _install(theirs, Vector([None] * len(theirs)))
 
     def _exchanges(self, probe: Probe) -> bool:
         return self.sync_ascent or not probe.ascent
@@ -196,9 +215,13 @@ class Session(Ending):
             raise ValueError(ALREADY_UNDER_WAY)
         self._heal()
         refuse_if_worn(params)
+        refuse_if_cached()
         goes_on = self._stage == "ready" and share is not None and self._micro_share is not None
         if self._stage == "ready" and not goes_on:
             raise ValueError(DIRECTION_LOST)
+        self._thread = threading.get_ident()
+        if len(_LOOPING) > self._is_looping:
+            self._refuse_shared(params)
         self._fill_groups()
         if stage == "loop" and not self._is_looping:
             _LOOPING.append(weakref.ref(self, _LOOPING.remove))

@@ -1,0 +1,127 @@
+"""Whether what products are taken with is the Hessian of the loss: what is looked at on the first batch, and said.
+
+What autograd calls the gradient is not the gradient of the loss where something on the way stops, scales, clips or
+reverses gradients: `detach()`, a hook, a custom function. The matrix that products are then taken with is the Jacobian
+of another field, and no Hessian, however well they agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flatmin.curvature.products.differences import (
+    GradientDifference,
+    Scalar,
+    best_length,
+    dots,
+    lengths,
+    relative_difference,
+)
+from flatmin.notices import warn
+from flatmin.place import displaced
+from flatmin.radii import Step
+from flatmin.vectors import Vector
+
+FACTORS = (0.1, 0.02, 0.004)  # of |w| eps^(1/3): the lengths to try
+OFF = 0.05  # relative difference of slopes from which on a warning is due
+NEAR = 0.1  # relative difference of double backward and differences up to which they are said to agree
+KINKED = 0.3  # relative difference of differences of two lengths from which on a warning is due
+SYMMETRIC = 0.02  # by how much products may fail to be, relative to one, beyond what two lengths differ by
+ROUNDING = 16  # units in the last place, of the losses
+
+OF_A_FIELD = (
+    "Traces and eigenvalues are those of that field, not of the loss; noise_stability and ascent_sharpness look at the "
+    "loss itself."
+)
+
+
+def slope_ratio(scalar: Scalar, params: Sequence[Tensor], gradient: Vector) -> float:
+    """The slope of `scalar` along `gradient`, over the gradient's norm: 1 if it is the gradient, up to rounding.
+
+    By central differences over three lengths, of which the one counts that is nearest to 1: a longer one sees higher
+    derivatives, a shorter one rounding, which is given its due.
+
+    Cost: two forward passes, and four more if these are far from 1.
+    """
+    size, weights = float(gradient.norm()), float(Vector([p.detach() for p in params]).norm())
+    if not (0 < size < float("inf")) or weights == 0:
+        return 1.0
+    eps = max(torch.finfo(p.dtype).eps for p in params)
+    best = 1.0
+    for number, factor in enumerate(FACTORS):
+        length = weights * eps ** (1 / 3) * factor
+        rise, rounding = _rise(scalar, params, gradient, length / size, eps)
+        expected = 2 * length * size
+        ratio = rise / expected
+        if abs(rise - expected) <= OFF * max(abs(rise), expected) + rounding:
+            return 1.0
+        if number == 0 or abs(ratio - 1) < abs(best - 1):
+            best = ratio
+    return best
+
+
+@torch.no_grad()
+def _rise(scalar: Scalar, params: Sequence[Tensor], gradient: Vector, step: float, eps: float) -> tuple[float, float]:
+    with displaced(params) as place:
+        losses = []
+        for sign in (1, -1):
+            place.move(Step(gradient, [sign * step] * len(params)))
+            losses.append(float(scalar().double()))
+    return losses[0] - losses[1], ROUNDING * eps * (1 + sum(map(abs, losses)))
+
+
+def warn_if_no_gradient(ratio: float) -> None:
+    """Warns (RuntimeWarning) if what autograd gives is not the gradient."""
+    if ratio != 1:
+        warn(
+            "what autograd gives is not the gradient of the loss: along it, the loss of one batch changes "
+            f"{ratio:.2g} times as fast as it says. Something stops, scales, clips or reverses gradients (detach(), a "
+            "hook on a tensor or parameter, Embedding(max_norm=), a custom autograd function). " + OF_A_FIELD,
+            RuntimeWarning,
+        )
+
+
+def check_of_smooth(scalar: Scalar, params: Sequence[Tensor], v: list[Tensor], product: Vector) -> float:
+    """The difference to differences of the best length; warns where that is none of theirs.
+
+    A Python function whose backward saves what it has computed has a wrong second derivative, and a right first one.
+    """
+    tried = lengths(params, 1 / 3)
+    found = [Vector(GradientDifference(scalar, params, length).product(v)) for length in tried]
+    length, gap = best_length(tried, found)
+    check = relative_difference(found[tried.index(length)], product)
+    if check > max(NEAR, 10 * gap):
+        warn(
+            f"double backward and differences of gradients differ by {check:.1g} on one batch, though no operation "
+            "with a kink was recorded: the second derivative of a custom autograd function may be wrong. What is "
+            'measured is as uncertain as that; products="difference" does without it.',
+            RuntimeWarning,
+        )
+    return check
+
+
+def warn_if_kinked(what: str, check: float | None) -> None:
+    """Warns (RuntimeWarning) where differences of two lengths disagree, which are all that there is."""
+    if check is not None and check > KINKED:
+        warn(
+            f"{what} of other lengths are off by {check:.1g} on one batch: the loss has kinks near the weights, "
+            "or single precision is too coarse. What is measured is as uncertain as that, and no standard error covers "
+            "it. A loss that can be differentiated twice, or float64, mends it.",
+            RuntimeWarning,
+        )
+
+
+def warn_if_not_symmetric(
+    way: GradientDifference, u: list[Tensor], v: list[Tensor], product: Vector, gap: float
+) -> None:
+    """Warns (RuntimeWarning) if u' H v, from the `product` H v, is not v' H u; lengths differ by `gap`."""
+    there, back = (float(dots(a, b).sum()) for a, b in ((u, product.present), (v, way.product(u))))
+    if abs(there - back) > max(SYMMETRIC, 10 * gap) * float(product.norm()):
+        warn(
+            "products by differences of gradients are not symmetric, so that what autograd gives is not the gradient "
+            f"of any function (Embedding(scale_grad_by_freq=True) is such a case, or a hook that clips). {OF_A_FIELD}",
+            RuntimeWarning,
+        )
