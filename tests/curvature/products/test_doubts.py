@@ -172,3 +172,23 @@ def test_without_a_gradient_there_is_nothing_to_say():
     x = torch.randn(12, 6, dtype=torch.float64)
     data = [(torch.cat([x, x, x]), torch.arange(3).repeat_interleave(12))]
     assert choose_way(flatmin.Objective(model, nn.CrossEntropyLoss(), data)).slope == 1
+
+
+def test_what_autocast_rounds_is_no_other_slope():
+    """The loss and the weights are fp32, what is between them is not: differences of losses are coarse."""
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3))
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.net(x).float()
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        way = choose_way(objective(Mixed(), torch.float32))
+    assert way.slope == 1
+    assert not [w for w in said if "single precision is too coarse" not in str(w.message)]  # which it is

@@ -286,7 +286,7 @@ class Objective:
             ValueError: if it does not: a derivative of a function that changes between calls means nothing.
         """
         with self.quiet():  # one context: the random state goes on from the first pass to the second
-            with listening(self._hear):
+            with listening(self.hear):
                 first, size = self._mean_loss()
             second, _ = self._mean_loss()
         if abs(first - second) > self.tolerance * size:
@@ -296,7 +296,8 @@ class Objective:
             )
         return first
 
-    def _hear(self, _module: nn.Module, _inputs: object, outputs: object) -> None:
+    def hear(self, _module: nn.Module, _inputs: object, outputs: object) -> None:
+        """A hook for `listening`: whatever a module computes may be coarser than the loss."""
         self._rounding = max(self._rounding, rounding_of(outputs))
 
     def _suspect(self) -> str:

@@ -7,6 +7,8 @@ of another field, and no Hessian, however well they agree.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,6 +29,7 @@ from flatmin.vectors import Vector
 
 FACTORS = (0.1, 0.02, 0.004)  # of |w| eps^(1/3): the lengths to try
 OFF = 0.05  # relative difference of slopes from which on a warning is due
+AGREE = 0.5  # to what part of what they are off by two lengths must agree
 NEAR = 0.1  # relative difference of double backward and differences up to which they are said to agree
 KINKED = 0.3  # relative difference of differences of two lengths from which on a warning is due
 SYMMETRIC = 0.02  # by how much products may fail to be, relative to one, beyond what two lengths differ by
@@ -38,39 +41,48 @@ OF_A_FIELD = (
 )
 
 
-def slope_ratio(scalar: Scalar, params: Sequence[Tensor], gradient: Vector) -> float:
+def slope_ratio(scalar: Scalar, params: Sequence[Tensor], gradient: Vector, rounding: float = 0.0) -> float:
     """The slope of `scalar` along `gradient`, over the gradient's norm: 1 if it is the gradient, up to rounding.
 
-    By central differences over three lengths, of which the one counts that is nearest to 1: a longer one sees higher
-    derivatives, a shorter one rounding, which is given its due.
+    By central differences. A long one sees higher derivatives, a short one rounding, so it takes two lengths that agree
+    to say that it is another number.
+
+    Args:
+        scalar: the loss of a batch.
+        params: by which the gradient is.
+        gradient: what autograd gives.
+        rounding: relative, of what the loss is computed with, if that is coarser than the parameters.
 
     Cost: two forward passes, and four more if these are far from 1.
     """
     size, weights = float(gradient.norm()), float(Vector([p.detach() for p in params]).norm())
-    if not (0 < size < float("inf")) or weights == 0:
+    if not (0 < size < math.inf) or weights == 0:
         return 1.0
     eps = max(torch.finfo(p.dtype).eps for p in params)
-    best = 1.0
-    for number, factor in enumerate(FACTORS):
+    ratios: list[float] = []
+    for factor in FACTORS:
         length = weights * eps ** (1 / 3) * factor
-        rise, rounding = _rise(scalar, params, gradient, length / size, eps)
+        rise, noise = _rise(scalar, params, gradient, length / size, max(eps, rounding))
         expected = 2 * length * size
-        ratio = rise / expected
-        if abs(rise - expected) <= OFF * max(abs(rise), expected) + rounding:
+        if abs(rise - expected) <= OFF * max(abs(rise), expected) + noise:
             return 1.0
-        if number == 0 or abs(ratio - 1) < abs(best - 1):
-            best = ratio
-    return best
+        ratios.append(rise / expected)
+    for longer, shorter in itertools.pairwise(ratios):
+        if abs(longer - shorter) <= AGREE * min(abs(longer - 1), abs(shorter - 1)):
+            return shorter
+    return 1.0
 
 
 @torch.no_grad()
-def _rise(scalar: Scalar, params: Sequence[Tensor], gradient: Vector, step: float, eps: float) -> tuple[float, float]:
+def _rise(
+    scalar: Scalar, params: Sequence[Tensor], gradient: Vector, step: float, rounding: float
+) -> tuple[float, float]:
     with displaced(params) as place:
         losses = []
         for sign in (1, -1):
             place.move(Step(gradient, [sign * step] * len(params)))
             losses.append(float(scalar().double()))
-    return losses[0] - losses[1], ROUNDING * eps * (1 + sum(map(abs, losses)))
+    return losses[0] - losses[1], ROUNDING * rounding * (1 + sum(map(abs, losses)))
 
 
 def warn_if_no_gradient(ratio: float) -> None:

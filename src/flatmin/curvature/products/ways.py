@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flatmin.curvature.function.arithmetic import listening
 from flatmin.curvature.function.objective import Objective
 from flatmin.curvature.function.sharded import gradients
 from flatmin.curvature.products.differences import (
@@ -230,7 +231,7 @@ def _try(objective: Objective, way: Way, seed: int) -> Way:
         batch = next(iter(objective.batches()))
         v = _random(params, seed)
         if way.name == "autograd":
-            with _GraphSize(params) as graph:
+            with _GraphSize(params) as graph, listening(objective.hear):
                 loss = batch.evaluate().loss
                 check_differentiable([loss])
                 smooth = not may_have_kinks([loss])
@@ -242,9 +243,9 @@ def _try(objective: Objective, way: Way, seed: int) -> Way:
             _check_symmetric(hessian, v, product, size, seed)
             del hessian
         else:
-            return _with_length(way, lambda: batch.evaluate().loss, params, v, seed)
+            return _with_length(way, objective, lambda: batch.evaluate().loss, v, seed)
     with objective.quiet():  # the kernels as the user has them
-        slope = slope_ratio(lambda: batch.evaluate().loss, params, gradient)
+        slope = slope_ratio(lambda: batch.evaluate().loss, params, gradient, objective.rounding)
         try:
             other = GradientDifference(lambda: batch.evaluate().loss, params, lengths(params, 1 / 3)[1])
             check = relative_difference(Vector(other.product(v)), product)
@@ -271,7 +272,8 @@ def _check_symmetric(hessian: BatchHessian, v: list[Tensor], product: Vector, lo
         raise RuntimeError("the second derivative of an operation is not symmetric")
 
 
-def _with_length(way: Way, scalar: Scalar, params: Sequence[Tensor], v: list[Tensor], seed: int) -> Way:
+def _with_length(way: Way, objective: Objective, scalar: Scalar, v: list[Tensor], seed: int) -> Way:
+    params = objective.params
     tried = lengths(params, 1 / 3 if way.name == "difference" else 1 / 4)
     found = []
     for length in tried:
@@ -282,7 +284,9 @@ def _with_length(way: Way, scalar: Scalar, params: Sequence[Tensor], v: list[Ten
     length, gap = best_length(tried, found)
     slope = 1.0
     if way.name == "difference":
-        slope = slope_ratio(scalar, params, Vector(gradients(scalar(), params)))
+        with listening(objective.hear):
+            gradient = Vector(gradients(scalar(), params))
+        slope = slope_ratio(scalar, params, gradient, objective.rounding)
         if slope == 1:
             u, product = _random(params, mix_seeds(seed, 1)), found[tried.index(length)]
             warn_if_not_symmetric(GradientDifference(scalar, params, length), u, v, product, gap)
