@@ -98,17 +98,6 @@ def test_a_direction_comes_back_when_the_other_loop_is_left():
     first.step()
 
 
-def test_two_optimizers_of_one_parameter_go_on_as_before():
-    weight = nn.Parameter(torch.ones(3))
-    first, second = (flatmin.SAM(SGD([weight], lr=0.1)) for _ in range(2))
-    for _ in first.probes():
-        weight.square().sum().backward()
-    for _ in second.probes():
-        (3 * weight).sum().backward()
-    assert weight.grad is not None
-    assert torch.equal(weight.grad, torch.full((3,), 3.0))
-
-
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
