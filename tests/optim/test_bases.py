@@ -94,7 +94,7 @@ def test_train_and_eval_are_the_bases_where_it_has_them():
     assert not any(torch.equal(a, p) for a, p in zip(averaged, model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["Lion", "SignSGD"])
+@pytest.mark.parametrize("name", ["Lion", "SignSGD", "Rprop"])
 def test_a_base_that_steps_by_signs_is_warned_of(name):
     base = type(name, (SGD,), {})(matrices().parameters(), lr=0.1)
     with pytest.warns(UserWarning, match=f"SAM around {name}: an update by signs alone"):

@@ -128,7 +128,7 @@ def check_base(base: object, name: str) -> Optimizer:
         raise ValueError(f"{name} cannot wrap LBFGS, which evaluates the loss by itself. Use a first-order optimizer.")
     for group in base.param_groups:
         check_minimises(name, group)
-    if any(word in type(base).__name__.lower() for word in ("lion", "sign")):
+    if any(word in type(base).__name__.lower() for word in ("lion", "sign", "rprop")):
         warn(
             f"{name} around {type(base).__name__}: an update by signs alone keeps little of a perturbed gradient. "
             "Reports for sign-based optimizers found no gain.",
