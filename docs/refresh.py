@@ -27,6 +27,8 @@ from docs.flatness_pictures import flatness_tables
 from flatmin.lab.claims import CLAIMS
 from flatmin.lab.claims.reproduce import TITLES
 from flatmin.lab.display import SIGNS, differences_table, format_difference, markdown_table
+from flatmin.lab.records import read_run
+from flatmin.lab.summary import summarize
 from flatmin.lab.tuning.tuned import at_edge
 from tests.contracts.combinations import table as combinations_table
 
@@ -40,6 +42,11 @@ EXPERIMENTS = {  # records -> how it was tuned
     "suggested": "suggested, 5 tuning seeds",
     "one-decay": "suggested, 20 tuning seeds",
     "digits": "suggested, 20 tuning seeds, each method's decay",
+}
+SOLAR = {  # records -> what was equal
+    "solar-cells": "400 gradients",
+    "solar-cells-steps": "400 steps",
+    "solar-cells-800": "800 gradients",
 }
 PAGES = (
     "results.md",
@@ -92,6 +99,15 @@ def experiments_table() -> str:
     return "\n".join(rows)
 
 
+def solar_tables() -> dict[str, str]:
+    """The photos: each comparison of them, and its differences to the control."""
+    found = {}
+    for name in SOLAR:
+        summary = json.loads((RECORDS / name / "summary.json").read_text())
+        found |= {name: markdown_table(summary), f"{name}-differences": differences_table(summary)}
+    return found
+
+
 def decays_table() -> str:
     """Validation losses of the digits by weight decay, at the learning rate and radius that are best for the method."""
     trials = json.loads((RECORDS / "digits" / "tuning.json").read_text())["trials"]
@@ -118,13 +134,36 @@ def suggested_table() -> str:
     """The best settings on the grids of `flatmin suggest`."""
     rows = ["| task | method | lr | weight decay | radius | validation loss |", "|---|---|---:|---:|---:|---:|"]
     for task in ("digits", "cancer", "diabetes", "solar-cells"):
-        place = RECORDS / ("claims" if task in ("cancer", "diabetes") else "") / task
-        tuning = json.loads((place / "tuning.json").read_text())
-        for method, best in tuning["best"].items():
-            edges = at_edge(tuning["trials"][method])
-            cells = [f"{best[key]:g}{'*' if key in edges else ''}" if best[key] is not None else "" for key in KEYS]
-            rows.append(f"| {task} | {method} | {' | '.join(cells)} | {best['validation_loss']:.4f} |")
+        rows += _winners(task, RECORDS / ("claims" if task in ("cancer", "diabetes") else "") / task)
     return "\n".join(rows)
+
+
+def solar_across_table() -> str:
+    """800 gradients each, and settings from two tunings: of SGD for 800 gradients, of the others for 400 steps."""
+    places = {"base": "solar-cells-800", "sam": "solar-cells-steps", "nso": "solar-cells-steps"}
+    runs = {
+        method: [read_run(path) for path in sorted((RECORDS / place / "records").glob(f"{method}-seed*.jsonl"))]
+        for method, place in places.items()
+    }
+    return differences_table(summarize(runs))
+
+
+def solar_settings_table() -> str:
+    """The best settings for the photos, by what was equal."""
+    rows = ["| equal | method | lr | weight decay | radius | validation loss |", "|---|---|---:|---:|---:|---:|"]
+    for name, equal in SOLAR.items():
+        rows += _winners(equal, RECORDS / name)
+    return "\n".join(rows)
+
+
+def _winners(what: str, place: Path) -> list[str]:
+    """A row for each method's best settings; an asterisk where they are at the edge of what was tried."""
+    tuning, rows = json.loads((place / "tuning.json").read_text()), []
+    for method, best in tuning["best"].items():
+        edges = at_edge(tuning["trials"][method])
+        cells = [f"{best[key]:g}{'*' if key in edges else ''}" if best[key] is not None else "" for key in KEYS]
+        rows.append(f"| {what} | {method} | {' | '.join(cells)} | {best['validation_loss']:.4f} |")
+    return rows
 
 
 def verdicts_table(claims: dict[str, Any], before: dict[str, Any]) -> str:
@@ -152,9 +191,7 @@ def outcomes_table(claims: dict[str, Any]) -> str:
 
 def main() -> None:
     """Replaces what stands between `<!-- name -->` and `<!-- /name -->`."""
-    summary, halves, solar = (
-        json.loads((RECORDS / name / "summary.json").read_text()) for name in ("digits", "halves", "solar-cells")
-    )
+    summary, halves = (json.loads((RECORDS / name / "summary.json").read_text()) for name in ("digits", "halves"))
     claims, before = (
         json.loads((RECORDS / name / "claims.json").read_text())["claims"] for name in ("claims", "claims-by-hand")
     )
@@ -168,8 +205,9 @@ def main() -> None:
         "demo": markdown_table(summary),
         "differences": differences_table(summary),
         "halves": markdown_table(halves),
-        "solar-cells": markdown_table(solar),
-        "solar-differences": differences_table(solar),
+        **solar_tables(),
+        "solar-across": solar_across_table(),
+        "solar-settings": solar_settings_table(),
         "experiments": experiments_table(),
         "decays": decays_table(),
         "suggested": suggested_table(),

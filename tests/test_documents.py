@@ -20,7 +20,16 @@ from benchmarks.stopping import NOW, rules_table, starts_table
 from benchmarks.subsets import table as subsets_table
 from docs.flatness import RECORD as FLATNESS
 from docs.flatness_pictures import PICTURES, draw, flatness_tables
-from docs.refresh import EXPERIMENTS, decays_table, experiments_table, methods_table, suggested_table
+from docs.refresh import (
+    EXPERIMENTS,
+    SOLAR,
+    decays_table,
+    experiments_table,
+    methods_table,
+    solar_across_table,
+    solar_settings_table,
+    suggested_table,
+)
 from flatmin.lab.compare import read_runs
 from flatmin.lab.display import differences_table, markdown_table
 from flatmin.lab.records import read_run
@@ -30,7 +39,7 @@ from tests.contracts import combinations
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "docs" / "records" / "digits"
-OTHERS = (("halves", "by-hand"), ("solar-cells", "solar-cells"))  # records, and where they were tuned
+OTHERS = (("halves", "by-hand"), *((name, name) for name in SOLAR))  # records, and where they were tuned
 BLOCK = re.compile(r"```python\n(.*?)```", re.S)
 CONTINUED = "<!-- continued -->\n```python\n"  # a block that goes on where the one before it has ended
 
@@ -143,7 +152,12 @@ def test_the_table_of_the_experiments_is_computed_from_the_records():
     assert experiments_table() in (ROOT / "docs" / "results.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["digits", "solar-cells"])
+def test_the_table_of_settings_for_the_photos_is_computed_from_the_tunings():
+    assert solar_settings_table() in (ROOT / "docs" / "results.md").read_text()
+    assert solar_across_table() in (ROOT / "docs" / "results.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["digits", *SOLAR])
 def test_the_tables_of_differences_are_computed_from_the_records(name):
     assert differences_table(committed_summary(name)) in (ROOT / "docs" / "results.md").read_text()
     assert markdown_table(committed_summary(name)) in (ROOT / "docs" / "results.md").read_text()
