@@ -27,7 +27,7 @@ from flatmin.lab.tuning.tuned import Tuned, read_tuning, with_own_settings
 
 @dataclass(kw_only=True)
 class Compare:
-    """Train several methods on a task for several seeds at an equal budget of gradients (or steps), with intervals.
+    """Train methods on a task for several seeds at an equal budget of gradients (or steps), and report with intervals.
 
     Writes <out>/<name>/ with one JSONL record and the weights of every run, summary.json and report.html. An
     interrupted comparison continues where it stopped and finished runs are not done again. With more seeds or other

@@ -107,6 +107,13 @@ def best_length(tried: Sequence[float], values: Sequence[Vector]) -> tuple[float
     return tried[best + 1], gaps[best]
 
 
+def at_best_length(product: Callable[[float], Vector], tried: Sequence[float]) -> tuple[float, Vector, float]:
+    """The length of `best_length`, what `product` gives at it, and the relative difference."""
+    found = [product(length) for length in tried]
+    length, gap = best_length(tried, found)
+    return length, found[tried.index(length)], gap
+
+
 def relative_difference(a: Vector, b: Vector) -> float:
     """|a - b| / |b|; 0 where both are zero."""
     difference, size = float((a - b).norm()), float(b.norm())

@@ -17,7 +17,7 @@ from torch import Tensor
 from flatmin.curvature.products.differences import (
     GradientDifference,
     Scalar,
-    best_length,
+    at_best_length,
     dots,
     lengths,
     relative_difference,
@@ -44,7 +44,9 @@ OF_A_FIELD = (
 def slope_ratio(scalar: Scalar, params: Sequence[Tensor], gradient: Vector, rounding: float = 0.0) -> float:
     """The slope of `scalar` along `gradient`, over the gradient's norm: 1 if it is the gradient, up to rounding.
 
-    By central differences. A long one sees higher derivatives, a short one rounding, so it takes two lengths that agree
+        [f(w + s u) - f(w - s u)] / (2 s |g|)    with u = g / |g|
+
+    A long difference sees higher derivatives, a short one rounding, so it takes two lengths that agree
     to say that it is another number.
 
     Args:
@@ -77,6 +79,7 @@ def slope_ratio(scalar: Scalar, params: Sequence[Tensor], gradient: Vector, roun
 def _rise(
     scalar: Scalar, params: Sequence[Tensor], gradient: Vector, step: float, rounding: float
 ) -> tuple[float, float]:
+    """How much the loss rises over two steps, and what rounding may add to that."""
     with displaced(params) as place:
         losses = []
         for sign in (1, -1):
@@ -101,10 +104,10 @@ def check_of_smooth(scalar: Scalar, params: Sequence[Tensor], v: list[Tensor], p
 
     A Python function whose backward saves what it has computed has a wrong second derivative, and a right first one.
     """
-    tried = lengths(params, 1 / 3)
-    found = [Vector(GradientDifference(scalar, params, length).product(v)) for length in tried]
-    length, gap = best_length(tried, found)
-    check = relative_difference(found[tried.index(length)], product)
+    _, best, gap = at_best_length(
+        lambda length: Vector(GradientDifference(scalar, params, length).product(v)), lengths(params, 1 / 3)
+    )
+    check = relative_difference(best, product)
     if check > max(NEAR, 10 * gap):
         warn(
             f"double backward and differences of gradients differ by {check:.1g} on one batch, though no operation "

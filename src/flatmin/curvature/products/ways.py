@@ -30,7 +30,7 @@ from flatmin.curvature.products.differences import (
     GradientDifference,
     LossDifference,
     Scalar,
-    best_length,
+    at_best_length,
     dots,
     lengths,
     relative_difference,
@@ -275,21 +275,21 @@ def _check_symmetric(hessian: BatchHessian, v: list[Tensor], product: Vector, lo
 def _with_length(way: Way, objective: Objective, scalar: Scalar, v: list[Tensor], seed: int) -> Way:
     params = objective.params
     tried = lengths(params, 1 / 3 if way.name == "difference" else 1 / 4)
-    found = []
-    for length in tried:
+
+    def product(length: float) -> Vector:
         if way.name == "difference":
-            found.append(Vector(GradientDifference(scalar, params, length).product(v)))
-        else:
-            found.append(Vector([LossDifference(scalar, params, length).forms(v)]))
-    length, gap = best_length(tried, found)
+            return Vector(GradientDifference(scalar, params, length).product(v))
+        return Vector([LossDifference(scalar, params, length).forms(v)])
+
+    length, best, gap = at_best_length(product, tried)
     slope = 1.0
     if way.name == "difference":
         with listening(objective.hear):
             gradient = Vector(gradients(scalar(), params))
         slope = slope_ratio(scalar, params, gradient, objective.rounding)
         if slope == 1:
-            u, product = _random(params, mix_seeds(seed, 1)), found[tried.index(length)]
-            warn_if_not_symmetric(GradientDifference(scalar, params, length), u, v, product, gap)
+            u = _random(params, mix_seeds(seed, 1))
+            warn_if_not_symmetric(GradientDifference(scalar, params, length), u, v, best, gap)
     return replace(way, cross_check=gap, length=length, slope=slope)
 
 
