@@ -31,6 +31,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "SAM": ("sam", {}),
     "SAM, model named": ("sam", {"model": NAMED}),
     "NSO (two-point)": ("nso", {}),
+    "NSO, signs as noise": ("nso", {"law": "rademacher"}),
     "NSO, low_memory": ("nso", {"low_memory": True}),
     "NSO (one-point)": ("nso-one-point", {}),
     "LookSAM, k = 5": ("looksam", {"k": K}),

@@ -1,5 +1,6 @@
 """The laws' moments in units of their standard errors, and that a draw can be replayed."""
 
+import math
 from typing import get_args
 
 import pytest
@@ -29,6 +30,26 @@ def test_moments(law):
         assert abs(z.pow(power).mean() - expected) < 4 * stderr, f"moment {power}"
     lagged = (z[1:] * z[:-1]).mean()  # independent entries
     assert abs(lagged) < 4 / n**0.5
+
+
+@pytest.mark.parametrize("shape", [(64, 20_000), (639, 2_001)])  # whole words of bits, and a part of the last one
+def test_random_signs_are_independent_at_every_distance(shape):
+    z = draw_like(torch.empty(shape), "rademacher", torch.Generator().manual_seed(2)).double()
+    n = z.numel()
+    assert z.unique().tolist() == [-1, 1]
+    spectrum = torch.fft.rfft(z.flatten() - z.mean())
+    correlations = torch.fft.irfft(spectrum.abs() ** 2, n)[1 : n // 2] / n
+    # The largest of m standard normal numbers in size, and the mean of their squares.
+    assert correlations.abs().max() * n**0.5 < (2 * math.log(n)) ** 0.5 + 1
+    assert abs((correlations**2).mean() * n - 1) < 4 * (2 / len(correlations)) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.complex64])
+def test_random_signs_of_every_type_have_that_size(dtype):
+    z = draw_like(torch.empty(33, 5, dtype=dtype), "rademacher", torch.Generator().manual_seed(2), scale=0.1)
+    sizes = torch.view_as_real(z).abs() if z.is_complex() else z.abs()
+    assert torch.equal(sizes, torch.full_like(sizes, 0.1))
+    assert draw_like(torch.empty(0, 3), "rademacher", torch.Generator()).shape == (0, 3)
 
 
 @pytest.mark.parametrize("law", LAWS)

@@ -32,6 +32,7 @@ Law = Literal["normal", "uniform", "laplace", "rademacher", "binomial"]
 Scale = Literal["absolute", "filter"]
 
 CPU = torch.device("cpu")
+LEAST = torch.iinfo(torch.int64).min  # from it, without an end: all 64 bits of a word are random
 
 
 def _normal(out: Tensor, scale: float, generator: torch.Generator) -> Tensor:
@@ -43,7 +44,25 @@ def _uniform(out: Tensor, scale: float, generator: torch.Generator) -> Tensor:
 
 
 def _rademacher(out: Tensor, scale: float, generator: torch.Generator) -> Tensor:
-    return out.random_(0, 2, generator=generator).mul_(2 * scale).sub_(scale)
+    return out.fill_(scale).copysign_(_signs(out.numel(), generator).view(out.shape))
+
+
+def _signs(number: int, generator: torch.Generator) -> Tensor:
+    """Numbers of random sign (and of any size, or none: NaN has a sign, too): each bit of the generator makes one.
+
+    An integer for each sign, as torch draws them, takes as long as a normal number.
+    """
+    words = torch.empty(-(-number // 64), dtype=torch.int64, device=generator.device)
+    words.random_(LEAST, None, generator=generator)
+    shifts = SHIFTS if generator.device == CPU else _shifts(generator.device)
+    return (words.view(torch.int32) << shifts).view(torch.float32).flatten()[:number]
+
+
+def _shifts(device: torch.device) -> Tensor:
+    return torch.arange(32, dtype=torch.int32, device=device)[:, None]
+
+
+SHIFTS = _shifts(CPU)  # made once where that takes as long as the use of it
 
 
 def _laplace(out: Tensor, scale: float, generator: torch.Generator) -> Tensor:
@@ -54,9 +73,8 @@ def _laplace(out: Tensor, scale: float, generator: torch.Generator) -> Tensor:
 
 def _binomial(out: Tensor, scale: float, generator: torch.Generator) -> Tensor:
     # Four fair coins less their mean: -2 .. 2, mean 0, variance 4 * 1/4 = 1. The published code forgets the mean.
-    coins = out.random_(0, 16, generator=generator).to(torch.int32)
-    ones = sum((coins >> bit) & 1 for bit in range(4))
-    return out.copy_(ones - 2).mul_(scale)  # type: ignore[operator]
+    coins = _rademacher(out.new_empty(4, *out.shape), 0.5, generator)
+    return torch.sum(coins, 0, out=out).mul_(scale)
 
 
 Draw = Callable[[Tensor, float, torch.Generator], Tensor]
