@@ -22,6 +22,8 @@ from benchmarks.stopping import RESULTS as STOPPING
 from benchmarks.stopping import rules_table, starts_table
 from benchmarks.subsets import RESULTS as SUBSETS
 from benchmarks.subsets import table as subsets_table
+from benchmarks.tuning_rules import RESULTS as TUNING_RULES
+from benchmarks.tuning_rules import table as rules_of_tuning
 from docs.flatness import RECORD
 from docs.flatness_pictures import flatness_tables
 from flatmin.lab.claims import CLAIMS
@@ -210,6 +212,7 @@ def main() -> None:
         "solar-settings": solar_settings_table(),
         "experiments": experiments_table(),
         "decays": decays_table(),
+        "rules": rules_of_tuning(json.loads(TUNING_RULES.read_text())),
         "suggested": suggested_table(),
         "verdicts": verdicts_table(claims, before),
         "outcomes": outcomes_table(claims),

@@ -11,6 +11,8 @@ from torch.optim import SGD
 from flatmin.optim.registry import get_method
 from tests.contracts.cases import build, each_method
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*weights are stored in bfloat16, and")  # true, for some radii
+
 SCALES = [1e-30, 1e-8, 1e-3, 1.0, 1e3, 1e8]
 
 

@@ -24,6 +24,7 @@ from flatmin.optim.engine.misuse import (
     WAITS_ELSEWHERE,
     check_dense,
 )
+from flatmin.optim.engine.rounding import warn_if_lost
 from flatmin.optim.engine.scaling import UNSCALED, Scaling
 from flatmin.optim.rule import Probe, Requests, Rule, Update, plain
 from flatmin.place import Place, refuse_if_cached, refuse_if_worn
@@ -72,6 +73,7 @@ class Session(Ending):
         self._rule_saw_gradients = False
         self._micro_share: float | None = None
         self._num_draws = 0
+        self._saw_rounding = False
         self._dropped = self._is_looping = False
         self._thread = 0
         self._radii: Radii | None = None
@@ -150,7 +152,13 @@ class Session(Ending):
         self._probe = probe
         collector.let_go()
         # A window goes away and home again with each micro-batch, so it keeps the displacement.
-        place.move(probe.displacement if self._stage == "window" else probe.release())
+        displacement = probe.displacement if self._stage == "window" else probe.release()
+        if displacement is not None and not self._saw_rounding:
+            self._saw_rounding = True  # the first one stands for all
+            if self._guard:
+                warn_if_lost(displacement, self.params, type(self).__name__, self.radius_name)
+        place.move(displacement)
+        del displacement
         collector.secure()
         collector.before(probe)
 
