@@ -184,6 +184,27 @@ def test_methods_are_added_to_what_is_there(tmp_path, monkeypatch, capsys):
     assert summary["num_seeds"] == 3
 
 
+def test_other_seeds_are_other_runs_in_a_folder_of_their_own(tmp_path, finished):
+    compare(tmp_path, num_seeds=2, first_seed=1).run()
+    folder = tmp_path / "runs" / "small"
+    assert {path.stem for path in (folder / "records").glob("*.jsonl")} == {
+        f"{method}-seed{seed}" for method in ("base", "nso") for seed in (1, 2)
+    }
+    of_all = finished / "runs" / "small" / "records" / "nso-seed2.jsonl"
+    here = read_run(folder / "records" / "nso-seed2.jsonl")
+    assert here.result["test_loss"] == read_run(of_all).result["test_loss"]
+    assert json.loads((folder / "summary.json").read_text())["first_seed"] == 1
+    with pytest.raises(ValueError, match=r"is a comparison with another first seed \(1, not 0\)"):
+        compare(tmp_path, num_seeds=3).run()
+    Report(name="small", out=tmp_path / "runs").run()
+
+
+@pytest.mark.parametrize(("first_seed", "num_seeds"), [(-1, 3), (998, 3), (1000, 1)])
+def test_seeds_of_tuning_are_not_among_those_of_a_comparison(tmp_path, first_seed, num_seeds):
+    with pytest.raises(ValueError, match=f"--first-seed {first_seed} with {num_seeds} seeds.* are of tuning"):
+        compare(tmp_path, num_seeds=num_seeds, first_seed=first_seed)
+
+
 def test_a_report_of_an_unfinished_comparison_says_what_is_missing(tmp_path):
     compare(tmp_path).run()
     (tmp_path / "runs" / "small" / "records" / "nso-seed1.jsonl").unlink()

@@ -15,7 +15,7 @@ def valley(best):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_finds_the_end_of_a_valley_in_19_trials(rule):
-    for best in itertools.product(range(4), repeat=3):
+    for best in itertools.product(range(4), range(4), range(4)):
         tried = Tried(valley(best).reshape(4, 4, 4))
         assert RULES[rule](tried, 2) == best
         assert len(tried.seen) <= TRIALS
@@ -23,7 +23,7 @@ def test_every_rule_finds_the_end_of_a_valley_in_19_trials(rule):
 
 def test_no_rule_sees_more_than_19():
     tried = Tried(np.arange(64.0).reshape(4, 4, 4)[::-1])
-    tried.best(*itertools.product(range(4), repeat=3))
+    tried.best(*itertools.product(range(4), range(4), range(4)))
     assert len(tried.seen) == TRIALS
 
 

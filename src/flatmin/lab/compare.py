@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from flatmin.checks import check_whole
 from flatmin.lab.budget import Budget, Kind
 from flatmin.lab.display import Live, print_table
 from flatmin.lab.folder import FORMAT, check_counts, locked, prepare, read_config, unfinished
@@ -22,7 +23,7 @@ from flatmin.lab.tasks import Task, get_task
 from flatmin.lab.tasks.check import check_task
 from flatmin.lab.tasks.task import check_folder
 from flatmin.lab.train import RunSpec, run_name
-from flatmin.lab.tuning.tuned import Tuned, read_tuning, with_own_settings
+from flatmin.lab.tuning.tuned import FIRST_SEED, Tuned, read_tuning, with_own_settings
 
 
 @dataclass(kw_only=True)
@@ -39,7 +40,9 @@ class Compare:
     methods: tuple[str, ...] = ("base", "sam", "nso-one-point", "nso")
     """Methods, by name (see: flatmin methods), alone or with parts: sam+swa, nso+mixup. The first is the control."""
     num_seeds: int = 10
-    """Seeds 0 .. n-1. A seed fixes the training samples, the initial weights and the batch order of all methods."""
+    """How many seeds. Each fixes the training samples, the initial weights and the batch order of all methods."""
+    first_seed: int = 0
+    """The first of them. Seeds that an earlier comparison has not seen confirm it, in a folder of their own (--name)."""
     budget: Kind | None = None
     """What is equal: mini-batch gradients (a two-gradient method takes half the steps), or steps. Default: what was
     equal in the tuning, gradients for a task's own settings."""
@@ -61,6 +64,11 @@ class Compare:
             raise ValueError("--methods is empty: name at least one, the first is the control.")
         if len(set(self.methods)) < len(self.methods):
             raise ValueError(f"--methods names a method twice: {' '.join(self.methods)}.")
+        if not 0 <= check_whole("--first-seed", self.first_seed) <= FIRST_SEED - self.num_seeds:
+            raise ValueError(
+                f"--first-seed {self.first_seed} with {self.num_seeds} seeds: they are to lie within 0 .. "
+                f"{FIRST_SEED - 1}, since those from {FIRST_SEED} on are of tuning."
+            )
         if self.name is not None:
             check_folder("--name", self.name)
 
@@ -79,7 +87,7 @@ class Compare:
         if missing := [name for name in self.methods if not has_settings(task, name)]:
             raise ValueError(self._no_settings(task, missing))
         specs = []
-        for seed in range(self.num_seeds):
+        for seed in range(self.first_seed, self.first_seed + self.num_seeds):
             for name in self.methods:
                 steps, settings = budget.num_steps(name), settings_of(task, name)
                 specs.append(RunSpec(task=self.task, method=name, seed=seed, num_steps=steps, settings=settings))
@@ -92,6 +100,7 @@ class Compare:
             "task": self._tuned.task.name,
             "methods": list(self.methods),
             "num_seeds": self.num_seeds,
+            "first_seed": self.first_seed,
             "budget": self._budget.kind,
             "amount": self._budget.amount,
         }
@@ -133,11 +142,12 @@ class Compare:
     def _joined_with(self, before: dict[str, Any]) -> Compare:
         """This comparison and the one that is there; the control stays the same."""
         wanted = self.config()
-        for key in ("task", "budget", "amount"):
+        before = {"first_seed": 0, **before}  # not said by earlier versions
+        for key in ("task", "budget", "amount", "first_seed"):
             if before[key] != wanted[key]:
                 raise ValueError(
-                    f"{self.folder} is a comparison with another {key} ({before[key]}, not {wanted[key]}). It is left "
-                    "as it is: choose another --name."
+                    f"{self.folder} is a comparison with another {key.replace('_', ' ')} ({before[key]}, not "
+                    f"{wanted[key]}). It is left as it is: choose another --name."
                 )
         methods = tuple(dict.fromkeys([*before["methods"], *self.methods]))
         joined = replace(self, methods=methods, num_seeds=max(before["num_seeds"], self.num_seeds))
@@ -207,7 +217,9 @@ def read_runs(folder: Path, config: Mapping[str, Any]) -> dict[str, list[RunReco
     Raises:
         ValueError: if some are missing.
     """
-    names = {method: [run_name(method, seed) for seed in range(config["num_seeds"])] for method in config["methods"]}
+    first = config.get("first_seed", 0)
+    seeds = range(first, first + config["num_seeds"])
+    names = {method: [run_name(method, seed) for seed in seeds] for method in config["methods"]}
     paths = {method: [folder / "records" / f"{name}.jsonl" for name in runs] for method, runs in names.items()}
     missing = [path for runs in paths.values() for path in runs if not path.exists()]
     if missing:
