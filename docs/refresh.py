@@ -175,7 +175,8 @@ def verdicts_table(claims: dict[str, Any], before: dict[str, Any]) -> str:
         claim = CLAIMS[name]
         said = f"{claim.statement} ({claim.paper})."
         text = f"{' '.join(filter(None, (said, claim.here)))} `{name}`"
-        rows.append(f"| {text} | **{judged['verdict']}** | {before[name]['verdict']} |")
+        earlier = "-" if claim.tasks == ("bad-start",) else before[name]["verdict"]  # was not run again
+        rows.append(f"| {text} | **{judged['verdict']}** | {earlier} |")
     return "\n".join(rows)
 
 
@@ -193,7 +194,9 @@ def outcomes_table(claims: dict[str, Any]) -> str:
 
 def main() -> None:
     """Replaces what stands between `<!-- name -->` and `<!-- /name -->`."""
-    summary, halves = (json.loads((RECORDS / name / "summary.json").read_text()) for name in ("digits", "halves"))
+    summary, again, halves = (
+        json.loads((RECORDS / name / "summary.json").read_text()) for name in ("digits", "digits-again", "halves")
+    )
     claims, before = (
         json.loads((RECORDS / name / "claims.json").read_text())["claims"] for name in ("claims", "claims-by-hand")
     )
@@ -206,6 +209,8 @@ def main() -> None:
     tables = {
         "demo": markdown_table(summary),
         "differences": differences_table(summary),
+        "again": markdown_table(again),
+        "again-differences": differences_table(again),
         "halves": markdown_table(halves),
         **solar_tables(),
         "solar-across": solar_across_table(),
@@ -216,6 +221,7 @@ def main() -> None:
         "suggested": suggested_table(),
         "verdicts": verdicts_table(claims, before),
         "outcomes": outcomes_table(claims),
+        "escapes": markdown_table(json.loads((RECORDS / "claims" / "bad-start" / "summary.json").read_text())),
         "cost": cost_table(cost),
         "peers": peers_table(peers),
         "methods": methods_table(),

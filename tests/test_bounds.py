@@ -245,3 +245,11 @@ def test_samples_are_counted():
     options["num_samples"] = 1000.5
     with pytest.raises(ValueError, match="num_samples must be a whole number"):
         bounds.gaussian_bound(0.1, **options)
+
+
+def test_a_score_says_no_probability():
+    score = bounds.trace_bound(0.1, largest_loss=1.0, trace=2.0, distance=0.5, num_samples=1000)
+    assert str(score).startswith("As a score and not a bound, the loss of these weights")
+    assert math.isnan(score.confidence)
+    assert score.to_dict()["confidence"] is None
+    assert not score.certificate

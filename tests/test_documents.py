@@ -157,7 +157,7 @@ def test_the_table_of_settings_for_the_photos_is_computed_from_the_tunings():
     assert solar_across_table() in (ROOT / "docs" / "results.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["digits", *SOLAR])
+@pytest.mark.parametrize("name", ["digits", "digits-again", *SOLAR])
 def test_the_tables_of_differences_are_computed_from_the_records(name):
     assert differences_table(committed_summary(name)) in (ROOT / "docs" / "results.md").read_text()
     assert markdown_table(committed_summary(name)) in (ROOT / "docs" / "results.md").read_text()

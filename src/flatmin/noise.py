@@ -4,8 +4,9 @@ Every law here is symmetric about 0 with unit variance, so that with U = sigma z
 
     E f(W + U) = f(W) + sigma^2 / 2 tr(Hessian f(W)) + O(sigma^4)
 
-whatever the law. A draw is a pure function of (seed, step, index): a resumed run continues the same stream from a
-step count alone, the global random state is never touched, and `-u` is the same draw with the other sign.
+whatever the law, for f four times differentiable. A draw is a pure function of (seed, step, index): a resumed run
+continues the same stream from a step count alone, the global random state is never touched, and `-u` is the same draw
+with the other sign.
 
 Which number an element of a parameter gets does not depend on how many processes share the parameter out among them
 (flatmin.slabs): a process draws what it needs a part of, and keeps its part.

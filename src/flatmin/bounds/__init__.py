@@ -7,7 +7,8 @@
     best_gaussian      gaussian_bound at the best sigma of a grid, each sigma charged its share of delta (union bound)
 
 The first two are about the weights w; the classical ones are about *random* weights w + sigma z, and hold for them with
-no assumption beyond a bounded loss and a prior chosen before the data were seen. Read `assumptions`.
+no assumption beyond independent samples, a bounded loss and a prior chosen before the data were seen. Read
+`assumptions`.
 """
 
 from flatmin.bounds.gaussian import best_gaussian, catoni_bound, gaussian_bound, gaussian_divergence, inverse_kl

@@ -36,8 +36,9 @@ def gaussian_bound(
     solved for the largest L. Never worse than McAllester's square root, and much better at small losses.
 
     Args:
-        stochastic_loss: mean training loss of the random weights, E_z Lhat(w + sigma z): the clean loss plus
-            `noise_stability(objective, sigma).value`, plus its error if you want to be sure.
+        stochastic_loss: mean training loss of the random weights, E_z Lhat(w + sigma z), or an upper bound of it, whose
+            own chance of failing is to be added to delta. A mean over draws, as `noise_stability` has it, is an
+            estimate: good for a look, not for a certificate (see the example of `best_gaussian`).
         largest_loss: C. Clip the loss (or bound the 0-1 error with C = 1) if it has none.
         distance: |w - w0| from the prior's centre, for instance the initial weights.
         sigma: of the posterior.
@@ -160,11 +161,15 @@ def best_gaussian(
     Source: Langford, Caruana 2001; Dziugaite, Roy 2017 for the union over a grid.
 
     Example:
-        loss = objective.loss()  # of the training data; noise_stability gives the rise above it
-        losses = {sigma: loss + flatmin.noise_stability(objective, sigma).value for sigma in (0.01, 0.03, 0.1)}
-        distance = float((flatmin.Vector(objective.params) - flatmin.Vector(initial)).norm())
-        flatmin.bounds.best_gaussian(losses, largest_loss=..., distance=distance, num_params=objective.num_params,
-            num_samples=objective.num_samples)
+        # `errors` is an Objective with the 0-1 loss. A mean over 1,000 draws gives an upper bound of the expectation,
+        # which fails once in 100 times over all three sigmas; with delta = 0.04 the whole holds with probability 0.95.
+        clean, losses = errors.loss(), {}
+        for sigma in (0.01, 0.03, 0.1):
+            mean = clean + flatmin.noise_stability(errors, sigma, num_draws=1000).value
+            losses[sigma] = flatmin.bounds.inverse_kl(mean, math.log(3 / 0.01) / 1000)
+        distance = float((flatmin.Vector(errors.params) - flatmin.Vector(initial)).norm())
+        flatmin.bounds.best_gaussian(losses, largest_loss=1.0, distance=distance, num_params=errors.num_params,
+            num_samples=errors.num_samples, delta=0.04)
     """
     if not stochastic_losses:
         raise ValueError("stochastic_losses is empty: give at least one sigma with its loss.")

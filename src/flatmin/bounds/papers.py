@@ -24,7 +24,8 @@ def trace_bound(
 
         L(w) <= (1 + eps) Lhat(w) + (1 + eps) sqrt(C alpha r^2 / n) + O(n^(-3/4) log(1 / delta))
 
-    The O term has no published constant and is left out, so the value is no certificate.
+    The O term has no published constant and is left out, so delta does not enter the value: it is a score, which no
+    probability goes with (`confidence` is nan).
 
     Args:
         training_loss: Lhat(w), the mean over the training data.
@@ -34,7 +35,7 @@ def trace_bound(
             `flatmin.trace` gives) is below that: with it the number is a score, not a bound.
         distance: r, how far the weights are from where they started, which must not depend on the data.
         num_samples: n.
-        delta: the statement fails with at most this probability.
+        delta: of the theorem; it is in the term that is left out only.
         eps: in (0, 1]; 1 / sqrt(n) if not given. It multiplies both terms.
 
     Raises:
@@ -63,7 +64,7 @@ def trace_bound(
         training=training_loss,
         terms=terms,
         largest_loss=largest_loss,
-        confidence=1 - delta,
+        confidence=math.nan,
         theorem="Hessian-trace bound (Zhang, Li, Ju 2024, theorem 2.1), its O(n^(-3/4)) term left out",
         assumptions=(
             "the loss of a sample is in [0, C]",

@@ -53,8 +53,8 @@ class Bound:
         return {name: _plain(value) if isinstance(value, float) else value for name, value in entries.items()}
 
     def __str__(self) -> str:
-        kind = "With probability" if self.certificate else "If what is left out is small, with probability"
-        chance = f"{kind} {self.confidence:.4g} " if math.isfinite(self.confidence) else "As a score and not a bound, "
+        has_chance = math.isfinite(self.confidence)
+        chance = f"With probability {self.confidence:.4g} " if has_chance else "As a score and not a bound, "
         if self.vacuous:
             verdict = f"Vacuous: no loss can be above {self.largest_loss:.4g} anyway, so this says nothing."
         else:

@@ -80,13 +80,16 @@ class FlatMinimumEstimate:
     def __str__(self) -> str:
         return (
             f"tr(H) / d = {self.normalised_trace} at loss {self.loss:.4g}, |gradient| {self.gradient_norm:.3g}; its "
-            f"gradient {self.trace_gradient}, along the minima at most {self.tangential_gradient}"
+            f"gradient {self.trace_gradient}, along the minima about {self.tangential_gradient} at most"
         )
 
     def is_flat(self, eps: float, eps_prime: float | None = None) -> bool | None:
-        """True if loss <= eps and the tangential gradient, plus two standard errors, <= eps'; else `None`: not known.
+        """True if, were w the minimum that gradient flow leads to, it would be flat; else `None`: not known.
 
-        eps' is sqrt(eps) if not given. Both are upper bounds (see `left_out`), so a no cannot be concluded.
+        That is: loss <= eps, and the tangential gradient, plus two standard errors, <= eps' (sqrt(eps) if not given).
+        Both are bounds from above (see `left_out`), so a no cannot be concluded. A yes is evidence and no proof: the
+        definition takes the gradient of trbar at the end of the flow, this takes it at w. See to it that
+        `gradient_norm` is small; `flat_minimum` follows the flow.
         """
         eps_prime = math.sqrt(eps) if eps_prime is None else eps_prime
         slope = self.tangential_gradient

@@ -230,7 +230,8 @@ class FreeTrace:
     where you want a sample. It must be on the *same* batch: a running mean over other batches, or over the steps
     before, is off by its error times 2 / sigma^2, which is 20,000 at sigma = 0.01.
 
-    Its bias: it is O(sigma^2), positive where kinks (ReLU) are within reach; the weights move while it averages; and in
+    Its bias: O(sigma^2) for a loss that is smooth at that scale; with ReLU, kinks within reach add a term of the order
+    of the trace itself, of either sign (docs/concepts/flatness.md, "Kinks"); the weights move while it averages; and in
     training mode it is about the noisy loss of dropout and batch statistics, not the function that you deploy.
 
     Args:
@@ -283,6 +284,6 @@ class FreeTrace:
             value=float(samples.mean()) if len(samples) else math.nan,
             stderr=stderr(samples),
             method=f"second differences of losses at sigma = {self._sigma:g}, {len(samples)} of {self._count} samples; "
-            "bias O(sigma^2)",
+            "bias O(sigma^2) where the loss is smooth",
             num_samples=len(samples),
         )

@@ -42,7 +42,7 @@ class Compare:
     num_seeds: int = 10
     """How many seeds. Each fixes the training samples, the initial weights and the batch order of all methods."""
     first_seed: int = 0
-    """The first of them. Seeds that an earlier comparison has not seen confirm it, in a folder of their own (--name)."""
+    """The first of them. Seeds that an earlier comparison has not seen confirm it, in another folder (--name)."""
     budget: Kind | None = None
     """What is equal: mini-batch gradients (a two-gradient method takes half the steps), or steps. Default: what was
     equal in the tuning, gradients for a task's own settings."""

@@ -20,7 +20,7 @@ from flatmin.vectors import Vector
 
 SHARDED = (
     "SAP looks where one sample points. The parameters are sharded (FSDP2), so all processes look at one place, and "
-    "the samples of all would be averaged: its effect is lost. Use DistributedDataParallel, or RSP."
+    "the samples of all would be averaged, which weakens its effect. Use DistributedDataParallel, or RSP."
 )
 
 
@@ -88,8 +88,9 @@ class RSP(_Escape):
 
         G = g + (I - g g^T / |g|^2) g(W + rho u),    u uniform on the unit sphere.
 
-    As E u u^T = I / d, the expectation of the second term is rho^2 / 2 times the gradient of `tr(Hessian) / d` along
-    the manifold of minima: it drifts to flat ones while g keeps it at the minima. Elsewhere G = g.
+    As E u u^T = I / d, the second term is in expectation, to leading order, rho^2 / 2 times the gradient of
+    `tr(Hessian) / d` less its component along g. The part of it along the minima makes the iterate drift to flat ones;
+    the part across them is balanced by g, which keeps it there. Elsewhere G = g.
 
     Args:
         base: an optimizer instance. The paper's is gradient descent; its step size in the two branches is the base's
@@ -130,16 +131,17 @@ class SAP(_Escape):
 
         G = g + (I - g g^T / |g|^2) g_i(W + rho s g_i / |g_i|),    i a random sample, s a random sign.
 
-    Near interpolation the Hessian of one sample is of rank one along g_i, so that direction sees all of its trace:
-    about d times the drift of RSP. With the gradient of a batch in place of g_i the effect is lost.
+    With one output, near interpolation, the Hessian of one sample is of rank one along g_i, so that direction sees all
+    of its trace: about d times the drift of RSP (with C classes the rank is C - 1, and g_i sees a part of it). The more
+    samples g_i is taken over, the smaller the effect; with the full gradient there is none.
 
     Args:
         base: an optimizer instance.
         rho: radius, in the units of the weights; a group option.
         threshold: gradient norm up to which it perturbs; `math.inf` (default) always does.
         seed: of the samples and signs; `None` is really random.
-        num_samples: samples that g_i is taken over; the paper's analysis has 1, and its experiments show that 1 is
-            what works. Batch norm in training mode needs at least 2.
+        num_samples: samples that g_i is taken over. The paper's analysis has 1; in its experiments 128 still escape
+            sooner than RSP, and 1 is quite effective. Batch norm in training mode needs at least 2.
         options: see `flatmin.optim.options.EngineOptions`.
 
     With several processes g is averaged over them, and each takes samples of its own: the directions are averaged, not

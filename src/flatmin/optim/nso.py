@@ -55,7 +55,9 @@ class NSO(FlatOptimizer):
 
         F(W) = f(W) + sigma^2 / 2 tr(Hessian f(W)) + O(sigma^4),
 
-    so sigma^2 is the strength of a penalty on the Hessian trace. The two-point estimate
+    for f four times differentiable, so sigma^2 / 2 is the weight of a penalty on the Hessian trace ((1 - c) sigma^2 / 2
+    with `clean_weight` c). With ReLU, kinks within sigma add a term of the same order (docs/concepts/flatness.md). The
+    two-point estimate
 
         G = 1/(2k) sum_j [g(W + U_j) + g(W - U_j)]
 
@@ -71,7 +73,8 @@ class NSO(FlatOptimizer):
         clean_weight: weight c in [0, 1] of the gradient at W itself; at 0 that pass is not run.
         law: "normal", "uniform", "laplace", "rademacher" or "binomial".
         scale: "absolute", or "filter": sigma times the norm of the filter (row of the leading dimension) that a weight
-            belongs to, so that the noise follows the scale of the weights.
+            belongs to, so that the noise follows the scale of the weights. The trace is then that of A H A, A those
+            norms, and no fixed function is descended on, since A moves with W.
         split_batch: the first half of the batch at W + U, the second at W - U (with `antithetic=False` and a clean
             weight: the first half at W, the second at W + U). One pass over the data instead of two, the same
             expectation; what it costs in variance is in docs/concepts/step.md. The two halves no longer share their

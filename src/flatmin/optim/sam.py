@@ -54,7 +54,8 @@ class SAM(FlatOptimizer):
 
     with one global norm over the moved parameters. The base optimizer steps from W along G. The adaptive form takes
     the ball `|T^-1 e| <= rho`, T = |W| + eta entry by entry on weight matrices and kernels and 1 on vectors (biases,
-    norm gains), so that rescaling a layer does not change it: `e = rho T^2 g / |T g|`.
+    norm gains), so that rescaling a layer changes it little (not at all with eta = 0 and no vectors):
+    `e = rho T^2 g / |T g|`.
 
     Args:
         base: an optimizer instance, e.g. `torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)`.

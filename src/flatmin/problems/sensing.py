@@ -45,7 +45,7 @@ def matrix_sensing(dim: int = 30, rank: int = 2, num_measurements: int | None = 
     X = U_0 U_0^T with U_0 standard normal (d, r); A_i = (B + B^T) / 2, B standard normal; U starts standard normal.
     By default m is half of the d (d + 1) / 2 unknowns: minima of f are many, and most do not recover X. The trace of
     the Hessian at a minimum is (2/m) sum_i |A_i U|_F^2, about d |U|_F^2 = d tr(U U^T): flat minima have a small
-    nuclear norm, and those recover X.
+    nuclear norm, and with enough random measurements those recover X (Ding et al.).
 
     Gradient: (1/m) sum_i r_i A_i U. Smoothed, with a_i = tr A_i:
 
@@ -59,7 +59,8 @@ def matrix_sensing(dim: int = 30, rank: int = 2, num_measurements: int | None = 
 
     Memory: 2 m d^2 numbers in float64, for the measurements and as many fresh ones.
 
-    Source: the setting of the NSO paper's experiment (d = 100, r = 5, m = 2500, learning rate 0.0025, sigma 0.08).
+    Source: the setting of the NSO paper's experiment (d = 100, r = 5, m = 2500, learning rate 0.0025, sigma 0.08); that
+    flat minima recover X: Ding, Drusvyatskiy, Fazel, Harchaoui 2022, arXiv:2203.03756.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -27,8 +27,9 @@ _ALL = (
     Claim(
         name="nso-trace-below-sam",
         paper=NSO,
-        statement="NSO ends at a lower Hessian trace than SAM (15.8% lower, over six image data sets)",
-        here="At the end of training, whatever the training loss is there.",
+        statement="NSO ends at a lower Hessian trace than SAM",
+        here="In the paper's first version 12.6% lower than SAM, over eight data sets; in the published one reduced by "
+        "15.8%, its abstract does not say against what. Here at the end of training, whatever the training loss is.",
         better="nso",
         than="sam",
         column="trace",
@@ -37,8 +38,9 @@ _ALL = (
     Claim(
         name="nso-eigenvalue-below-sam",
         paper=NSO,
-        statement="NSO ends at a lower largest Hessian eigenvalue than SAM (9.7% lower)",
-        here="The paper's code adds up one Rayleigh quotient per layer; here it is the largest eigenvalue itself.",
+        statement="NSO ends at a lower largest Hessian eigenvalue than SAM",
+        here="In the paper's first version 7.8% lower than SAM, in the published one reduced by 9.7%. The paper's code "
+        "adds up one Rayleigh quotient per layer; here it is the largest eigenvalue itself.",
         better="nso",
         than="sam",
         column="lambda_max",
@@ -104,8 +106,9 @@ _ALL = (
     Claim(
         name="msam-stands-8-times",
         paper=MONGE,
-        statement="Monge SAM still trains well at radii at which SAM does not",
-        here="Both at eight times the radius that is best for SAM, with SAM's best learning rate and weight decay.",
+        statement="At a radius above the best one for SAM, Monge SAM scores better than SAM",
+        here="Both at eight times the radius that is best for SAM, with SAM's best learning rate and weight decay. "
+        "(At equal rho Monge SAM's ascent is shorter by construction.)",
         better="monge-sam",
         than="sam",
         column=SCORE,
@@ -114,7 +117,7 @@ _ALL = (
     Claim(
         name="msam-stands-3-times",
         paper=MONGE,
-        statement="Monge SAM still trains well at radii at which SAM does not",
+        statement="At a radius above the best one for SAM, Monge SAM scores better than SAM",
         here="The same at three times; added when at eight times both were seen to have learned nothing on two tasks.",
         better="monge-sam",
         than="sam",
