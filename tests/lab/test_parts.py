@@ -67,7 +67,7 @@ def test_a_part_has_its_usual_strength_beside_the_settings_of_the_rule():
 @pytest.mark.parametrize("name", [f"nso+{part}" for part in PARTS] + ["base+mixup+swa+distance-penalty"])
 def test_every_part_trains_and_changes_the_numbers(tmp_path, name, monkeypatch):
     number = {"value": 1.0, "stderr": 0.1}  # most of the time of a run, and not what is tested
-    flatness = {"trace": {**number, "per_layer": {}}, "top_eigenvalue": number}
+    flatness = {"flatness": {"trace": {**number, "per_layer": {}}, "top_eigenvalue": number}}
     monkeypatch.setattr(train_module, "_flatness", lambda *_: flatness)
     monkeypatch.setitem(PARTS, "distance-projection", (0.1, "small enough for a short run"))
     record, weights = run(tmp_path, name)

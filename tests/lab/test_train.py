@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import flatmin
+import flatmin.lab.flatness as flatness_module
 import flatmin.lab.tasks as tasks_module
 import flatmin.lab.train as train_module
 from flatmin.lab.records import read_run
@@ -215,9 +215,7 @@ def noisy():
 @pytest.mark.parametrize("build", [noisy, lambda: noisy().eval()])
 def test_scores_leave_nothing_behind(tmp_path, monkeypatch, build):
     monkeypatch.setitem(tasks_module._TASKS, "digits", dataclasses.replace(get_task("digits"), build_model=build))
-    value = SimpleNamespace(value=1.0)  # a model that draws random numbers could not be measured
-    report = SimpleNamespace(trace=value, top_eigenvalue=value, to_dict=dict)
-    monkeypatch.setattr(train_module, "measure", lambda *_, **__: report)
+    monkeypatch.setattr(train_module, "flatness_of", lambda *_: {})  # of a model that draws random numbers: refused
     found = []
     for place in (tmp_path / "trial", tmp_path / "whole"):
         place.mkdir()
@@ -248,7 +246,7 @@ def refused(*_, **__):
 
 
 def test_a_run_whose_flatness_cannot_be_measured_has_diverged(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_module, "measure", refused)
+    monkeypatch.setattr(flatness_module, "measure", refused)
     record = run(tmp_path, spec())
     assert not record.finished
     assert record.result["message"].endswith("flatness could not be measured: the Hessian is not finite")
@@ -260,6 +258,6 @@ def test_a_run_whose_flatness_is_not_finite_has_diverged(tmp_path, monkeypatch):
         report = flatmin.measure(*arguments, **options)
         return dataclasses.replace(report, trace=dataclasses.replace(report.trace, value=float("nan")))
 
-    monkeypatch.setattr(train_module, "measure", measure)
+    monkeypatch.setattr(flatness_module, "measure", measure)
     record = run(tmp_path, spec())
     assert record.result["message"].endswith("flatness could not be measured: the trace is nan")

@@ -81,6 +81,7 @@ COLUMNS = (
         "trace_per_loss", "trace / loss", -1, TRACE, over=("train_loss",), needs="test_accuracy", contains_loss=True
     ),
     Column("lambda_max", "lambda_max", -1, ("flatness", "top_eigenvalue", "value")),
+    Column("adaptive_sharpness", "adaptive sharpness", -1, ("adaptive_sharpness",)),  # of runs since there is one
     Column("seconds", "seconds", 0, ("seconds",)),
     Column("gradients", "gradients", 0, ("gradients",)),
     Column("steps", "steps", 0, ("steps",)),

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from flatmin.curvature import measure
 from flatmin.extras import need
 from flatmin.lab.fingerprint import fingerprint
+from flatmin.lab.flatness import flatness_of
 from flatmin.lab.parts import Evaluation, Training, check_used, split_name
 from flatmin.lab.processes import Alone
 from flatmin.lab.records import RunWriter, Unwritten, environment
@@ -154,7 +154,7 @@ def _train(
         if spec.measured:
             result["initial_loss"] = initial if math.isfinite(initial) else None
             with training.worn():
-                result["flatness"] = _flatness(spec, model, criterion, splits)
+                result |= _flatness(spec, model, criterion, splits)
     except Diverged as error:
         result = {"status": "diverged", "message": str(error)}
     if not processes.is_first:
@@ -292,16 +292,10 @@ def _check_scores(spec: RunSpec, step: int, scores: dict[str, float]) -> None:
 
 
 def _flatness(spec: RunSpec, model: nn.Module, criterion: nn.Module, splits: Splits) -> dict[str, Any]:
-    """How flat it is on its training data. Weights that are finite may still have no finite Hessian."""
     try:
-        report = measure(model, criterion, [splits.train], seed=spec.seed)
-        for name in ("trace", "top_eigenvalue"):
-            value = getattr(report, name).value
-            if not math.isfinite(value):
-                raise ValueError(f"the {name} is {value}")
+        return flatness_of(model, criterion, splits.train, spec.seed)
     except ValueError as error:
         raise Diverged(f"{spec.title}: trained, but its flatness could not be measured: {error}") from error
-    return report.to_dict()
 
 
 def _divergence(spec: RunSpec, what: str) -> str:

@@ -147,6 +147,19 @@ class Wrong(torch.autograd.Function):
         return grads[0] * (1 - y.detach() ** 2)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_vector_that_is_tried_is_not_in_the_null_space(seed):
+    # With equal signs for all classes H v would be 0, and two ways to compute it would agree about nothing.
+    model = nn.Linear(2, 2, bias=False)
+    nn.init.zeros_(model.weight)
+    torch.manual_seed(1)
+    data = [(torch.randn(8, 2), torch.randint(2, (8,)))]
+    objective = flatmin.Objective(model, nn.CrossEntropyLoss(), data)
+    check = flatmin.HessianOperator(objective, seed=seed).way.cross_check
+    assert check is not None
+    assert check < 0.05
+
+
 def test_the_cross_check_shows_a_second_derivative_that_is_silently_wrong():
     assert checked(choose_way(custom(torch.tanh)[0])) < 1e-6
     with pytest.warns(RuntimeWarning, match="the second derivative of a custom autograd function may be wrong"):

@@ -207,21 +207,21 @@ def test_a_piecewise_linear_net_is_exact_at_the_cost_of_its_classes():
 
 
 CHOICES = [
-    ("tanh", "local probes, fresh for every sample; Gauss-Newton exact; of the rest", "few probes were needed"),
-    ("conv", "Hutch++ with", "in a pilot, probes of H - G had"),
+    ("tanh", 0.02, "local probes, fresh for every sample; Gauss-Newton exact; of the rest", "few probes were needed"),
+    ("conv", 0.01, "Hutch++ with", "in a pilot, probes of H - G had"),
 ]
 
 
-@pytest.mark.parametrize(("name", "text", "why"), CHOICES)
-def test_auto_says_what_it_chose_and_why_and_needs_less(name, text, why):
+@pytest.mark.parametrize(("name", "rtol", "text", "why"), CHOICES)
+def test_auto_says_what_it_chose_and_why_and_needs_less(name, rtol, text, why):
     objective, hessian = setting(name)
-    auto = flatmin.trace(objective, rtol=0.01, max_products=5000)
-    plain = flatmin.trace(objective, rtol=0.01, max_products=5000, method="hutchinson")
+    auto = flatmin.trace(objective, rtol=rtol, max_products=5000)
+    plain = flatmin.trace(objective, rtol=rtol, max_products=5000, method="hutchinson")
     assert text in auto.method
     assert why in auto.method
     assert auto.num_gradients < plain.num_gradients / 2
     assert abs(auto.value - float(hessian.trace())) < 4 * auto.stderr
-    assert auto.stderr <= 0.01 * auto.value
+    assert auto.stderr <= rtol * auto.value
 
 
 def test_auto_without_outputs():

@@ -345,7 +345,7 @@ def test_seconds_add_up_and_the_model_stays(monkeypatch):
     before = [p.detach().clone() for p in model.parameters()]
     names = ("base", "sam", "looksam")
     made = {name: partial(standing, "diabetes", name, Settings(lr=0.1)) for name in names}
-    monkeypatch.setattr(costs_module, "measure", lambda *_, **__: time.sleep(0.2))
+    monkeypatch.setattr(costs_module, "flatness_of", lambda *_: time.sleep(0.2))
     monkeypatch.setattr(costs_module, "scores_of", lambda *_: time.sleep(0.1))
     price = costs(task, splits, model, made, budget=Budget(600), num_seeds=10)
     for name, steps in zip(names, (600, 300, 500), strict=True):

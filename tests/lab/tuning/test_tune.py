@@ -130,7 +130,7 @@ def test_what_a_method_does_not_use_is_not_in_its_settings(tmp_path, capsys):
 
 
 def test_flatness_is_not_measured_in_trials_and_a_comparison_does_not_take_them_for_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr("flatmin.lab.train.measure", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr("flatmin.lab.train.flatness_of", lambda *_: pytest.fail("measured"))
     tune(tmp_path, methods=("base",)).run()
     (record,) = (tmp_path / "tuning").glob("*/*.jsonl")
     trial = read_run(record)

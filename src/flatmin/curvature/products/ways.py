@@ -259,7 +259,7 @@ def _try(objective: Objective, way: Way, seed: int) -> Way:
 def _check_symmetric(hessian: BatchHessian, v: list[Tensor], product: Vector, loss: float, seed: int) -> None:
     """Raises RuntimeError if u' H v is not v' H u for a random u: then some second derivative is wrong.
 
-    Unlike differences of gradients that is not confused by kinks. For random signs, an antisymmetric part of H shows
+    Unlike differences of gradients that is not confused by kinks. For random vectors, an antisymmetric part of H shows
     with about its own norm. What rounding does to a loss of size `loss` is left out.
     """
     params = hessian.params
@@ -295,7 +295,8 @@ def _with_length(way: Way, objective: Objective, scalar: Scalar, v: list[Tensor]
 
 def _random(params: Sequence[Tensor], seed: int) -> list[Tensor]:
     generator = torch.Generator(params[0].device).manual_seed(mix_seeds(seed, -1))
-    return [draw_like(p, "rademacher", generator) for p in params]
+    # Not signs: a few of them may cancel, so that H v is rounding alone, which no two ways agree about.
+    return [draw_like(p, "normal", generator) for p in params]
 
 
 class _GraphSize:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from flatmin.curvature import measure
 from flatmin.lab.budget import Budget
+from flatmin.lab.flatness import flatness_of
 from flatmin.lab.tasks import Splits, Task
 from flatmin.lab.train import num_progress, one_thread, scores_of, shuffled, to_training
 from flatmin.lab.tuning.further import number_further
@@ -62,7 +62,7 @@ def costs(
     with one_thread():
         own, criterion = copy.deepcopy(model), copy.deepcopy(task.criterion)  # both may have a state
         scoring = _seconds(lambda: scores_of(own, criterion, splits._asdict()))
-        measuring = _seconds(lambda: measure(own, criterion, [splits.train], seed=0))
+        measuring = _seconds(lambda: flatness_of(own, criterion, splits.train, 0))
         steps = _seconds_of_steps(task, splits, model, build)
     found = {}
     for name, seconds in steps.items():
