@@ -9,13 +9,14 @@ from flatmin.lab.flatness import flatness_of
 
 def test_the_rise_in_the_adaptive_ball_has_no_part_in_the_scale_of_the_weights():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 3)).double()
+    first, second = nn.Linear(10, 16), nn.Linear(16, 3)
+    model = nn.Sequential(first, nn.ReLU(), second).double()
     data = torch.randn(50, 10).double(), torch.randint(3, (50,))
     before = flatness_of(model, nn.CrossEntropyLoss(), data, 0)
     with torch.no_grad():  # the same function
-        model[0].weight.mul_(5.0)
-        model[0].bias.mul_(5.0)
-        model[2].weight.div_(5.0)
+        first.weight.mul_(5.0)
+        first.bias.mul_(5.0)
+        second.weight.div_(5.0)
     after = flatness_of(model, nn.CrossEntropyLoss(), data, 0)
     assert after["adaptive_sharpness"] == pytest.approx(before["adaptive_sharpness"], rel=1e-6)
     assert before["adaptive_sharpness"] > 0
