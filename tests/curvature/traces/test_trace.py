@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flatmin
@@ -231,6 +232,21 @@ def test_auto_without_outputs():
     assert "auto: no Gauss-Newton: Gauss-Newton and Fisher need the outputs" in result.method
     with pytest.raises(ValueError, match="criterion=None"):
         flatmin.trace(own, method="gauss-newton")
+
+
+@pytest.mark.parametrize("max_products", [150, 200, 500])
+def test_a_subspace_that_does_not_pay_is_paid_for_out_of_the_budget(max_products):
+    basis = torch.linalg.qr(torch.randn(300, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    signs = torch.ones(300, dtype=torch.float64)
+    signs[::2] = -1  # equal in size: nothing is gained by taking a few of them out
+    model = nn.ParameterList([torch.zeros(300, dtype=torch.float64)])
+    objective = flatmin.Objective(
+        model, None, [torch.zeros(1)], forward=lambda m, b: (((basis.T @ m[0]) ** 2 @ signs) / 2, b)
+    )
+    result = flatmin.trace(objective, max_products=max_products)
+    assert "Hutchinson" in result.method
+    assert result.num_products == max_products
+    assert len(result.samples) == max_products - 32  # 8 test vectors, 2 products for each, and 16 probes of the rest
 
 
 @pytest.mark.parametrize("method", ["hutch++", "xtrace"])

@@ -208,7 +208,7 @@ class Work:
                     num_gradients=products * operator.cost + pilot.entry,
                 )
             wasted = found.num_products
-            self._budget.max_products += len(samples) - PILOT
+            self._budget.max_products += len(samples)  # the pilot's, which run() counts again
         found = self._finish(pilot)
         found.num_products += wasted
         found.num_gradients += wasted * operator.cost

@@ -136,6 +136,7 @@ def hutch_plus_plus(
         samples = draw(0, min(FIRST, budget.max_products)).cpu().numpy()
         left = budget.left(samples.sum(1), known + constant.sum())
         if size <= START and not basis.full and samples.sum(1).var(ddof=1) > variance / 2:
+            budget.spend(len(samples))
             drawn, samples, constant = drawn + len(samples), samples[:0], 0 * constant
             break
         # The next round takes four products for each test vector there is; half of the time goes to the rest.
