@@ -103,6 +103,8 @@ def test_settings_that_were_tuned_at_equal_steps_are_compared_at_equal_steps(min
     arguments = ["--task", "mine.py", "--tuned", "runs/tuning-patients", "--jobs", "1"]
     assert main(["train", *arguments[:4], "--method", "sam"]) == 0
     assert "sam-seed0: step 20 of 20" in capsys.readouterr().out
+    assert main(["train", *arguments[:4], "--method", "sam", "--num-gradients", "20", "--out", "gradients"]) == 0
+    assert "sam-seed0: step 10 of 10" in capsys.readouterr().out  # they are gradients, whatever was equal in the tuning
     assert main(["compare", *arguments, *METHODS, "--num-seeds", "2"]) == 0
     report = (place / "runs" / "patients" / "report.html").read_text()
     assert "Equal steps: 20 a run" in report

@@ -51,6 +51,7 @@ class Train:
             methods=(self.method,),
             num_seeds=1,
             num_gradients=self.num_gradients,
+            budget=None if self.num_gradients is None else "gradients",  # a tuning may have been by steps
             tuned=self.tuned,
         ).specs()
         return replace(spec, seed=self.seed)
