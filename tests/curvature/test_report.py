@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import flatmin
+import flatmin.curvature.store as store_module
 import flatmin.curvature.report as report_module
 from flatmin.curvature.results import format_estimate
 from flatmin.curvature.store import revived
@@ -273,6 +274,12 @@ def test_a_store_knows_the_criterion_and_what_had_not_converged(tmp_path):
     path.write_text('{"about": null, "parts": null}')
     with pytest.raises(ValueError, match="is not a file of results"):
         flatmin.measure(model, nn.CrossEntropyLoss(), [(x, y)], store=path)
+
+
+def test_without_a_file_no_weights_are_read_for_one(monkeypatch):
+    model, x, y = make("tanh")
+    monkeypatch.setattr(store_module, "_digest", lambda _: pytest.fail("the weights were hashed"))
+    assert flatmin.measure(model, criterion, [(x, y)], rtol=0.5).trace.value
 
 
 def test_an_error_of_the_size_of_rounding_is_written_shortly():

@@ -43,12 +43,7 @@ class Store:
 
     def __init__(self, path: str | os.PathLike[str] | None, objective: Objective, loss: float):
         self._path = None if path is None else Path(path)
-        self._about = {
-            "weights": _digest(objective),
-            "criterion": _name(objective.criterion),
-            "loss": loss,
-            "num_samples": objective.num_samples,
-        }
+        self._about = {} if path is None else _about(objective, loss)
         self._tolerance = objective.tolerance
         self._parts: dict[str, Any] = {}
         self._writes = objective.members.first
@@ -97,6 +92,15 @@ class Store:
         new = path.with_name(path.name + ".new")
         new.write_text(json.dumps({"about": self._about, "parts": self._parts}, indent=1))
         os.replace(new, path)  # whole, or not at all
+
+
+def _about(objective: Objective, loss: float) -> dict[str, Any]:
+    return {
+        "weights": _digest(objective),
+        "criterion": _name(objective.criterion),
+        "loss": loss,
+        "num_samples": objective.num_samples,
+    }
 
 
 def _digest(objective: Objective) -> str:
