@@ -29,8 +29,9 @@ from typing import Any
 
 import numpy as np
 
+from flatmin.files import write_json
 from flatmin.lab.budget import Budget
-from flatmin.lab.records import environment, write_json
+from flatmin.lab.records import environment
 from flatmin.lab.tasks import Settings
 from flatmin.lab.train import RunSpec
 from flatmin.lab.tuning.trials import label, train_trials

@@ -22,6 +22,7 @@ SOURCE = ROOT / "src" / "flatmin"
 MAY_IMPORT = {
     "checks": set(),
     "extras": set(),
+    "files": set(),
     "notices": set(),
     "shards": set(),
     "slabs": {"shards"},
@@ -37,7 +38,8 @@ MAY_IMPORT = {
     "problems": set(),
     "optim": {"checks", "notices", "buffers", "radii", "vectors", "noise", "quiet", "place", "shards", "distributed"},
     "curvature": {
-        *("checks", "notices", "radii", "vectors", "noise", "quiet", "place", "extras", "shards", "distributed")
+        *("checks", "notices", "radii", "vectors", "noise", "quiet", "place", "extras", "shards", "distributed"),
+        "files",
     },
     "bounds": {"checks"},
     "integrations": {"notices", "quiet", "extras", "optim"},
@@ -48,6 +50,7 @@ MAY_IMPORT = {
         "noise",
         "quiet",
         "extras",
+        "files",
         "optim",
         "curvature",
         "problems",

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import flatmin
-import flatmin.curvature.store as store_module
 import flatmin.curvature.report as report_module
+import flatmin.curvature.store as store_module
 from flatmin.curvature.results import format_estimate
 from flatmin.curvature.store import revived
 from tests.curvature.nets import criterion, make
@@ -274,6 +274,21 @@ def test_a_store_knows_the_criterion_and_what_had_not_converged(tmp_path):
     path.write_text('{"about": null, "parts": null}')
     with pytest.raises(ValueError, match="is not a file of results"):
         flatmin.measure(model, nn.CrossEntropyLoss(), [(x, y)], store=path)
+
+
+def test_a_store_is_json_that_every_reader_takes(tmp_path):
+    model, x, y = make("tanh")
+    path, other = tmp_path / "kept.json", tmp_path / "kept.json.new"
+    other.write_text("mine")
+    options: dict[str, Any] = {"rtol": 0.5, "rho": 0.01, "store": path}
+    report = flatmin.measure(model, criterion, [(x, y)], **options)
+    assert report.ascent_sharpness is not None
+    assert math.isnan(report.ascent_sharpness.stderr)
+    kept = json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN is none of JSON's words
+    assert kept["parts"]["ascent_sharpness"]["result"]["stderr"] is None
+    assert flatmin.measure(model, criterion, [(x, y)], **options).to_dict() == report.to_dict()
+    assert other.read_text() == "mine"
+    assert sorted(tmp_path.iterdir()) == [path, other]
 
 
 def test_without_a_file_no_weights_are_read_for_one(monkeypatch):

@@ -148,3 +148,13 @@ def test_the_photos_of_the_solar_cells(cache):
     assert images.shape == (2624, 1, 96, 96)
     assert int(labels.sum()) == 106 + 715  # those that are held to be defective with 2/3, and for sure
     assert -1 <= images.min() < images.max() <= 1.01
+
+
+def test_features_of_photos_take_their_place_when_they_are_whole(cache, monkeypatch):
+    cache.mkdir()
+    monkeypatch.setattr(type(solar.ELPV), "open", lambda _: (cache / "photos").open("w"))
+    monkeypatch.setattr(solar, "_computed", lambda: {"features": torch.ones(2), "labels": torch.ones(2)})
+    other = (cache / solar.FEATURES).with_suffix(".partial")
+    other.write_text("another process is at it")
+    assert solar.features()[0].tolist() == [1, 1]
+    assert other.read_text() == "another process is at it"

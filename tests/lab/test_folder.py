@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from flatmin.files import write_json
 from flatmin.lab.compare import Compare
 from flatmin.lab.folder import locked
-from flatmin.lab.records import make_writable, write_json
+from flatmin.lab.records import make_writable
 from flatmin.lab.tuning.tune import Tune
 
 

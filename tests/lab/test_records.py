@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 import flatmin.lab.records as records_module
-from flatmin.lab.records import RunWriter, environment, read_run, write_json
+from flatmin.lab.records import RunWriter, environment, read_run
 
 SPEC = {"method": "nso", "seed": 1, "settings": {}}
 RESULT = {
@@ -84,14 +84,6 @@ def test_a_run_that_was_cut_off_in_its_first_line_is_done_again(tmp_path, rest):
     (tmp_path / "a.jsonl.partial").write_text(rest)
     write(tmp_path / "a.jsonl")
     assert read_run(tmp_path / "a.jsonl").finished
-
-
-def test_json_is_replaced_whole(tmp_path):
-    path = tmp_path / "summary.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
 
 
 def test_a_finished_run_is_never_overwritten(tmp_path):

@@ -15,6 +15,7 @@ from typing import Any
 from scipy.special import stdtrit
 
 from flatmin.extras import need
+from flatmin.files import plain
 from flatmin.vectors import Vector
 
 
@@ -159,15 +160,6 @@ def student_interval(value: float, stderr: float, n: int, level: float) -> tuple
         return (-math.inf, math.inf)
     half = float(stdtrit(n - 1, 0.5 + level / 2)) * stderr
     return (value - half, value + half)
-
-
-def plain(value: Any) -> Any:
-    """The same data as JSON can hold it: tuples as lists, numbers that are not finite as `None`."""
-    if isinstance(value, Mapping):
-        return {key: plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -17,6 +17,7 @@ from torch import distributed
 from flatmin.curvature.function.arguments import reduction_of
 from flatmin.curvature.function.objective import Objective
 from flatmin.curvature.results import Estimate
+from flatmin.files import write_json
 from flatmin.notices import warn
 from flatmin.shards import local
 
@@ -61,12 +62,12 @@ class Store:
         result = measure()
         if self._path is not None and self._writes:
             self._parts[name] = {"settings": settings, "result": _entries(result)}
-            self._write(self._path)
+            write_json(self._path, {"about": self._about, "parts": self._parts})
         return result
 
     def _text(self) -> str:
         assert self._path is not None
-        return (self._path.read_text() or "empty") if self._path.exists() else ""
+        return (self._path.read_text(encoding="utf-8") or "empty") if self._path.exists() else ""
 
     def _parsed(self, text: str) -> dict[str, Any]:
         path = self._path
@@ -87,11 +88,6 @@ class Store:
         if isinstance(now, float) and isinstance(before, (int, float)):
             return math.isclose(before, now, rel_tol=self._tolerance)
         return before == now
-
-    def _write(self, path: Path) -> None:
-        new = path.with_name(path.name + ".new")
-        new.write_text(json.dumps({"about": self._about, "parts": self._parts}, indent=1))
-        os.replace(new, path)  # whole, or not at all
 
 
 def _about(objective: Objective, loss: float) -> dict[str, Any]:

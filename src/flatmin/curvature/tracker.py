@@ -23,10 +23,11 @@ from flatmin.curvature.function.objective import Objective
 from flatmin.curvature.products.operators import HessianOperator
 from flatmin.curvature.products.probes import VectorProbes, stderr
 from flatmin.curvature.products.space import NUDGE, Space
-from flatmin.curvature.results import Estimate, Measurement, aligned, plain
+from flatmin.curvature.results import Estimate, Measurement, aligned
 from flatmin.curvature.sharpness.average import noise_stability
 from flatmin.curvature.spectra.lanczos import Lanczos
 from flatmin.extras import need
+from flatmin.files import plain
 from flatmin.noise import mix_seeds
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from flatmin.checks import check_whole
+from flatmin.files import write_json
 from flatmin.lab.budget import Budget, Kind
 from flatmin.lab.display import Live, print_table
 from flatmin.lab.folder import FORMAT, check_counts, locked, prepare, read_config, unfinished
 from flatmin.lab.parts import has_settings, settings_of
 from flatmin.lab.pool import IF_STOPPED, check_importing, run_all
-from flatmin.lab.records import RunRecord, read_run, write_json
+from flatmin.lab.records import RunRecord, read_run
 from flatmin.lab.report import write_report
 from flatmin.lab.script import forget
 from flatmin.lab.summary import mixed_versions, summarize

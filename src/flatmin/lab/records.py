@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from flatmin.curvature.results import plain
+from flatmin.files import plain
 
 FORMAT = "flatmin-run/1"
 
@@ -126,21 +126,6 @@ def read_run(path: Path) -> RunRecord:
     if run.finished and run.measured:
         _check_fields(run.result, FLATNESS_FIELDS, path)
     return run
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never half; what is not finite is null."""
-    write_text(path, json.dumps(plain(data), indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all; the temporary name is this process's own."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def make_writable(folder: Path) -> None:

@@ -239,10 +239,8 @@ def test_a_subspace_that_does_not_pay_is_paid_for_out_of_the_budget(max_products
     basis = torch.linalg.qr(torch.randn(300, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
     signs = torch.ones(300, dtype=torch.float64)
     signs[::2] = -1  # equal in size: nothing is gained by taking a few of them out
-    model = nn.ParameterList([torch.zeros(300, dtype=torch.float64)])
-    objective = flatmin.Objective(
-        model, None, [torch.zeros(1)], forward=lambda m, b: (((basis.T @ m[0]) ** 2 @ signs) / 2, b)
-    )
+    model = nn.Linear(300, 1, bias=False).double()
+    objective = flatmin.Objective(model, None, [basis], forward=lambda m, b: ((m(b).flatten() ** 2 @ signs) / 2, signs))
     result = flatmin.trace(objective, max_products=max_products)
     assert "Hutchinson" in result.method
     assert result.num_products == max_products

@@ -19,8 +19,8 @@ from flatmin.checks import check_number, check_whole
 from flatmin.curvature.function.arguments import check_vector, of_objective
 from flatmin.curvature.function.batches import Batch
 from flatmin.curvature.function.objective import Objective
-from flatmin.curvature.results import plain
 from flatmin.extras import need
+from flatmin.files import plain
 from flatmin.noise import Noise, filter_norms, times_norms
 from flatmin.radii import Radii
 from flatmin.shards import is_sharded, part_of

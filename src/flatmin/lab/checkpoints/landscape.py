@@ -12,9 +12,10 @@ from torch import Tensor
 
 from flatmin.curvature import LossSlice, Objective, direction_to, loss_slice, random_direction, top_eigenvalues
 from flatmin.extras import need
+from flatmin.files import write_json
 from flatmin.lab.checkpoints.subject import Subject
 from flatmin.lab.display import note
-from flatmin.lab.records import environment, make_writable, write_json
+from flatmin.lab.records import environment, make_writable
 from flatmin.lab.weights import weights_for
 from flatmin.vectors import Vector
 

@@ -14,9 +14,10 @@ from flatmin.curvature import FlatnessReport, Objective, measure
 from flatmin.curvature.products.graph import first_line
 from flatmin.curvature.store import OtherMeasurement
 from flatmin.extras import need
+from flatmin.files import write_json
 from flatmin.lab.checkpoints.subject import Subject
 from flatmin.lab.display import print_columns
-from flatmin.lab.records import environment, make_writable, write_json
+from flatmin.lab.records import environment, make_writable
 
 FORMAT = "flatmin-measure/1"
 CLOSE = 0.1  # relative difference of losses up to which traces may be compared as they are

@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
+from flatmin.files import write_json
 from flatmin.lab.claims.claim import Claim, judge
 from flatmin.lab.claims.of_papers import CLAIMS
 from flatmin.lab.compare import Compare, read_runs
 from flatmin.lab.display import PLAIN, format_difference
 from flatmin.lab.folder import check_counts, read_config
 from flatmin.lab.pool import IF_STOPPED
-from flatmin.lab.records import environment, write_json
+from flatmin.lab.records import environment
 from flatmin.lab.summary import COLUMNS
 from flatmin.optim.registry import unknown
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from flatmin.curvature.results import rounded
 from flatmin.extras import need
+from flatmin.files import write_text
 from flatmin.lab.display import (
     SIGNS,
     budget_line,
@@ -19,7 +20,7 @@ from flatmin.lab.display import (
 )
 from flatmin.lab.fingerprint import FIRST_BASE
 from flatmin.lab.parts import split_name
-from flatmin.lab.records import RunRecord, write_text
+from flatmin.lab.records import RunRecord
 from flatmin.lab.report import charts
 from flatmin.lab.summary import LEVEL, shown
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flatmin.extras import need
+from flatmin.files import replacing
 from flatmin.lab.packages import ELPV, LITE0, cache
 from flatmin.lab.tasks.lite0 import HEAD, trained
 from flatmin.lab.tasks.task import Settings, Splits, Task, by_validation
@@ -32,9 +33,8 @@ def features() -> tuple[Tensor, Tensor]:
     if not path.exists():
         ELPV.open().close()  # whatever is missing is said before a minute has passed
         found = _computed()
-        partial = path.with_suffix(".partial")
-        safetensors.save_file(found, partial)
-        partial.replace(path)
+        with replacing(path) as temporary:
+            safetensors.save_file(found, temporary)
     found = safetensors.load_file(path)
     return found["features"], found["labels"]
 

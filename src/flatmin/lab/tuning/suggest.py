@@ -15,11 +15,12 @@ from rich.console import Console
 from torch import nn
 
 from flatmin.curvature import Objective
+from flatmin.files import write_json
 from flatmin.lab.budget import Kind
 from flatmin.lab.folder import check_counts, locked
 from flatmin.lab.parts import split_name
 from flatmin.lab.pool import IF_STOPPED, check_importing
-from flatmin.lab.records import environment, make_writable, write_json
+from flatmin.lab.records import environment, make_writable
 from flatmin.lab.script import forget
 from flatmin.lab.tasks import Settings, Splits, Task, get_task
 from flatmin.lab.tasks.check import check_task

@@ -15,12 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from flatmin.files import write_json
 from flatmin.lab.budget import Budget, Kind
 from flatmin.lab.fingerprint import fingerprint
 from flatmin.lab.folder import check_counts, locked
 from flatmin.lab.parts import split_name
 from flatmin.lab.pool import IF_STOPPED, check_importing
-from flatmin.lab.records import environment, make_writable, write_json
+from flatmin.lab.records import environment, make_writable
 from flatmin.lab.script import forget
 from flatmin.lab.tasks import Settings, get_task
 from flatmin.lab.tasks.check import check_task
