@@ -34,6 +34,10 @@ Sum = TypeVar("Sum", Vector, Tensor)
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 
 
+class NotFinite(ValueError):
+    """The loss of a batch is nan or infinite."""
+
+
 class Objective:
     """L(w) = 1/N sum_i loss(w; sample i), the mean over all samples of `data`.
 
@@ -327,7 +331,11 @@ class Objective:
         return loss.reshape(()) if self.sharded else self.check_loss(loss.reshape(()), count)
 
     def check_loss(self, loss: Tensor, count: int) -> Tensor:
-        """`loss`, the mean over `count` samples, if it is finite."""
+        """`loss`, the mean over `count` samples, if it is finite.
+
+        Raises:
+            NotFinite: (a ValueError) if it is not.
+        """
         if not math.isfinite(value := loss.item()):
-            raise ValueError(f"the loss is {value} on a batch of {count}: there is nothing to measure.")
+            raise NotFinite(f"the loss is {value} on a batch of {count}: there is nothing to measure.")
         return loss

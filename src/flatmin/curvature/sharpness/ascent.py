@@ -18,6 +18,7 @@ from flatmin.checks import check_positive, check_whole
 from flatmin.curvature.function.arguments import of_objective
 from flatmin.curvature.function.objective import Objective
 from flatmin.curvature.results import Measurement
+from flatmin.curvature.sharpness.far import displaced_by
 from flatmin.curvature.sharpness.metrics import Metric, ToWeights, ball
 from flatmin.noise import Noise, mix_seeds
 from flatmin.place import Place
@@ -171,11 +172,8 @@ class _Ascent:
         """The loss at w + A e, and its gradient by e."""
         place.move(self.to_weights(e))
         self.num_gradients += 1
-        try:
+        with displaced_by("radius"):
             value, gradient = self._objective.loss_and_gradient()
-        except ValueError as error:
-            error.add_note("The weights were displaced: with a smaller radius the loss may be finite.")
-            raise
         return value, self.to_weights(gradient)
 
     def _project(self, e: Vector) -> Vector:

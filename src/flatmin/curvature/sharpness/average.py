@@ -33,6 +33,7 @@ from flatmin.curvature.function.batches import Batch
 from flatmin.curvature.function.objective import Objective
 from flatmin.curvature.products.probes import PILOT, Budget, stderr
 from flatmin.curvature.results import Estimate, Measurement, student_interval
+from flatmin.curvature.sharpness.far import displaced_by
 from flatmin.curvature.sharpness.metrics import Metric, ball
 from flatmin.noise import Law, Noise, Scale, check_law, mix_seeds
 from flatmin.place import Place
@@ -247,11 +248,8 @@ class _Sampler:
         losses = []
         for sign in self._signs:
             place.move(u if sign > 0 else -u)
-            try:
+            with displaced_by("radius"):
                 losses.append(float(batch.evaluate().loss.double()))
-            except ValueError as error:
-                error.add_note("The weights were displaced: with a smaller radius the loss may be finite.")
-                raise
         return math.fsum(losses) / len(losses)
 
 

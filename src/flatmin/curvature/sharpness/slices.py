@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from flatmin.checks import check_number, check_whole
 from flatmin.curvature.function.arguments import check_vector, of_objective
-from flatmin.curvature.function.batches import Batch
 from flatmin.curvature.function.objective import Objective
+from flatmin.curvature.sharpness.far import displaced_by
 from flatmin.extras import need
 from flatmin.files import plain
 from flatmin.noise import Noise, filter_norms, times_norms
@@ -190,7 +190,8 @@ def _losses(objective: Objective, directions: tuple[Vector, ...], axis: np.ndarr
         for batch in objective.batches():
             for index in np.ndindex(totals.shape):
                 place.move(_displacement(directions, [float(axis[i]) for i in index]))
-                totals[index] += _finite(batch) * batch.size
+                with displaced_by("span"):
+                    totals[index] += float(batch.evaluate().loss.double()) * batch.size
             place.move(None)
             count += batch.size
     return objective.mean(torch.from_numpy(totals), count).cpu().numpy()
@@ -203,11 +204,3 @@ def _displacement(directions: tuple[Vector, ...], coordinates: list[float]) -> V
         if a:
             total = direction * a if total is None else total.add_(direction, a)
     return total
-
-
-def _finite(batch: Batch) -> float:
-    try:
-        return float(batch.evaluate().loss.double())
-    except ValueError as error:
-        error.add_note("The weights were displaced: with a smaller span the loss may be finite.")
-        raise
