@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,6 +15,7 @@ from flatmin.curvature.products.graph import first_line
 from flatmin.curvature.products.operators import HessianOperator, Operator, ResidualOperator
 from flatmin.curvature.products.probes import PILOT, Budget, Draw, Probes, VectorProbes, run
 from flatmin.curvature.products.ways import NOT_DIFFERENTIABLE, Way, choose_way
+from flatmin.curvature.traces.found import Found
 from flatmin.curvature.traces.gauss_newton import ClassVectors, Split, exact_trace, split_of
 from flatmin.curvature.traces.local import LocalProbes, LocalResidual, why_not
 from flatmin.curvature.traces.lowrank import fits, hutch_plus_plus, xtrace
@@ -22,22 +23,6 @@ from flatmin.curvature.traces.lowrank import fits, hutch_plus_plus, xtrace
 FEW = 16  # class vectors that are all used at once; of more, a random sample is taken first
 FEWEST = 12  # products for a subspace and probes of the rest
 MANY = 100  # probes left to draw, from which on a subspace is tried
-
-
-@dataclass
-class Found:
-    """A trace: `constant`, known exactly for each parameter, and the mean of `samples` (probes, parameters)."""
-
-    method: str
-    constant: np.ndarray | float = 0.0
-    samples: np.ndarray = field(default_factory=lambda: np.empty((0, 1)))
-    num_products: int = 0
-    num_gradients: float = 0.0
-
-    @property
-    def exact(self) -> float:
-        """The part of the value that has no error."""
-        return float(np.sum(self.constant))
 
 
 @dataclass
@@ -92,13 +77,7 @@ class Work:
             raise ValueError(f"{method} needs max_products of at least {FEWEST}, got {self._budget.max_products}.")
         operator = self._operator(HessianOperator)
         found = (hutch_plus_plus if method == "hutch++" else xtrace)(operator, self._budget, self._seed)
-        return Found(
-            method=f"{found.method}; {operator.method}",
-            constant=found.constant,
-            samples=found.samples,
-            num_products=found.num_products,
-            num_gradients=found.num_products * operator.cost,
-        )
+        return replace(found, method=f"{found.method}; {operator.method}")
 
     def split(self, split: Split) -> Found:
         """Tr G, and probes of H - G unless its trace is zero."""
@@ -109,7 +88,10 @@ class Work:
         pilot, vectors = self._pilot_of_rest(split), ClassVectors(self._objective, split, self._seed)
         rest = pilot.probes
         pilot.samples = pilot.samples + vectors.draw(0, len(pilot.samples)).cpu().numpy()
-        draw = lambda first, size: rest.draw(first, size) + vectors.draw(first, size)  # noqa: E731
+
+        def draw(first: int, size: int) -> torch.Tensor:
+            return rest.draw(first, size) + vectors.draw(first, size)
+
         found = self._finish(pilot, draw)
         found.method = f"Gauss-Newton by random class vectors ({split.reason}); of the rest {found.method}"
         found.num_gradients += len(found.samples) * vectors.cost
@@ -194,24 +176,23 @@ class Work:
     def _go_on(self, pilot: Pilot) -> Found:
         """More probes; where many would be needed, of what a subspace leaves over, if that halves their variance."""
         operator, samples = pilot.probes.operator, pilot.samples
-        wasted = 0
+        wasted = Found(method="")
         if isinstance(operator, Operator) and pilot.left > MANY and fits(operator, self._graph_memory):
             self._budget.spend(len(samples))
             found = hutch_plus_plus(operator, self._budget, self._seed, known=pilot.known, variance=pilot.variance)
             if len(found.samples):
-                products = found.num_products + len(samples)
-                return Found(
+                return replace(
+                    found,
                     method=f"{found.method}; {_of(pilot)}",
                     constant=pilot.constant + found.constant,
-                    samples=found.samples,
-                    num_products=products,
-                    num_gradients=products * operator.cost + pilot.entry,
+                    num_products=found.num_products + len(samples),
+                    num_gradients=found.num_gradients + len(samples) * operator.cost + pilot.entry,
                 )
-            wasted = found.num_products
+            wasted = found
             self._budget.max_products += len(samples)  # the pilot's, which run() counts again
         found = self._finish(pilot)
-        found.num_products += wasted
-        found.num_gradients += wasted * operator.cost
+        found.num_products += wasted.num_products
+        found.num_gradients += wasted.num_gradients
         return found
 
     def _finish(self, pilot: Pilot, draw: Draw | None = None) -> Found:

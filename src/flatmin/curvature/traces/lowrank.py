@@ -14,7 +14,6 @@ Source: Meyer, Musco, Musco and Woodruff 2021; Epperly, Tropp and Webber 2024.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 from flatmin.curvature.products.operators import Operator
 from flatmin.curvature.products.probes import Budget, VectorProbes, run
 from flatmin.curvature.products.space import Space, flatten, shaped
+from flatmin.curvature.traces.found import Found
 from flatmin.noise import draw_like, mix_seeds
 from flatmin.vectors import Vector
 
@@ -31,16 +31,6 @@ FIRST = 16  # probes of the rest before the first decision: what a subspace leav
 # The leave-one-out estimates share most of their test vectors, so their spread understates the error of their mean: by
 # up to 1.4 for 12 vectors on the nets of the tests, by less for more. They are spread out by that.
 CORRELATION = 1.4
-
-
-@dataclass(frozen=True, kw_only=True)
-class LowRank:
-    """A trace from products: `constant` is known exactly, for each parameter; the mean of `samples` is added to it."""
-
-    constant: np.ndarray
-    samples: np.ndarray
-    num_products: int
-    method: str
 
 
 def fits(operator: Operator, memory: int) -> bool:
@@ -109,7 +99,7 @@ def new_directions(q: Tensor, y: Tensor) -> Tensor:
 
 def hutch_plus_plus(
     operator: Operator, budget: Budget, seed: int, *, known: float = 0.0, variance: float = math.inf
-) -> LowRank:
+) -> Found:
     """The trace of `operator` by Hutch++.
 
     The test vectors are doubled as long as the probes that are still needed cost more than that. If the first few do
@@ -147,15 +137,17 @@ def hutch_plus_plus(
         drawn += len(samples)
     if len(samples) and not basis.full:
         samples = run(draw, budget, samples, known + float(constant.sum()))
-    return LowRank(
+    num_products = basis.num_products + drawn + len(samples)
+    return Found(
+        method=f"Hutch++ with {basis.q.shape[1]} directions and fresh probes for every batch",
         constant=constant,
         samples=samples,
-        num_products=basis.num_products + drawn + len(samples),
-        method=f"Hutch++ with {basis.q.shape[1]} directions and fresh probes for every batch",
+        num_products=num_products,
+        num_gradients=num_products * operator.cost,
     )
 
 
-def xtrace(operator: Operator, budget: Budget, seed: int) -> LowRank:
+def xtrace(operator: Operator, budget: Budget, seed: int) -> Found:
     """The trace of `operator` by XTrace. Test vectors are doubled until the error is small enough."""
     basis = _Basis(operator, seed)
     total = budget.max_products
@@ -168,11 +160,12 @@ def xtrace(operator: Operator, budget: Budget, seed: int) -> LowRank:
             break
         if budget.used(basis.num_products, 2 * size) > 1:
             break
-    return LowRank(
+    return Found(
+        method=f"XTrace with {size} test vectors",
         constant=np.zeros(samples.shape[1]),
         samples=samples,
         num_products=basis.num_products,
-        method=f"XTrace with {size} test vectors",
+        num_gradients=basis.num_products * operator.cost,
     )
 
 

@@ -21,7 +21,8 @@ from flatmin.curvature.per_sample.uses import Uncovered
 from flatmin.curvature.products.operators import GRAPH_MEMORY
 from flatmin.curvature.products.probes import Budget, stderr
 from flatmin.curvature.results import Estimate, TraceResult
-from flatmin.curvature.traces.estimators import Found, Work
+from flatmin.curvature.traces.estimators import Work
+from flatmin.curvature.traces.found import Found
 from flatmin.curvature.traces.gauss_newton import Split, split_of
 
 MAX_PRODUCTS = 1000
