@@ -128,9 +128,8 @@ def test_the_empty_vector():
     assert (v + Vector([torch.ones(1), None])).present == [torch.ones(1)]
 
 
-def test_copying_and_adding_in_place():
-    params = [torch.zeros(2), torch.zeros(2)]
-    Vector([torch.ones(2), None]).copy_to(params)
+def test_adding_in_place():
+    params = [torch.ones(2), torch.zeros(2)]
     Vector([torch.ones(2), None]).add_to(params, sign=-3.0)
     assert torch.equal(params[0], torch.full((2,), -2.0))
     total = Vector([torch.ones(2), None]).add_(Vector([torch.ones(2), torch.ones(2)]))

@@ -276,11 +276,6 @@ class Vector:
                 torch.add(origin[i], t, alpha=sign, out=params[i])  # type: ignore[call-overload]
         return self.plain
 
-    def copy_to(self, params: Sequence[Tensor]) -> None:
-        """Overwrites `params` with this vector in place, where it has an entry."""
-        if self.support:
-            torch._foreach_copy_(parts([params[i] for i in self.support]), parts(self.present))
-
     def add_(self, other: Vector, scale: float = 1.0) -> Vector:
         """`self + scale * other`, in the memory of this vector, which must not be used afterwards."""
         _same_length(self, other)

@@ -268,8 +268,6 @@ def vectors(rank):
     radii.ascent(x).add_to(there.present)
     radii.ascent(a).add_to(here)
     same(gathered(there), here)
-    x.copy_to(there.present)
-    same(gathered(there), whole)
     x = x.add_(y, 2.0)
     x.scale_(0.5)
     same(gathered(x), (a * 0.5 + b).present)

@@ -165,7 +165,7 @@ class Tracker:
             self._spent += self._last
         point = TrackPoint(step=step, seconds=self._last, overhead=self.overhead, num_probes=self._num_probes, **found)
         self.points.append(point)
-        return self.points[-1]
+        return point
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""

@@ -63,7 +63,7 @@ class PerBatch(ABC, Generic[Curvature]):
 
     Args:
         objective: what to measure.
-        products: how second derivatives are computed: "auto", "autograd", "difference" or "loss" (see `products`), or
+        products: how second derivatives are computed: "auto", "autograd", "difference" or "loss" (see `ways`), or
             a `Way` that was found before.
         graph_memory: bytes that kept graphs may take; 0 keeps none.
         seed: of whatever is drawn.
@@ -188,7 +188,7 @@ class HessianOperator(Operator):
 
     Args:
         objective: what to measure.
-        products: how second derivatives are computed: "auto", "autograd", "difference" or "loss" (see `products`).
+        products: how second derivatives are computed: "auto", "autograd", "difference" or "loss" (see `ways`).
         graph_memory: bytes that kept graphs may take; 0 keeps none.
         seed: of the vector that the first product is checked with.
 

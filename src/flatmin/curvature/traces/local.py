@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flatmin.curvature.function.objective import Batch, Objective
+from flatmin.curvature.function.batches import Batch
+from flatmin.curvature.function.objective import Objective
 from flatmin.curvature.per_sample.norms import PerSample
 from flatmin.curvature.per_sample.uses import Layout, Uncovered
 from flatmin.curvature.products.differences import dots
