@@ -33,6 +33,21 @@ def check_positive(name: str, value: object) -> float:
     return number
 
 
+def check_share(name: str, value: object, ends: str = "[]") -> float:
+    """Returns `value` if it is in [0, 1], or without the ends that are round in `ends`, else raises a `ValueError`."""
+    number = check_number(name, value)
+    if not 0 <= number <= 1 or (number == 0 and ends[0] == "(") or (number == 1 and ends[1] == ")"):
+        raise ValueError(f"{name} must be in {ends[0]}0, 1{ends[1]}, got {value}.")
+    return number
+
+
+def check_flag(name: str, value: object) -> bool:
+    """Returns `value` if it is True or False, else raises a `ValueError`: a string would count as True."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}.")
+    return value
+
+
 def check_choice(name: str, value: object, known: Sequence[str]) -> str:
     """Returns `value` if it is one of `known`, else raises a `ValueError` that lists them."""
     if value not in known:

@@ -24,6 +24,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.nn.parallel import DistributedDataParallel
 
+from flatmin.checks import check_whole
 from flatmin.shards import is_sharded
 
 AVAILABLE = distributed.is_available()
@@ -85,6 +86,15 @@ def random_seed() -> int:
     if store.add(f"{key}/callers", 1) == 1:
         store.set(key, str(seed))
     return int(store.get(key))
+
+
+def seed_of(seed: int | None) -> int:
+    """`seed`, if it is a whole number, or for `None` a really random one.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    return random_seed() if seed is None else check_whole("seed", seed)
 
 
 def summed_over(group: Any, tensors: Sequence[Tensor], count: int) -> tuple[list[Tensor], int]:

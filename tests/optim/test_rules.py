@@ -170,7 +170,7 @@ def test_nso_reaches_the_flattest_minimum_of_the_smoothed_hyperbola():
     ("options", "message"),
     [
         ({"num_perturbations": 0}, "num_perturbations must be at least 1"),
-        ({"clean_weight": 1.5}, "clean_weight must be between 0 and 1"),
+        ({"clean_weight": 1.5}, r"clean_weight, the share of .*, must be in \[0, 1\], got 1\.5"),
         ({"law": "cauchy"}, "no variance"),
         ({"law": "gauss"}, "unknown noise law 'gauss'. Known laws: normal, uniform, laplace, rademacher"),
         ({"restore": "copy"}, "restore must be"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from flatmin.bounds.result import Bound, check_at_least_zero, check_common, check_delta
-from flatmin.checks import check_number, check_whole
+from flatmin.checks import check_share, check_whole
 
 NOISY = "these weights with noise of standard deviation {sigma:.4g}"
 GAUSSIAN = (
@@ -240,8 +240,7 @@ def inverse_kl(q: float, budget: float) -> float:
 
     Source: Langford, Caruana 2001.
     """
-    if not 0 <= check_number("q", q) <= 1:
-        raise ValueError(f"q must be in [0, 1], got {q}.")
+    check_share("q", q)
     if q >= 1 or budget <= 0:
         return q
     if math.isinf(budget):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from flatmin.bounds.result import Bound, check_at_least_zero, check_common
+from flatmin.checks import check_share
 
 MEMORY = "constants from memory of the published theorem (medium confidence); check them before you quote the number"
 
@@ -45,9 +46,7 @@ def trace_bound(
     """
     check_common(training_loss, largest_loss, num_samples, delta)
     check_at_least_zero(trace=trace, distance=distance)
-    eps = 1 / math.sqrt(num_samples) if eps is None else eps
-    if not 0 < eps <= 1:
-        raise ValueError(f"eps must be in (0, 1], got {eps}.")
+    eps = 1 / math.sqrt(num_samples) if eps is None else check_share("eps", eps, "(]")
     complexity = distance * math.sqrt(largest_loss * trace / num_samples)
     terms = {
         "C": largest_loss,

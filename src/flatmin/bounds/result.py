@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flatmin.checks import check_whole
+from flatmin.checks import check_share, check_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +77,7 @@ def check_common(training_loss: float, largest_loss: float, num_samples: int, de
 
 def check_delta(delta: float) -> None:
     """Refuses what is no probability, and the two that promise nothing or cannot be kept."""
-    if not 0 < delta < 1:
-        raise ValueError(f"delta must be in (0, 1), got {delta}.")
+    check_share("delta", delta, "()")
 
 
 def check_at_least_zero(**numbers: float) -> None:

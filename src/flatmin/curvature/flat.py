@@ -34,6 +34,7 @@ from flatmin.curvature.products.space import flatten, shaped
 from flatmin.curvature.products.ways import NOT_DIFFERENTIABLE, differentiable_twice
 from flatmin.curvature.results import Estimate
 from flatmin.curvature.spectra.eigen import top_eigenvalues
+from flatmin.distributed import seed_of
 from flatmin.noise import draw_like, mix_seeds
 from flatmin.vectors import Vector
 
@@ -98,7 +99,7 @@ class FlatMinimumEstimate:
 
 @of_objective
 def flat_minimum_estimate(
-    objective: Objective, *, num_probes: int = 16, num_eigenvectors: int = 5, seed: int = 0
+    objective: Objective, *, num_probes: int = 16, num_eigenvectors: int = 5, seed: int | None = 0
 ) -> FlatMinimumEstimate:
     """The normalised trace, its gradient, and an upper bound of the part of it along the minima, with errors.
 
@@ -106,7 +107,7 @@ def flat_minimum_estimate(
         objective: what to measure.
         num_probes: random vectors, at least 3; a fresh one for every batch.
         num_eigenvectors: how many top eigenvectors of the Hessian are taken out; 0 for none.
-        seed: of the probes.
+        seed: of the probes; `None` is really random.
 
     Cost: about 6 gradients of the data per probe, and `top_eigenvalues`. Memory: one copy of the parameters in double
     precision per probe, beside those of `top_eigenvalues`, and third-order graphs of one batch.
@@ -117,6 +118,7 @@ def flat_minimum_estimate(
 
     Source: Ahn, Jadbabaie, Sra 2024, section 2, for the definition; the estimate is this library's.
     """
+    seed = seed_of(seed)
     check_whole("num_probes", num_probes, 3)
     if not 0 <= check_whole("num_eigenvectors", num_eigenvectors) <= objective.num_params:
         raise ValueError(f"num_eigenvectors must be in 0 .. {objective.num_params}, got {num_eigenvectors}.")

@@ -19,6 +19,7 @@ from flatmin.curvature.spectra.density import DensityResult, spectral_density
 from flatmin.curvature.spectra.eigen import top_eigenvalues
 from flatmin.curvature.store import Store, revived
 from flatmin.curvature.traces.trace import trace
+from flatmin.distributed import seed_of
 from flatmin.extras import need
 
 KINDS: dict[str, Any] = {
@@ -140,7 +141,7 @@ def measure(
     rho: float | None = None,
     density: bool = False,
     store: str | os.PathLike[str] | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
 ) -> FlatnessReport:
     """Measures how flat `model` is on `data`: loss, Hessian trace (per layer too), largest eigenvalue; more on request.
 
@@ -162,8 +163,8 @@ def measure(
         density: whether to estimate the distribution of the eigenvalues too.
         store: a file for the results as they come: after an interrupt, the same call goes on where it stopped. With a
             group its first process reads and writes it, for all.
-        seed: of the probes. With a loader that shuffles, batches and so the probes' estimate also depend on torch's
-            random state; pass a fixed order for the same digits every time.
+        seed: of the probes; `None` is really random. With a loader that shuffles, batches and so the probes' estimate
+            also depend on torch's random state; pass a fixed order for the same digits every time.
 
     Returns:
         A FlatnessReport; `print` it, or use `.to_dict()`, `.to_json()`, `.plot()`.
@@ -180,6 +181,7 @@ def measure(
     Example:
         print(flatmin.measure(model, nn.CrossEntropyLoss(), loader))
     """
+    seed = seed_of(seed)
     check_whole("num_eigenvalues", num_eigenvalues, 1)
     objective = _objective(model, criterion, data, forward=forward, params=params, eval_mode=eval_mode, group=group)
     loss = objective.loss()

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from flatmin.checks import check_positive, check_whole
+from flatmin.checks import check_positive, check_share, check_whole
 from flatmin.curvature.function.arguments import of_objective
 from flatmin.curvature.function.objective import Objective
 from flatmin.curvature.products.operators import HessianOperator
@@ -26,6 +26,7 @@ from flatmin.curvature.products.space import NUDGE, Space
 from flatmin.curvature.results import Estimate, Measurement, aligned
 from flatmin.curvature.sharpness.average import noise_stability
 from flatmin.curvature.spectra.lanczos import Lanczos
+from flatmin.distributed import seed_of
 from flatmin.extras import need
 from flatmin.files import plain
 from flatmin.noise import mix_seeds
@@ -81,7 +82,7 @@ class Tracker:
         num_probes: random vectors for each trace.
         num_steps: Lanczos steps for each lambda_max, from the last one's vector.
         sigma: of the noise; `None` for no noise stability.
-        seed: of everything random.
+        seed: of everything random; `None` is really random.
         clock: seconds, as `time.perf_counter` gives them; of several processes that of the first decides.
 
     Cost: for each point a loss and a gradient of the data, and two gradients for each probe and Lanczos step (three for
@@ -108,11 +109,11 @@ class Tracker:
         num_probes: int = 4,
         num_steps: int = 4,
         sigma: float | None = None,
-        seed: int = 0,
+        seed: int | None = 0,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        if not 0 < max_overhead <= 1:
-            raise ValueError(f"max_overhead must be in (0, 1], got {max_overhead}.")
+        seed = seed_of(seed)
+        check_share("max_overhead", max_overhead, "(]")
         check_whole("num_probes", num_probes, 2)
         check_whole("num_steps", num_steps, 1)
         if sigma is not None:

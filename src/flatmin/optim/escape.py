@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, Unpack
 
 from torch.optim import Optimizer
@@ -70,9 +71,9 @@ class _Escape(FlatOptimizer):
         seed: int | None = 0,
         **options: Unpack[EngineOptions],
     ):
-        if not threshold > 0:
+        if not isinstance(threshold, Real) or isinstance(threshold, bool) or not threshold > 0:
             raise ValueError(
-                f"threshold must be positive (math.inf perturbs at every step), got {threshold}. It is the gradient "
+                f"threshold must be positive (math.inf perturbs at every step), got {threshold!r}. It is the gradient "
                 "norm up to which the method perturbs."
             )
         self.threshold = float(threshold)

@@ -8,6 +8,7 @@ from typing import Unpack
 
 from torch.optim import Optimizer
 
+from flatmin.checks import check_flag
 from flatmin.notices import warn
 from flatmin.optim.engine.optimizer import FlatOptimizer
 from flatmin.optim.options import EngineOptions
@@ -91,7 +92,7 @@ class MongeSAM(FlatOptimizer):
         metric: Callable[[Vector], Vector] | None = None,
         **options: Unpack[EngineOptions],
     ):
-        self.metric, self.sync_ascent = metric, sync_ascent
+        self.metric, self.sync_ascent = metric, check_flag("sync_ascent", sync_ascent)
         self._warned = False
         super().__init__(base, rho, **options)
 

@@ -7,7 +7,7 @@ from typing import Any, Unpack, get_args
 
 from torch.optim import Optimizer
 
-from flatmin.checks import check_choice, check_whole
+from flatmin.checks import check_choice, check_flag, check_share, check_whole
 from flatmin.noise import Law, Scale, check_law
 from flatmin.optim.engine.optimizer import FlatOptimizer
 from flatmin.optim.options import EngineOptions
@@ -158,13 +158,9 @@ class NSO(FlatOptimizer):
 
 def _check(num_perturbations: int, antithetic: bool, clean_weight: float, scale: str, split_batch: bool) -> None:
     check_whole("num_perturbations", num_perturbations, 1)
-    if not isinstance(antithetic, bool):
-        raise ValueError(f"antithetic must be True or False, got {antithetic!r}.")
-    if not 0 <= clean_weight <= 1:
-        raise ValueError(
-            f"clean_weight must be between 0 and 1, got {clean_weight}. It is the share of the gradient at "
-            "the unperturbed weights; 0 (the default) does not compute it."
-        )
+    check_flag("antithetic", antithetic)
+    check_flag("split_batch", split_batch)
+    check_share("clean_weight, the share of the gradient at the unperturbed weights,", clean_weight)
     check_choice("scale", scale, get_args(Scale))
     two_points = antithetic and clean_weight == 0
     mixed = not antithetic and 0 < clean_weight < 1 and num_perturbations == 1

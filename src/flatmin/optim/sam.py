@@ -6,7 +6,7 @@ from typing import Unpack
 
 from torch.optim import Optimizer
 
-from flatmin.checks import check_number
+from flatmin.checks import check_flag, check_number
 from flatmin.optim.engine.optimizer import FlatOptimizer
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
@@ -95,8 +95,8 @@ class SAM(FlatOptimizer):
         eta: float = 0.01,
         **options: Unpack[EngineOptions],
     ):
-        self.adaptive, self.normalize, self.eta = adaptive, normalize, check_number("eta", eta, 0.0)
-        self.sync_ascent = sync_ascent
+        self.adaptive, self.normalize = check_flag("adaptive", adaptive), check_flag("normalize", normalize)
+        self.eta, self.sync_ascent = check_number("eta", eta, 0.0), check_flag("sync_ascent", sync_ascent)
         super().__init__(base, rho, **options)
 
     def rule(self) -> Rule:

@@ -23,6 +23,7 @@ from flatmin.curvature.products.operators import GRAPH_MEMORY, BatchOperator, Op
 from flatmin.curvature.products.outputs import OutputLoss
 from flatmin.curvature.products.pairing import Pairing
 from flatmin.curvature.products.ways import derivative
+from flatmin.distributed import seed_of
 from flatmin.noise import mix_seeds
 
 NO_ROWS = (
@@ -35,7 +36,8 @@ class _Factored(Operator):
     """sum_i J_i' B_i J_i, with B_i over the outputs of a sample."""
 
     @of_objective
-    def __init__(self, objective: Objective, *, graph_memory: int = GRAPH_MEMORY, seed: int = 0):
+    def __init__(self, objective: Objective, *, graph_memory: int = GRAPH_MEMORY, seed: int | None = 0):
+        seed = seed_of(seed)
         super().__init__(objective, "autograd", graph_memory=graph_memory, seed=seed)
 
     def _open(self, batch: Batch, index: int) -> BatchOperator:
@@ -52,7 +54,7 @@ class GaussNewtonOperator(_Factored):
     Args:
         objective: what to measure.
         graph_memory: bytes that kept graphs may take; 0 keeps none.
-        seed: of the vector that double backward is tried with.
+        seed: of the vector that double backward is tried with; `None` is really random.
 
     Cost: two gradients of the data for the graphs, about two for a product. Memory: the graph of one batch, and those
     kept.
@@ -79,7 +81,7 @@ class FisherOperator(_Factored):
             data in a fixed order), whose expectation is the Gauss-Newton matrix. "empirical": g for the targets given,
             which is another matrix (Kunstner et al. 2019).
         graph_memory: bytes that kept graphs may take.
-        seed: of the draws.
+        seed: of the draws; `None` is really random.
 
     Cost: two gradients of the data for the graphs, about two for a product. Memory: the graph of one batch, and those
     kept.
@@ -100,8 +102,9 @@ class FisherOperator(_Factored):
         kind: Literal["mc", "empirical"] = "mc",
         *,
         graph_memory: int = GRAPH_MEMORY,
-        seed: int = 0,
+        seed: int | None = 0,
     ):
+        seed = seed_of(seed)
         check_choice("kind", kind, ("mc", "empirical"))
         self.kind = kind
         self.name = f"Fisher ({kind})"

@@ -28,6 +28,7 @@ from flatmin.curvature.products.outputs import OutputLoss, output_tensor
 from flatmin.curvature.products.seen import seen
 from flatmin.curvature.products.space import filled
 from flatmin.curvature.products.ways import BatchHessian, Way, check_finite, choose_way
+from flatmin.distributed import seed_of
 from flatmin.place import num_displaced
 from flatmin.vectors import Vector
 
@@ -66,7 +67,7 @@ class PerBatch(ABC, Generic[Curvature]):
         products: how second derivatives are computed: "auto", "autograd", "difference" or "loss" (see `ways`), or
             a `Way` that was found before.
         graph_memory: bytes that kept graphs may take; 0 keeps none.
-        seed: of whatever is drawn.
+        seed: of whatever is drawn; `None` is really random.
 
     Raises:
         ValueError: an unknown or impossible way, or a product that is not finite.
@@ -77,8 +78,14 @@ class PerBatch(ABC, Generic[Curvature]):
 
     @of_objective
     def __init__(
-        self, objective: Objective, products: str | Way = "auto", *, graph_memory: int = GRAPH_MEMORY, seed: int = 0
+        self,
+        objective: Objective,
+        products: str | Way = "auto",
+        *,
+        graph_memory: int = GRAPH_MEMORY,
+        seed: int | None = 0,
     ):
+        seed = seed_of(seed)
         self.objective = objective
         self.way = products if isinstance(products, Way) else choose_way(objective, products, seed=seed)
         self.seed = seed
@@ -190,7 +197,7 @@ class HessianOperator(Operator):
         objective: what to measure.
         products: how second derivatives are computed: "auto", "autograd", "difference" or "loss" (see `ways`).
         graph_memory: bytes that kept graphs may take; 0 keeps none.
-        seed: of the vector that the first product is checked with.
+        seed: of the vector that the first product is checked with; `None` is really random.
 
     Cost: about two gradients of the data for a product where graphs are kept, else about three; two for differences of
     gradients. Memory: the graph of one batch, and the graphs kept.

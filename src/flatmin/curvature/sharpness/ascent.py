@@ -20,6 +20,7 @@ from flatmin.curvature.function.objective import Objective
 from flatmin.curvature.results import Measurement
 from flatmin.curvature.sharpness.far import displaced_by
 from flatmin.curvature.sharpness.metrics import Metric, ToWeights, ball
+from flatmin.distributed import seed_of
 from flatmin.noise import Noise, mix_seeds
 from flatmin.place import Place
 from flatmin.radii import Radii
@@ -62,7 +63,7 @@ def ascent_sharpness(
     *,
     num_steps: int = 20,
     num_starts: int = 3,
-    seed: int = 0,
+    seed: int | None = 0,
 ) -> AscentResult:
     """The worst rise of the loss in a ball, max L(w + d) - L(w) over |A^-1 d| <= rho, found by ascent: a lower bound.
 
@@ -74,7 +75,7 @@ def ascent_sharpness(
             the same when units of a ReLU network are rescaled, "filter" when layers are.
         num_steps: gradients after the first, for each start, at most.
         num_starts: the first is SAM's point, the others are random directions.
-        seed: of the random starts.
+        seed: of the random starts; `None` is really random.
 
     Returns:
         AscentResult with `value` (never negative: d = 0 is in the ball; less what rounding may have added to the
@@ -89,6 +90,7 @@ def ascent_sharpness(
 
     Source: Foret et al. 2021 (SAM's inner maximum); Kwon et al. 2021 (adaptive); Jacobsen, Arvanitidis 2025 (Monge).
     """
+    seed = seed_of(seed)
     check_positive("rho", rho)
     for name, value in (("num_steps", num_steps), ("num_starts", num_starts)):
         check_whole(name, value, 1)

@@ -35,6 +35,7 @@ from flatmin.curvature.products.probes import PILOT, Budget, stderr
 from flatmin.curvature.results import Estimate, Measurement, student_interval
 from flatmin.curvature.sharpness.far import displaced_by
 from flatmin.curvature.sharpness.metrics import Metric, ball
+from flatmin.distributed import seed_of
 from flatmin.noise import Law, Noise, Scale, check_law, mix_seeds
 from flatmin.place import Place
 from flatmin.radii import Radii, Step
@@ -89,7 +90,7 @@ def noise_stability(
     scale: Scale = "absolute",
     two_sided: bool = True,
     per_layer: bool = False,
-    seed: int = 0,
+    seed: int | None = 0,
 ) -> SharpnessResult:
     """The mean rise of the loss under random noise, E L(w + u) - L(w) with u = sigma z, entry by entry.
 
@@ -106,7 +107,7 @@ def noise_stability(
         two_sided: evaluate at w + u and w - u and take the mean. One-sided draws have the same mean and, away from a
             minimum, a much larger variance.
         per_layer: also the rise when only one layer is moved, for each layer.
-        seed: of the noise.
+        seed: of the noise; `None` is really random.
 
     Returns:
         SharpnessResult with `value`, `stderr`, `samples`, `implied_trace` (2 value / sigma^2), `per_layer`.
@@ -120,6 +121,7 @@ def noise_stability(
 
     Source: Zhang, Li, Ju 2024 (the objective that NSO minimises); Li et al. 2018 for the scale of the filters.
     """
+    seed = seed_of(seed)
     check_positive("sigma", sigma)
     check_law(law)
     check_choice("scale", scale, get_args(Scale))
@@ -149,7 +151,7 @@ def average_sharpness(
     num_draws: int | None = None,
     rtol: float | None = None,
     max_seconds: float | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
 ) -> SharpnessResult:
     """The mean rise of the loss over all directions: d uniform on the surface of the ball, both ways along each.
 
@@ -160,7 +162,7 @@ def average_sharpness(
         num_draws: passes over the data, each with directions of its own.
         rtol: wanted relative standard error; 0.05 if no budget is given.
         max_seconds: time, at most.
-        seed: of the directions.
+        seed: of the directions; `None` is really random.
 
     Returns:
         SharpnessResult with `value`, `stderr`, `samples`, `implied_trace` (2 dim value / rho^2).
@@ -174,6 +176,7 @@ def average_sharpness(
 
     Source: Wen, Ma, Li 2023 ("average-direction sharpness"); the metrics are those of SAM, ASAM and Monge SAM.
     """
+    seed = seed_of(seed)
     check_positive("rho", rho)
     to_weights = ball(objective, metric, objective.gradient)
     ones = Radii([1.0] * len(objective.params))

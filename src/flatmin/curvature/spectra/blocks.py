@@ -27,6 +27,7 @@ from flatmin.curvature.function.objective import Objective
 from flatmin.curvature.products.operators import Operator
 from flatmin.curvature.results import EigenResult, Measurement
 from flatmin.curvature.spectra.eigen import as_operator, top_eigenvalues
+from flatmin.distributed import seed_of
 from flatmin.noise import draw_like
 from flatmin.notices import warn
 from flatmin.vectors import Vector
@@ -78,7 +79,7 @@ def block_eigenvalues(objective: Objective, k: int = 1, **options: Any) -> dict[
 
 @of_operator
 def layerwise_rayleigh_sum(
-    objective: Objective | Operator, *, tol: float = 1e-3, max_products: int = 100, seed: int = 0
+    objective: Objective | Operator, *, tol: float = 1e-3, max_products: int = 100, seed: int | None = 0
 ) -> RayleighSum:
     """What the published code of noise stability optimization calls the largest eigenvalue. For comparison only.
 
@@ -93,7 +94,7 @@ def layerwise_rayleigh_sum(
         objective: what to measure: the Hessian of an Objective, or an operator.
         tol: stops when the value has changed by at most this, relatively, over 3 steps.
         max_products: Hessian-vector products over the whole data, at most.
-        seed: of the starting vector.
+        seed: of the starting vector; `None` is really random.
 
     Cost: 2 to 3 gradients of the data per product.
 
@@ -103,6 +104,7 @@ def layerwise_rayleigh_sum(
 
     Source: the measuring script published with Zhang, Li, Ju 2024.
     """
+    seed = seed_of(seed)
     check_positive("tol", tol)
     check_whole("max_products", max_products, 1)
     operator = as_operator(objective, seed)

@@ -32,6 +32,7 @@ from flatmin.curvature.products.space import Space
 from flatmin.curvature.results import Estimate, Measurement
 from flatmin.curvature.spectra.eigen import as_operator
 from flatmin.curvature.spectra.lanczos import Lanczos, Rows
+from flatmin.distributed import seed_of
 from flatmin.extras import need
 from flatmin.noise import mix_seeds
 
@@ -155,7 +156,7 @@ class DensityResult(Measurement):
 
 @of_operator
 def spectral_density(
-    objective: Objective | Operator, *, num_probes: int = 10, num_steps: int = 40, seed: int = 0
+    objective: Objective | Operator, *, num_probes: int = 10, num_steps: int = 40, seed: int | None = 0
 ) -> DensityResult:
     """The distribution of the eigenvalues of the Hessian, with its error.
 
@@ -165,7 +166,7 @@ def spectral_density(
         num_probes: random vectors; the error falls with the square root of their number. One more searches for
             outliers before the first.
         num_steps: Lanczos steps for each: more resolve finer structure, and find more eigenvalues one by one.
-        seed: of the probes.
+        seed: of the probes; `None` is really random.
 
     Returns:
         DensityResult with `mass(low, high)`, `negative_mass`, `eigenvalues`, `density(grid, width)`, `plot()`.
@@ -179,6 +180,7 @@ def spectral_density(
 
     Source: Lin, Saad, Yang 2016; Ubaru, Chen, Saad 2017; Ghorbani, Krishnan, Xiao 2019.
     """
+    seed = seed_of(seed)
     check_whole("num_probes", num_probes, 1)
     check_whole("num_steps", num_steps, 2)
     operator = as_operator(objective, seed)

@@ -36,6 +36,7 @@ from flatmin.curvature.products.operators import HessianOperator, Operator
 from flatmin.curvature.products.space import NUDGE, Space, filled, flatten, shaped
 from flatmin.curvature.results import EigenResult
 from flatmin.curvature.spectra.lanczos import Lanczos, Rows
+from flatmin.distributed import seed_of
 from flatmin.noise import mix_seeds
 from flatmin.notices import warn
 from flatmin.vectors import Vector
@@ -58,7 +59,7 @@ def top_eigenvalues(
     start: Vector | Literal["gradient", "random"] = "gradient",
     vectors: bool = False,
     multiple: bool = False,
-    seed: int = 0,
+    seed: int | None = 0,
 ) -> EigenResult:
     """The `k` algebraically largest ("LA") or smallest ("SA") eigenvalues of the Hessian.
 
@@ -77,7 +78,7 @@ def top_eigenvalues(
         vectors: whether the result holds the eigenvectors too.
         multiple: count eigenvalues that occur several times as often as they occur; else once, or as often as rounding
             shows them. One more search at least, of 8 products or more, and one for each copy that is found.
-        seed: of the starting vector.
+        seed: of the starting vector; `None` is really random.
 
     Returns:
         EigenResult with `values`, `residuals`, `errors`, `converged`. If not converged, a RuntimeWarning says so too.
@@ -95,6 +96,7 @@ def top_eigenvalues(
     Source: Lanczos 1950; Paige 1980 for why full reorthogonalisation removes ghost copies; Wu, Simon 2000 for the
     restart.
     """
+    seed = seed_of(seed)
     operator = as_operator(objective, seed)
     objective = operator.objective
     max_basis = max(40, 2 * k + 20) if max_basis is None else max_basis

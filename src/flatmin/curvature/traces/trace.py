@@ -24,6 +24,7 @@ from flatmin.curvature.results import Estimate, TraceResult
 from flatmin.curvature.traces.estimators import Work
 from flatmin.curvature.traces.found import Found
 from flatmin.curvature.traces.gauss_newton import Split, split_of
+from flatmin.distributed import seed_of
 
 MAX_PRODUCTS = 1000
 METHODS = ("auto", "hutchinson", "gauss-newton", "hutch++", "xtrace")
@@ -39,7 +40,7 @@ def trace(
     method: str = "auto",
     products: str = "auto",
     graph_memory: int = GRAPH_MEMORY,
-    seed: int = 0,
+    seed: int | None = 0,
 ) -> TraceResult:
     """The trace of the Hessian of `objective`.
 
@@ -56,7 +57,7 @@ def trace(
         method: "auto", "hutchinson", "gauss-newton", "hutch++" or "xtrace". "auto" says in the result why it chose.
         products: how second derivatives are computed: "auto", "autograd", "difference" or "loss".
         graph_memory: bytes that graphs kept between rounds may take.
-        seed: of the probes.
+        seed: of the probes; `None` is really random.
 
     Returns:
         TraceResult with `value`, `stderr`, `per_layer`, `samples`, `num_products`, `num_gradients`, `method`.
@@ -74,6 +75,7 @@ def trace(
     Meyer et al. 2021 (Hutch++); Epperly, Tropp and Webber 2024 (XTrace); local probes: `local.py`, with the
     covariance argument of Kingma, Salimans and Welling 2015.
     """
+    seed = seed_of(seed)
     if method not in METHODS:
         raise ValueError(f"unknown trace method {method!r}. Known: {', '.join(METHODS)}.")
     if rtol is None and max_products is None and max_seconds is None:

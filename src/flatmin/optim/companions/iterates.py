@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
-from flatmin.checks import check_choice, check_whole
+from flatmin.checks import check_choice, check_share, check_whole
 
 Kind = Literal["tail", "mean", "ema"]
 
@@ -24,9 +24,8 @@ def next_share(kind: str, decay: float) -> Callable[[int], float]:
     """The share of the next iterate in the average, by how many are in it: 1 / (n + 1), or always 1 - decay."""
     if kind != "ema":
         return lambda num_averaged: 1.0 / (num_averaged + 1)
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay must be in [0, 1), got {decay!r}: the part of the last average that the next keeps.")
-    return lambda _: 1.0 - decay
+    kept = check_share("decay, the part of the last average that the next keeps,", decay, "[)")
+    return lambda _: 1.0 - kept
 
 
 def first_step(kind: str, start: float, num_steps: int | None, every: int) -> int:

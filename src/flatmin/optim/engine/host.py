@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from flatmin.distributed import random_seed
+from flatmin.distributed import seed_of
 from flatmin.optim.engine.migration import Migration
 from flatmin.optim.engine.misuse import (
     check_minimises,
@@ -49,7 +49,7 @@ class Host(Migration, Optimizer):
 
     def __init__(self, base: Optimizer, radius: float, seed: int | None):
         self._default_radius = check_radius(self.radius_name, radius)
-        self._seed = random_seed() if seed is None else int(seed)
+        self._seed = seed_of(seed)
         # Optimizer.__init__ would build groups and state of its own. Unpickling is torch's protocol for an
         # optimizer that already has them: it only sets up the hooks.
         self.__setstate__({"base": base})
@@ -59,10 +59,9 @@ class Host(Migration, Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for event in ("step_pre", "step_post", "state_dict_pre", "state_dict_post"):
-            self._share(f"_optimizer_{event}_hooks")
-        for event in ("load_state_dict_pre", "load_state_dict_post"):
-            self._share(f"_optimizer_{event}_hooks")
+        for what in ("step", "state_dict", "load_state_dict"):
+            for when in ("pre", "post"):
+                self._share(f"_optimizer_{what}_{when}_hooks")
 
     def _share(self, hooks: str) -> None:
         """The base does the work that these hooks are about, and runs them: once, with itself as the optimizer."""

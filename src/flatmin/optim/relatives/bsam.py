@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Unpack
 
 from torch.optim import SGD, Optimizer
 
-from flatmin.checks import check_number, check_positive, check_whole
+from flatmin.checks import check_number, check_positive, check_share, check_whole
 from flatmin.notices import warn
 from flatmin.optim.engine.optimizer import FlatOptimizer
 from flatmin.optim.options import EngineOptions
@@ -121,8 +122,10 @@ class BSAM(FlatOptimizer):
         seed: int | None = 0,
         **options: Unpack[EngineOptions],
     ):
-        if not (len(betas) == 2 and all(0 <= b <= 1 for b in betas)):
-            raise ValueError(f"betas must be two numbers in [0, 1], got {betas}.")
+        if not isinstance(betas, Sequence) or len(betas) != 2:
+            raise ValueError(f"betas must be two numbers in [0, 1], got {betas!r}.")
+        for i, beta in enumerate(betas):
+            check_share(f"betas[{i}]", beta)
         check_positive("initial, the first precision of every weight,", initial)
         self.num_data = check_whole("num_data, the number of training samples,", num_data, 1)
         self.prior, self.damping = check_number("prior", prior, 0.0), check_number("damping", damping, 0.0)

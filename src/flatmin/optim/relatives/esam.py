@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from flatmin.checks import check_flag, check_share
 from flatmin.optim.engine.optimizer import FlatOptimizer
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
@@ -95,10 +96,8 @@ class ESAM(FlatOptimizer):
         sync_ascent: bool = False,
         **options: Unpack[EngineOptions],
     ):
-        for name, value in (("beta", beta), ("gamma", gamma)):
-            if not 0 < value <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {value}.")
-        self.beta, self.gamma, self.sync_ascent = beta, gamma, sync_ascent
+        self.beta, self.gamma = check_share("beta", beta, "(]"), check_share("gamma", gamma, "(]")
+        self.sync_ascent = check_flag("sync_ascent", sync_ascent)
         super().__init__(base, rho, seed=seed, **options)
 
     def rule(self) -> Rule:

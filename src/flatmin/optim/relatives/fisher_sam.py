@@ -6,7 +6,7 @@ from typing import Unpack
 
 from torch.optim import Optimizer
 
-from flatmin.checks import check_number
+from flatmin.checks import check_flag, check_number
 from flatmin.optim.engine.optimizer import FlatOptimizer
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
@@ -64,7 +64,7 @@ class FisherSAM(FlatOptimizer):
         sync_ascent: bool = False,
         **options: Unpack[EngineOptions],
     ):
-        self.eta, self.sync_ascent = check_number("eta", eta, 0.0), sync_ascent
+        self.eta, self.sync_ascent = check_number("eta", eta, 0.0), check_flag("sync_ascent", sync_ascent)
         super().__init__(base, rho, **options)
 
     def rule(self) -> Rule:

@@ -6,7 +6,7 @@ from typing import Unpack
 
 from torch.optim import Optimizer
 
-from flatmin.checks import check_number
+from flatmin.checks import check_number, check_share
 from flatmin.optim.engine.optimizer import FlatOptimizer
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
@@ -71,9 +71,7 @@ class FriendlySAM(FlatOptimizer):
         decay: float = 0.9,
         **options: Unpack[EngineOptions],
     ):
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must be in [0, 1), got {decay}.")
-        self.sigma, self.decay = check_number("sigma", sigma), decay
+        self.sigma, self.decay = check_number("sigma", sigma), check_share("decay", decay, "[)")
         super().__init__(base, rho, **options)
 
     def rule(self) -> Rule:

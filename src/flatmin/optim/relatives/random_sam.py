@@ -6,7 +6,7 @@ from typing import Unpack
 
 from torch.optim import Optimizer
 
-from flatmin.checks import check_number, check_positive
+from flatmin.checks import check_flag, check_number, check_positive
 from flatmin.optim.engine.optimizer import FlatOptimizer
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
@@ -66,7 +66,7 @@ class RandomSAM(FlatOptimizer):
         **options: Unpack[EngineOptions],
     ):
         self.sigma, self.weight = check_number("sigma", sigma, 0.0), check_positive("weight", weight)
-        self.sync_ascent = sync_ascent
+        self.sync_ascent = check_flag("sync_ascent", sync_ascent)
         super().__init__(base, rho, seed=seed, **options)
 
     def rule(self) -> Rule:

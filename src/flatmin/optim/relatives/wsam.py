@@ -6,6 +6,7 @@ from typing import Unpack
 
 from torch.optim import Optimizer
 
+from flatmin.checks import check_flag, check_share
 from flatmin.optim.engine.optimizer import FlatOptimizer
 from flatmin.optim.options import EngineOptions
 from flatmin.optim.registry import register
@@ -60,9 +61,7 @@ class WSAM(FlatOptimizer):
         decouple: bool = True,
         **options: Unpack[EngineOptions],
     ):
-        if not 0 <= gamma < 1:
-            raise ValueError(f"gamma must be in [0, 1), got {gamma}.")
-        self.gamma, self.decouple = gamma, decouple
+        self.gamma, self.decouple = check_share("gamma", gamma, "[)"), check_flag("decouple", decouple)
         super().__init__(base, rho, **options)
 
     def rule(self) -> Rule:
