@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "entries": {"shards"},
     "vectors": {"shards", "entries"},
     "radii": {"vectors"},
-    "distributed": {"shards"},
+    "distributed": {"checks", "shards"},
     "noise": {"radii", "vectors", "shards", "slabs"},
     "quiet": {"buffers", "versions"},
     "place": {"vectors", "shards", "versions", "notices"},
