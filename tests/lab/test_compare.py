@@ -58,7 +58,14 @@ def test_the_report_is_self_contained_and_whole(finished):
     assert "<script" not in html
     assert html.count("<svg") == 3
     assert not re.findall(r"\bnan\b|None|undefined", re.sub(r"<svg.*?</svg>", "", html, flags=re.S))
-    for text in ("test accuracy, %", "generalisation gap", "Hessian trace", "lambda_max", "seconds", "gradients"):
+    for text in (
+        "test accuracy, %",
+        "generalisation gap",
+        "Hessian trace",
+        "lambda_max",
+        "adaptive sharpness",
+        "gradients",
+    ):
         assert text in html
     for svg in re.findall(r"<svg.*?</svg>", html, flags=re.S):
         ET.fromstring(svg)
@@ -194,6 +201,7 @@ def test_other_seeds_are_other_runs_in_a_folder_of_their_own(tmp_path, finished)
     here = read_run(folder / "records" / "nso-seed2.jsonl")
     assert here.result["test_loss"] == read_run(of_all).result["test_loss"]
     assert json.loads((folder / "summary.json").read_text())["first_seed"] == 1
+    assert "2 seeds, from 1 on." in (folder / "report.html").read_text()
     with pytest.raises(ValueError, match=r"is a comparison with another first seed \(1, not 0\)"):
         compare(tmp_path, num_seeds=3).run()
     Report(name="small", out=tmp_path / "runs").run()

@@ -30,6 +30,7 @@ TITLES = {
     "test_loss": "test loss",
     "trace": "Hessian trace",
     "trace_per_loss": "trace over loss",
+    "adaptive_sharpness": "adaptive sharpness",
 }
 
 
@@ -127,11 +128,11 @@ def _verdict(summary: dict[str, Any]) -> list[str]:
     """One sentence per method: whether it generalises better than the control here, and whether it is flatter.
 
     By accuracy, where there is one, and loss. Where a low loss takes curvature with it, the trace over the loss is
-    said, too.
+    said, too; and what has no part in the scale of the weights, where it was measured.
     """
     control, *others = summary["methods"]
     score = "test_accuracy" if "test_accuracy" in summary["versus"] else "test_loss"
-    keys = dict.fromkeys((score, "test_loss", "trace", "trace_per_loss"))
+    keys = dict.fromkeys((score, "test_loss", "trace", "trace_per_loss", "adaptive_sharpness"))
     sentences = []
     for name in others:
         versus = {key: summary["versus"].get(key, {}).get(name) for key in keys}
