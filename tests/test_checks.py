@@ -35,6 +35,7 @@ WRONG = [
     ("FriendlySAM", {"decay": "0.9"}, "decay"),
     ("NSO", {"clean_weight": "0.5"}, "clean_weight"),
     ("NSO", {"split_batch": "yes"}, "split_batch"),
+    ("NSO", {"noise_per_rank": "no"}, "noise_per_rank"),
     ("NSO", {"seed": 0.7}, "seed must be a whole number"),
     ("WSAM", {"gamma": None}, "gamma"),
     ("WSAM", {"decouple": 1}, "decouple"),

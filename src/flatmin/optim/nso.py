@@ -125,7 +125,7 @@ class NSO(FlatOptimizer):
         self.law = check_law(law)
         self.scale: Scale = scale
         self.split_batch = split_batch
-        self.noise_per_rank = noise_per_rank
+        self.noise_per_rank = check_flag("noise_per_rank", noise_per_rank)
         super().__init__(base, sigma, seed=seed, **options)
 
     @property
