@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from flatmin.bounds.result import Bound, check_at_least_zero, check_common, check_delta
-from flatmin.checks import check_share, check_whole
+from flatmin.bounds.result import Bound, check_common, check_delta
+from flatmin.checks import check_number, check_positive, check_share, check_whole
 
 NOISY = "these weights with noise of standard deviation {sigma:.4g}"
 GAUSSIAN = (
@@ -114,8 +114,7 @@ def catoni_bound(
     Source: Catoni 2007, theorem 1.2.6.
     """
     check_common(stochastic_loss, largest_loss, num_samples, delta)
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature must be positive, got {temperature}.")
+    check_positive("temperature", temperature)
     divergence = gaussian_divergence(distance, sigma, num_params, prior_sigma)
     budget = (divergence + math.log(1 / delta)) / num_samples
     share = math.expm1(-temperature * stochastic_loss / largest_loss - budget) / math.expm1(-temperature)
@@ -214,10 +213,9 @@ def gaussian_divergence(distance: float, sigma: float, num_params: int, prior_si
         ValueError: for a width that is not positive, a negative distance, or a dimension that is no positive integer.
     """
     prior_sigma = sigma if prior_sigma is None else prior_sigma
-    for name, value in (("sigma", sigma), ("prior_sigma", prior_sigma)):
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be positive and finite, got {value}.")
-    check_at_least_zero(distance=distance)
+    check_positive("sigma", sigma)
+    check_positive("prior_sigma", prior_sigma)
+    check_number("distance", distance, 0.0)
     check_whole("num_params", num_params, 1)
     ratio, moved = sigma / prior_sigma, distance / prior_sigma
     # By products and a difference of logarithms: powers raise where they overflow, and a ratio may underflow to 0.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from flatmin.bounds.result import Bound, check_at_least_zero, check_common
-from flatmin.checks import check_share
+from flatmin.bounds.result import Bound, check_common
+from flatmin.checks import check_number, check_share
 
 MEMORY = "constants from memory of the published theorem (medium confidence); check them before you quote the number"
 
@@ -45,7 +45,8 @@ def trace_bound(
     Source: Zhang, Li, Ju 2024, theorem 2.1; constants from memory of the paper, see `assumptions`.
     """
     check_common(training_loss, largest_loss, num_samples, delta)
-    check_at_least_zero(trace=trace, distance=distance)
+    check_number("trace", trace, 0.0)
+    check_number("distance", distance, 0.0)
     eps = 1 / math.sqrt(num_samples) if eps is None else check_share("eps", eps, "(]")
     complexity = distance * math.sqrt(largest_loss * trace / num_samples)
     terms = {
@@ -112,7 +113,7 @@ def layerwise_bound(
         raise ValueError("give either traces, distances and norms, or hessian_distances.")
     terms = {"C": largest_loss, "n": float(num_samples)}
     if hessian_distances is not None:
-        check_at_least_zero(**{f"hessian_distances[{i}]": h for i, h in enumerate(hessian_distances)})
+        _check_layers("hessian_distances", hessian_distances)
         gap = math.fsum(math.sqrt(largest_loss * h / num_samples) for h in hessian_distances)
         terms |= {f"h_{i}": h for i, h in enumerate(hessian_distances)}
         theorem = "sum over layers of sqrt(C h / n) (Ju, Li, Zhang 2022), log terms left out"
@@ -120,7 +121,7 @@ def layerwise_bound(
         if traces is None or distances is None or norms is None or not len(traces) == len(distances) == len(norms):
             raise ValueError("traces, distances and norms must all be given, with one number per layer.")
         for name, values in (("traces", traces), ("distances", distances), ("norms", norms)):
-            check_at_least_zero(**{f"{name}[{i}]": value for i, value in enumerate(values)})
+            _check_layers(name, values)
         nearest = [min(d, m) ** 2 for d, m in zip(distances, norms, strict=True)]
         gap = largest_loss * math.sqrt(math.fsum(traces) * math.fsum(nearest) / num_samples)
         terms |= {"sum of traces": math.fsum(traces), "sum of squared distances": math.fsum(nearest)}
@@ -139,3 +140,8 @@ def layerwise_bound(
         ),
         certificate=False,
     )
+
+
+def _check_layers(name: str, values: Sequence[float]) -> None:
+    for i, value in enumerate(values):
+        check_number(f"{name}[{i}]", value, 0.0)

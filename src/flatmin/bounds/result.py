@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flatmin.checks import check_share, check_whole
+from flatmin.checks import check_number, check_positive, check_share, check_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +67,8 @@ class Bound:
 
 def check_common(training_loss: float, largest_loss: float, num_samples: int, delta: float) -> None:
     """Refuses numbers that no bound can use."""
-    if not (math.isfinite(largest_loss) and largest_loss > 0):
-        raise ValueError(f"largest_loss must be positive and finite, got {largest_loss}: the loss must be bounded.")
-    if not 0 <= training_loss <= largest_loss:
+    check_positive("largest_loss, above which no loss can be,", largest_loss)
+    if check_number("the training loss", training_loss) < 0 or training_loss > largest_loss:
         raise ValueError(f"the training loss must be in [0, {largest_loss}] (largest_loss), got {training_loss}.")
     check_whole("num_samples", num_samples, 1)
     check_delta(delta)
@@ -78,13 +77,6 @@ def check_common(training_loss: float, largest_loss: float, num_samples: int, de
 def check_delta(delta: float) -> None:
     """Refuses what is no probability, and the two that promise nothing or cannot be kept."""
     check_share("delta", delta, "()")
-
-
-def check_at_least_zero(**numbers: float) -> None:
-    """Refuses a negative number, by name."""
-    for name, value in numbers.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be finite and at least 0, got {value}.")
 
 
 def _plain(value: float) -> float | None:
