@@ -85,6 +85,24 @@ def really_random_seeds(rank):
     return [optimizer.param_groups[0]["seed"] for optimizer in made]
 
 
+def seeds_after_one_has_measured_alone(rank):
+    """Of an optimizer, and of a trace that all measure, after the first process has measured something alone."""
+    data = [(torch.ones(2, 2), torch.ones(2, 1))]
+    alone, together = (
+        flatmin.Objective(torch.nn.Linear(2, 1), torch.nn.MSELoss(), data, group=group)
+        for group in (None, torch.distributed.group.WORLD)
+    )
+    if rank == 0:
+        flatmin.trace(alone, max_products=2, seed=None)
+    optimizer = flatmin.NSO(SGD([torch.zeros(2)], lr=0.1), seed=None)
+    return optimizer.param_groups[0]["seed"], flatmin.trace(together, max_products=2, seed=None).seed
+
+
+def test_measuring_alone_leaves_the_others_their_seeds(ranks):
+    first, second = ranks(seeds_after_one_has_measured_alone)
+    assert first == second
+
+
 def test_processes_share_a_seed_that_is_really_random(ranks):
     first, second = ranks(really_random_seeds)
     assert first[:2] == second

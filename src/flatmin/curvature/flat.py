@@ -34,7 +34,6 @@ from flatmin.curvature.products.space import flatten, shaped
 from flatmin.curvature.products.ways import NOT_DIFFERENTIABLE, differentiable_twice
 from flatmin.curvature.results import Estimate
 from flatmin.curvature.spectra.eigen import top_eigenvalues
-from flatmin.distributed import seed_of
 from flatmin.noise import draw_like, mix_seeds
 from flatmin.vectors import Vector
 
@@ -118,7 +117,7 @@ def flat_minimum_estimate(
 
     Source: Ahn, Jadbabaie, Sra 2024, section 2, for the definition; the estimate is this library's.
     """
-    seed = seed_of(seed)
+    seed = objective.members.seed(seed)
     check_whole("num_probes", num_probes, 3)
     if not 0 <= check_whole("num_eigenvectors", num_eigenvectors) <= objective.num_params:
         raise ValueError(f"num_eigenvectors must be in 0 .. {objective.num_params}, got {num_eigenvectors}.")

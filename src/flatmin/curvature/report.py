@@ -19,7 +19,6 @@ from flatmin.curvature.spectra.density import DensityResult, spectral_density
 from flatmin.curvature.spectra.eigen import top_eigenvalues
 from flatmin.curvature.store import Store, revived
 from flatmin.curvature.traces.trace import trace
-from flatmin.distributed import seed_of
 from flatmin.extras import need
 
 KINDS: dict[str, Any] = {
@@ -181,9 +180,9 @@ def measure(
     Example:
         print(flatmin.measure(model, nn.CrossEntropyLoss(), loader))
     """
-    seed = seed_of(seed)
     check_whole("num_eigenvalues", num_eigenvalues, 1)
     objective = _objective(model, criterion, data, forward=forward, params=params, eval_mode=eval_mode, group=group)
+    seed = objective.members.seed(seed)
     loss = objective.loss()
     kept = Store(store, objective, loss)
 

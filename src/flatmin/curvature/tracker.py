@@ -26,7 +26,6 @@ from flatmin.curvature.products.space import NUDGE, Space
 from flatmin.curvature.results import Estimate, Measurement, aligned
 from flatmin.curvature.sharpness.average import noise_stability
 from flatmin.curvature.spectra.lanczos import Lanczos
-from flatmin.distributed import seed_of
 from flatmin.extras import need
 from flatmin.files import plain
 from flatmin.noise import mix_seeds
@@ -112,7 +111,7 @@ class Tracker:
         seed: int | None = 0,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        seed = seed_of(seed)
+        seed = objective.members.seed(seed)
         check_share("max_overhead", max_overhead, "(]")
         check_whole("num_probes", num_probes, 2)
         check_whole("num_steps", num_steps, 1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
+from flatmin.checks import check_whole
 from flatmin.curvature.function.batches import NO_BATCHES, is_empty
 from flatmin.distributed import summed_over
 
@@ -62,6 +64,16 @@ class Members:
         box = torch.tensor(decision, device=self._device)
         distributed.broadcast(box, group=self.group, group_src=0)
         return int(box)
+
+    def seed(self, seed: int | None) -> int:
+        """`seed`, if it is a whole number, or for `None` a really random one, the same for the group.
+
+        Not from the seeds that all processes share: one that measures alone would shift those of its next optimizer.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        return self.together(secrets.randbits(63)) if seed is None else check_whole("seed", seed)
 
     def text_of_first(self, read: Callable[[], str]) -> str:
         """What `read()` gives on the first process of the group, for all of them."""

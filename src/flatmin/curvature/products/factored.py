@@ -23,7 +23,6 @@ from flatmin.curvature.products.operators import GRAPH_MEMORY, BatchOperator, Op
 from flatmin.curvature.products.outputs import OutputLoss
 from flatmin.curvature.products.pairing import Pairing
 from flatmin.curvature.products.ways import derivative
-from flatmin.distributed import seed_of
 from flatmin.noise import mix_seeds
 
 NO_ROWS = (
@@ -37,7 +36,6 @@ class _Factored(Operator):
 
     @of_objective
     def __init__(self, objective: Objective, *, graph_memory: int = GRAPH_MEMORY, seed: int | None = 0):
-        seed = seed_of(seed)
         super().__init__(objective, "autograd", graph_memory=graph_memory, seed=seed)
 
     def _open(self, batch: Batch, index: int) -> BatchOperator:
@@ -104,7 +102,6 @@ class FisherOperator(_Factored):
         graph_memory: int = GRAPH_MEMORY,
         seed: int | None = 0,
     ):
-        seed = seed_of(seed)
         check_choice("kind", kind, ("mc", "empirical"))
         self.kind = kind
         self.name = f"Fisher ({kind})"

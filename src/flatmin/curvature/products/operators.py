@@ -28,7 +28,6 @@ from flatmin.curvature.products.outputs import OutputLoss, output_tensor
 from flatmin.curvature.products.seen import seen
 from flatmin.curvature.products.space import filled
 from flatmin.curvature.products.ways import BatchHessian, Way, check_finite, choose_way
-from flatmin.distributed import seed_of
 from flatmin.place import num_displaced
 from flatmin.vectors import Vector
 
@@ -85,7 +84,7 @@ class PerBatch(ABC, Generic[Curvature]):
         graph_memory: int = GRAPH_MEMORY,
         seed: int | None = 0,
     ):
-        seed = seed_of(seed)
+        seed = objective.members.seed(seed)
         self.objective = objective
         self.way = products if isinstance(products, Way) else choose_way(objective, products, seed=seed)
         self.seed = seed

@@ -20,7 +20,6 @@ from flatmin.curvature.function.objective import Objective
 from flatmin.curvature.results import Measurement
 from flatmin.curvature.sharpness.far import displaced_by
 from flatmin.curvature.sharpness.metrics import Metric, ToWeights, ball
-from flatmin.distributed import seed_of
 from flatmin.noise import Noise, mix_seeds
 from flatmin.place import Place
 from flatmin.radii import Radii
@@ -90,7 +89,7 @@ def ascent_sharpness(
 
     Source: Foret et al. 2021 (SAM's inner maximum); Kwon et al. 2021 (adaptive); Jacobsen, Arvanitidis 2025 (Monge).
     """
-    seed = seed_of(seed)
+    seed = objective.members.seed(seed)
     check_positive("rho", rho)
     for name, value in (("num_steps", num_steps), ("num_starts", num_starts)):
         check_whole(name, value, 1)

@@ -35,7 +35,6 @@ from flatmin.curvature.products.probes import PILOT, Budget, stderr
 from flatmin.curvature.results import Estimate, Measurement, student_interval
 from flatmin.curvature.sharpness.far import displaced_by
 from flatmin.curvature.sharpness.metrics import Metric, ball
-from flatmin.distributed import seed_of
 from flatmin.noise import Law, Noise, Scale, check_law, mix_seeds
 from flatmin.place import Place
 from flatmin.radii import Radii, Step
@@ -121,7 +120,7 @@ def noise_stability(
 
     Source: Zhang, Li, Ju 2024 (the objective that NSO minimises); Li et al. 2018 for the scale of the filters.
     """
-    seed = seed_of(seed)
+    seed = objective.members.seed(seed)
     check_positive("sigma", sigma)
     check_law(law)
     check_choice("scale", scale, get_args(Scale))
@@ -176,7 +175,7 @@ def average_sharpness(
 
     Source: Wen, Ma, Li 2023 ("average-direction sharpness"); the metrics are those of SAM, ASAM and Monge SAM.
     """
-    seed = seed_of(seed)
+    seed = objective.members.seed(seed)
     check_positive("rho", rho)
     to_weights = ball(objective, metric, objective.gradient)
     ones = Radii([1.0] * len(objective.params))

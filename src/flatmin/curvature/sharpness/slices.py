@@ -19,7 +19,6 @@ from flatmin.checks import check_number, check_whole
 from flatmin.curvature.function.arguments import check_vector, of_objective
 from flatmin.curvature.function.objective import Objective
 from flatmin.curvature.sharpness.far import displaced_by
-from flatmin.distributed import seed_of
 from flatmin.extras import need
 from flatmin.files import plain
 from flatmin.noise import Noise, filter_norms, times_norms
@@ -152,7 +151,7 @@ def random_direction(objective: Objective, *, seed: int | None = 0) -> Vector:
 
     Source: Li et al. 2018 (filter normalisation).
     """
-    seed = seed_of(seed)
+    seed = objective.members.seed(seed)
     params = objective.params
     noise = Noise(params, Radii([1.0] * len(params)), "normal", seed).vector()
     lengths = zip(filter_norms(params), filter_norms(noise.present), strict=True)

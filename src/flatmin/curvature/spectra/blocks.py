@@ -27,7 +27,6 @@ from flatmin.curvature.function.objective import Objective
 from flatmin.curvature.products.operators import Operator
 from flatmin.curvature.results import EigenResult, Measurement
 from flatmin.curvature.spectra.eigen import as_operator, top_eigenvalues
-from flatmin.distributed import seed_of
 from flatmin.noise import draw_like
 from flatmin.notices import warn
 from flatmin.vectors import Vector
@@ -104,10 +103,9 @@ def layerwise_rayleigh_sum(
 
     Source: the measuring script published with Zhang, Li, Ju 2024.
     """
-    seed = seed_of(seed)
     check_positive("tol", tol)
     check_whole("max_products", max_products, 1)
-    operator = as_operator(objective, seed)
+    operator, seed = as_operator(objective, seed)
     operator.objective.check()
     layers = operator.objective.layers
     generator = torch.Generator(operator.objective.params[0].device).manual_seed(seed)

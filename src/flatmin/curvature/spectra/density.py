@@ -32,7 +32,6 @@ from flatmin.curvature.products.space import Space
 from flatmin.curvature.results import Estimate, Measurement
 from flatmin.curvature.spectra.eigen import as_operator
 from flatmin.curvature.spectra.lanczos import Lanczos, Rows
-from flatmin.distributed import seed_of
 from flatmin.extras import need
 from flatmin.noise import mix_seeds
 
@@ -180,10 +179,9 @@ def spectral_density(
 
     Source: Lin, Saad, Yang 2016; Ubaru, Chen, Saad 2017; Ghorbani, Krishnan, Xiao 2019.
     """
-    seed = seed_of(seed)
     check_whole("num_probes", num_probes, 1)
     check_whole("num_steps", num_steps, 2)
-    operator = as_operator(objective, seed)
+    operator, seed = as_operator(objective, seed)
     operator.objective.check()
     quadrature = _Quadrature(operator, num_steps)
     _, *measures = [quadrature.probe(mix_seeds(seed, i)) for i in range(1 + num_probes)]  # the first one only searches

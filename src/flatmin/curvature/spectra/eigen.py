@@ -36,7 +36,6 @@ from flatmin.curvature.products.operators import HessianOperator, Operator
 from flatmin.curvature.products.space import NUDGE, Space, filled, flatten, shaped
 from flatmin.curvature.results import EigenResult
 from flatmin.curvature.spectra.lanczos import Lanczos, Rows
-from flatmin.distributed import seed_of
 from flatmin.noise import mix_seeds
 from flatmin.notices import warn
 from flatmin.vectors import Vector
@@ -96,8 +95,7 @@ def top_eigenvalues(
     Source: Lanczos 1950; Paige 1980 for why full reorthogonalisation removes ghost copies; Wu, Simon 2000 for the
     restart.
     """
-    seed = seed_of(seed)
-    operator = as_operator(objective, seed)
+    operator, seed = as_operator(objective, seed)
     objective = operator.objective
     max_basis = max(40, 2 * k + 20) if max_basis is None else max_basis
     max_products = max(100, 5 * k) if max_products is None else max_products
@@ -134,9 +132,12 @@ def top_eigenvalues(
     )
 
 
-def as_operator(objective: Objective | Operator, seed: int) -> Operator:
-    """The operator itself, or the Hessian of an objective."""
-    return objective if isinstance(objective, Operator) else HessianOperator(objective, seed=seed)
+def as_operator(objective: Objective | Operator, seed: int | None) -> tuple[Operator, int]:
+    """The operator itself, or the Hessian of an objective; and the seed, or a random one for `None`."""
+    if isinstance(objective, Operator):
+        return objective, objective.objective.members.seed(seed)
+    seed = objective.members.seed(seed)
+    return HessianOperator(objective, seed=seed), seed
 
 
 def _check(objective: Objective, k: int, which: str, tol: float, max_products: int, max_basis: int) -> None:

@@ -24,7 +24,6 @@ from flatmin.curvature.results import Estimate, TraceResult
 from flatmin.curvature.traces.estimators import Work
 from flatmin.curvature.traces.found import Found
 from flatmin.curvature.traces.gauss_newton import Split, split_of
-from flatmin.distributed import seed_of
 
 MAX_PRODUCTS = 1000
 METHODS = ("auto", "hutchinson", "gauss-newton", "hutch++", "xtrace")
@@ -75,7 +74,7 @@ def trace(
     Meyer et al. 2021 (Hutch++); Epperly, Tropp and Webber 2024 (XTrace); local probes: `local.py`, with the
     covariance argument of Kingma, Salimans and Welling 2015.
     """
-    seed = seed_of(seed)
+    seed = objective.members.seed(seed)
     if method not in METHODS:
         raise ValueError(f"unknown trace method {method!r}. Known: {', '.join(METHODS)}.")
     if rtol is None and max_products is None and max_seconds is None:
