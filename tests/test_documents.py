@@ -18,6 +18,8 @@ from benchmarks.step import markdown as cost_table
 from benchmarks.step_peers import markdown as peers_table
 from benchmarks.stopping import NOW, rules_table, starts_table
 from benchmarks.subsets import table as subsets_table
+from benchmarks.tuning_rules import RESULTS as TUNING_RULES
+from benchmarks.tuning_rules import table as rules_of_tuning
 from docs.flatness import RECORD as FLATNESS
 from docs.flatness_pictures import PICTURES, draw, flatness_tables
 from docs.refresh import (
@@ -39,7 +41,11 @@ from tests.contracts import combinations
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "docs" / "records" / "digits"
-OTHERS = (("halves", "by-hand"), *((name, name) for name in SOLAR))  # records, and where they were tuned
+OTHERS = (
+    ("digits-again", "digits"),
+    ("halves", "by-hand"),
+    *((name, name) for name in SOLAR),
+)  # records, and where they were tuned
 BLOCK = re.compile(r"```python\n(.*?)```", re.S)
 CONTINUED = "<!-- continued -->\n```python\n"  # a block that goes on where the one before it has ended
 
@@ -88,6 +94,17 @@ def committed_summary(name="digits"):
 
 def test_the_table_of_decays_is_computed_from_the_tuning():
     assert decays_table() in (ROOT / "docs" / "decisions" / "0015-tuning.md").read_text()
+
+
+def test_the_table_of_rules_for_tuning_is_computed_from_the_record():
+    assert (
+        rules_of_tuning(json.loads(TUNING_RULES.read_text()))
+        in (ROOT / "docs" / "decisions" / "0015-tuning.md").read_text()
+    )
+
+
+def test_the_table_of_escapes_is_computed_from_the_record():
+    assert markdown_table(committed_summary("claims/bad-start")) in (ROOT / "docs" / "claims.md").read_text()
 
 
 def test_the_table_of_what_was_suggested_is_computed_from_its_records():

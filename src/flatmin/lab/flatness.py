@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flatmin.curvature import Objective, ascent_sharpness, measure
 
-# The ball |d / w| <= 1/2, ASAM's own radius, in which one ascent of ten steps finds what three of twenty do.
+# The ball |d / w| <= 1/2, ASAM's own radius, in which one ascent of ten steps finds nearly what more find.
 ADAPTIVE: dict[str, Any] = {"rho": 0.5, "metric": "adaptive", "num_starts": 1, "num_steps": 10}
 
 
